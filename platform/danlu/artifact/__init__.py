@@ -1,0 +1,1 @@
+"""WHAT TRAVELS: the bundle, and the store that keeps its versions."""

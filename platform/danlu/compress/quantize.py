@@ -1,0 +1,68 @@
+"""A quantized copy of a bundle's model folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
+
+from danlu.artifact.bundle import Bundle
+from danlu.compress.load import INT8_FILE, load_model, need_bitsandbytes
+from danlu.errors import ModelError
+from danlu.spec.compress import BnbInt8, BnbNf4, Int8, Quantization
+
+HEADS = ["classifier", "score", "pooler", "pre_classifier"]
+"""Layers on top of the encoder, left in full precision: they are small, and every error there is an error in the answer."""
+
+
+def quantize(bundle: Bundle, quantization: Quantization, folder: Path) -> None:
+    """Write a quantized version of `bundle`'s model, with its config and tokenizer, into an empty `folder`."""
+    if bundle.meta.quantization is not None:
+        raise ModelError(
+            f"{bundle.meta.name} is quantized already ({bundle.meta.quantization.kind})", where=str(bundle.path), fix="the original's version"
+        )
+    model = load_model(bundle)
+    folder.mkdir(parents=True, exist_ok=True)
+    match quantization:
+        case Int8():
+            _write_int8(model, folder)
+        case BnbInt8() | BnbNf4():
+            _write_bitsandbytes(model, quantization, folder)
+    AutoTokenizer.from_pretrained(bundle.path / "model").save_pretrained(folder)
+
+
+def weight_bytes(folder: Path) -> int:
+    """Size of a model folder's weight files."""
+    return sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
+
+
+def _write_int8(model: PreTrainedModel, folder: Path) -> None:
+    from danlu.compress.int8 import quantize_int8
+
+    quantized = quantize_int8(model, skip=HEADS)
+    quantized.config.save_pretrained(folder)
+    save_file({name: tensor.contiguous() for name, tensor in quantized.state_dict().items()}, folder / INT8_FILE)
+
+
+def _write_bitsandbytes(model: PreTrainedModel, quantization: BnbInt8 | BnbNf4, folder: Path) -> None:
+    need_bitsandbytes()
+    whole = folder / "whole"
+    model.save_pretrained(whole)
+    match quantization:
+        case BnbInt8():
+            config = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=HEADS)
+        case BnbNf4():
+            config = BitsAndBytesConfig(
+                load_in_4bit=True,
+                bnb_4bit_quant_type="nf4",
+                bnb_4bit_use_double_quant=quantization.double_quant,
+                bnb_4bit_compute_dtype=torch.float32,
+                llm_int8_skip_modules=HEADS,
+            )
+    quantized = AutoModelForSequenceClassification.from_pretrained(whole, quantization_config=config, dtype=torch.float32)
+    quantized.save_pretrained(folder)
+    for path in whole.iterdir():
+        path.unlink()
+    whole.rmdir()

@@ -1,0 +1,129 @@
+"""Padding-free batches: rows laid end to end with the offsets that keep them apart, drawn so that a step number is all the state there is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from danlu.data.encode import Encoded  # noqa
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Rows laid end to end.
+
+    input_ids, position_ids, token_type_ids: int64 [tokens]; cu_seqlens: int32 [rows + 1]; labels: int64 [rows] or None.
+    """
+
+    input_ids: torch.Tensor
+    position_ids: torch.Tensor
+    token_type_ids: torch.Tensor | None
+    cu_seqlens: torch.Tensor
+    labels: torch.Tensor | None = None
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.cu_seqlens) - 1
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.input_ids)
+
+    def to(self, device: torch.device) -> Packed:
+        """The same batch on `device`; cu_seqlens stays on the host, where attention splits by it."""
+        move = lambda tensor: None if tensor is None else tensor.to(device, non_blocking=True)  # noqa: E731
+        input_ids, position_ids = self.input_ids.to(device, non_blocking=True), self.position_ids.to(device, non_blocking=True)
+        return Packed(input_ids, position_ids, move(self.token_type_ids), self.cu_seqlens, move(self.labels))
+
+
+def pack(
+    rows: Sequence[np.ndarray], token_types: Sequence[np.ndarray] | None = None, labels: Sequence[int] | np.ndarray | None = None
+) -> Packed:
+    """Lay rows (int arrays of token ids, none empty) end to end."""
+    lengths = np.fromiter((len(row) for row in rows), dtype=np.int64, count=len(rows))
+    cu_seqlens = np.zeros(len(rows) + 1, dtype=np.int32)
+    np.cumsum(lengths, out=cu_seqlens[1:])
+    positions = np.arange(cu_seqlens[-1], dtype=np.int64) - np.repeat(cu_seqlens[:-1], lengths)
+    types = None if token_types is None else torch.from_numpy(np.concatenate(token_types).astype(np.int64))
+    return Packed(
+        torch.from_numpy(np.concatenate(rows).astype(np.int64)),
+        torch.from_numpy(positions),
+        types,
+        torch.from_numpy(cu_seqlens),
+        None if labels is None else torch.as_tensor(np.asarray(labels, dtype=np.int64)),
+    )
+
+
+def by_length(lengths: Sequence[int] | np.ndarray, max_tokens: int) -> list[np.ndarray]:
+    """Row indices in groups of at most `max_tokens` tokens (one row at least), longest rows first."""
+    order = np.argsort(-np.asarray(lengths), kind="stable")
+    groups: list[list[int]] = [[]]
+    room = max_tokens
+    for index in order:
+        if groups[-1] and lengths[index] > room:
+            groups.append([])
+            room = max_tokens
+        groups[-1].append(int(index))
+        room -= int(lengths[index])
+    return [np.asarray(group) for group in groups if group]
+
+
+class Batches:
+    """Training batches as a pure function of the step.
+
+    Every epoch is one permutation of the rows, drawn from (seed, epoch); steps take `global_batch_size` rows each from the
+    endless line of epochs. So a run goes on at the exact row by its step number alone, and the rows of a step are the same
+    for any number of workers and any accumulation.
+    """
+
+    def __init__(
+        self, encoded: Encoded, labels: np.ndarray, *, global_batch_size: int, micro_batch_size: int, rank: int, world_size: int, seed: int
+    ) -> None:
+        if global_batch_size % (micro_batch_size * world_size):
+            raise ValueError(f"{global_batch_size=} is not a multiple of {micro_batch_size=} x {world_size=}")
+        self.encoded, self.labels, self.seed = encoded, labels, seed
+        self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
+        self.rank, self.world_size = rank, world_size
+        self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
+
+    def rows_of(self, step: int) -> np.ndarray:
+        """Row indices of the whole global batch of a step, int64 [global_batch_size]."""
+        first, size = step * self.global_batch_size, len(self.encoded)
+        return np.concatenate(
+            [
+                self._permutation(epoch)[max(0, first - epoch * size) : first + self.global_batch_size - epoch * size]
+                for epoch in range(first // size, (first + self.global_batch_size - 1) // size + 1)
+            ]
+        )
+
+    def at(self, step: int) -> list[Packed]:
+        """This rank's micro-batches of a step."""
+        rows = self.rows_of(step)
+        # Dealt out by length, there and back: micro-batches that run side by side hold nearly the same number of tokens, so
+        # no rank waits for another. The sum over the step does not depend on who holds which row.
+        rows = rows[np.argsort(-self.encoded.lengths[rows], kind="stable")]
+        num_piles = self.global_batch_size // self.micro_batch_size
+        table = rows.reshape(self.micro_batch_size, num_piles).copy()
+        table[1::2] = table[1::2, ::-1]
+        return [self._packed(table[:, pile]) for pile in range(self.rank, num_piles, self.world_size)]
+
+    def num_tokens(self, step: int) -> int:
+        """Tokens of the whole global batch of a step."""
+        return int(self.encoded.lengths[self.rows_of(step)].sum())
+
+    def _packed(self, rows: np.ndarray) -> Packed:
+        return pack_rows(self.encoded, rows, self.labels)
+
+    def _permutation(self, epoch: int) -> np.ndarray:
+        if epoch != self._epoch:
+            self._epoch, self._order = epoch, np.random.default_rng((self.seed, epoch)).permutation(len(self.encoded))
+        return self._order
+
+
+def pack_rows(encoded: Encoded, rows: Sequence[int] | np.ndarray, labels: np.ndarray | None = None) -> Packed:
+    """The named rows of `encoded`, packed."""
+    types = None if encoded.token_type_ids is None else [encoded.token_types(int(i)) for i in rows]
+    return pack([encoded.row(int(i)) for i in rows], types, None if labels is None else labels[np.asarray(rows)])

@@ -1,0 +1,1 @@
+"""Score a bundle or an endpoint, and report on it."""

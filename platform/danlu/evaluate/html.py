@@ -1,0 +1,190 @@
+"""The report of a run as one self-contained HTML page: no script, no font and no picture from anywhere else."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from html import escape
+from typing import Any
+
+from danlu.tasks.classification import Scores
+
+
+@dataclass(frozen=True)
+class ReportData:
+    """What a page is made of; parts that there are none of are left out of it."""
+
+    title: str
+    records: Sequence[Mapping[str, Any]]
+    plan: str = ""
+    data: str = ""
+    scores: Mapping[str, Scores] = field(default_factory=dict)
+    delta: Mapping[str, Any] | None = None
+    delta_verdict: str = ""
+    served: str = ""
+    errors: Sequence[tuple[str, str, str, float]] = ()
+    """Wrong answers of the test split: text, truth, answer, its probability; the surest first."""
+    lineage: Mapping[str, str] = field(default_factory=dict)
+    spec: str = ""
+
+
+STYLE = """
+:root{color-scheme:light dark;--ink:#1c2230;--soft:#667085;--line:#d8dde6;--page:#fbfbfa;--card:#fff;--a:#b3402a;--b:#1f6f8b;--cell:31,111,139}
+@media(prefers-color-scheme:dark){:root{--ink:#e7e9ee;--soft:#9aa3b2;--line:#363d4a;--page:#14171d;--card:#1b1f27;--a:#f08a6c;--b:#6cc0dc;--cell:108,192,220}}
+*{box-sizing:border-box}body{margin:0;background:var(--page);color:var(--ink);font:15px/1.5 system-ui,"Noto Sans CJK SC",sans-serif}
+main{max-width:980px;margin:0 auto;padding:28px 20px 60px}h1{font-size:26px;margin:0}h2{font-size:17px;margin:36px 0 10px}
+.sub{color:var(--soft);margin:2px 0 18px}.tiles{display:flex;flex-wrap:wrap;gap:10px}.tile{background:var(--card);border:1px solid var(--line);
+border-radius:8px;padding:10px 16px;min-width:130px}.tile b{display:block;font-size:22px;font-variant-numeric:tabular-nums}.tile span{color:var(--soft);font-size:13px}
+.charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(300px,1fr));gap:14px}figure{margin:0;background:var(--card);border:1px solid var(--line);
+border-radius:8px;padding:10px 12px}figcaption{font-size:13px;color:var(--soft)}svg{width:100%;height:auto;display:block}
+svg text{fill:var(--soft);font-size:11px}.scroll{overflow-x:auto}table{border-collapse:collapse;font-variant-numeric:tabular-nums}
+th,td{padding:4px 10px;border-bottom:1px solid var(--line);text-align:right;white-space:nowrap}th:first-child,td:first-child{text-align:left}
+th{font-weight:600;color:var(--soft);font-size:13px}td.text{white-space:normal;text-align:left;min-width:280px}
+pre{background:var(--card);border:1px solid var(--line);border-radius:8px;padding:12px;overflow-x:auto;font-size:12.5px;line-height:1.45}
+"""
+
+
+def render(data: ReportData) -> str:
+    """The page."""
+    parts = [f"<h1>{escape(data.title)}</h1>", _subtitle(data), _tiles(data), _curves(data.records)]
+    for split, found in data.scores.items():
+        parts.append(f"<h2>Scores on the {escape(split)} split</h2>{_per_class(found)}<h2>Confusion matrix, {escape(split)}</h2>{_confusion(found)}")
+    if data.delta is not None:
+        parts.append(f"<h2>Compressed beside the original</h2>{_delta(data.delta)}<p>{escape(data.delta_verdict)}</p>")
+    if data.served:
+        parts.append(f"<h2>Served beside evaluated</h2><p>{escape(data.served)}</p>")
+    if data.errors:
+        parts.append(f"<h2>Surest wrong answers</h2>{_errors(data.errors)}")
+    for heading, text in (("Plan", data.plan), ("Data", data.data)):
+        if text:
+            parts.append(f"<h2>{heading}</h2><pre>{escape(text)}</pre>")
+    if data.lineage:
+        rows = [(name, value) for name, value in data.lineage.items()]
+        parts.append("<h2>Lineage</h2>" + _table(("what", "value"), rows))
+    if data.spec:
+        parts.append(f"<h2>Spec</h2><pre>{escape(data.spec)}</pre>")
+    body = "\n".join(part for part in parts if part)
+    return (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">'
+        f"<title>{escape(data.title)} · Danlu</title><style>{STYLE}</style></head><body><main>{body}</main></body></html>\n"
+    )
+
+
+def _subtitle(data: ReportData) -> str:
+    created = data.lineage.get("created", "")
+    return f'<p class="sub">Danlu run report{" · " + escape(created) if created else ""}</p>'
+
+
+def _tiles(data: ReportData) -> str:
+    tiles = []
+    for split, found in data.scores.items():
+        tiles += [(f"{found.accuracy:.4f}", f"accuracy, {split}"), (f"{found.macro_f1:.4f}", f"macro F1, {split}")]
+    steps = [record for record in data.records if record["kind"] == "step"]
+    if steps:
+        tiles.append((f"{steps[-1]['step']:,}", "optimizer steps"))
+        tiles.append((f"{steps[-1]['tokens_total']:,}", "training tokens"))
+    if data.delta is not None:
+        tiles.append((f"{data.delta['speedup']:.2f}x", f"{data.delta['name']} speed"))
+    return '<div class="tiles">' + "".join(f'<div class="tile"><b>{a}</b><span>{escape(b)}</span></div>' for a, b in tiles) + "</div>"
+
+
+def _curves(records: Sequence[Mapping[str, Any]]) -> str:
+    steps = [record for record in records if record["kind"] == "step"]
+    evals = [record for record in records if record["kind"] == "eval"]
+    if not steps:
+        return ""
+    dev_loss = [(record["step"], record["metrics"]["loss"]) for record in evals if "loss" in record["metrics"]]
+    charts = [
+        _chart("Loss (line: training, dots: dev)", [(r["step"], r["loss"]) for r in steps], dev_loss),
+        _chart("Learning rate", [(r["step"], r["learning_rate"]) for r in steps]),
+        _chart("Gradient norm before clipping", [(r["step"], r["grad_norm"]) for r in steps]),
+        _chart("Tokens a second", [(r["step"], r["tokens_per_second"]) for r in steps]),
+    ]
+    for name in ("accuracy", "macro_f1"):
+        points = [(record["step"], record["metrics"][name]) for record in evals if name in record["metrics"]]
+        if points:
+            charts.append(_chart(f"Dev {name.replace('_', ' ')}", points, points))
+    return '<h2>Curves</h2><div class="charts">' + "".join(charts) + "</div>"
+
+
+def _chart(title: str, line: Sequence[tuple[float, float]], dots: Sequence[tuple[float, float]] = ()) -> str:
+    """One line, and dots on the same axes, as SVG."""
+    points = [*line, *dots]
+    (x0, x1), (y0, y1) = _span([x for x, _ in points]), _span([y for _, y in points])
+    width, height, left, bottom, top, right = 420, 190, 54, 22, 8, 10
+
+    def at(x: float, y: float) -> tuple[float, float]:
+        return (
+            left + (x - x0) / (x1 - x0) * (width - left - right),
+            height - bottom - (y - y0) / (y1 - y0) * (height - bottom - top),
+        )
+
+    grid = ""
+    for share in (0.0, 0.5, 1.0):
+        value = y0 + share * (y1 - y0)
+        _, y = at(x0, value)
+        grid += f'<line x1="{left}" x2="{width - right}" y1="{y:.1f}" y2="{y:.1f}" stroke="var(--line)"/>'
+        grid += f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{value:.3g}</text>'
+    for value, anchor in ((x0, "start"), (x1, "end")):
+        grid += f'<text x="{at(value, y0)[0]:.1f}" y="{height - 6}" text-anchor="{anchor}">{value:,.0f}</text>'
+    path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (at(*point) for point in line))
+    marks = "".join(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" fill="var(--b)"/>' for x, y in (at(*point) for point in dots))
+    return (
+        f'<figure><figcaption>{escape(title)}</figcaption><svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(title)}">{grid}'
+        f'<polyline points="{path}" fill="none" stroke="var(--a)" stroke-width="1.6" stroke-linejoin="round"/>{marks}</svg></figure>'
+    )
+
+
+def _span(values: Sequence[float]) -> tuple[float, float]:
+    low, high = min(values), max(values)
+    return (low, high) if high > low else (low - 0.5 * (abs(low) or 1), high + 0.5 * (abs(high) or 1))
+
+
+def _per_class(found: Scores) -> str:
+    rows = [
+        (name, f"{row['precision']:.4f}", f"{row['recall']:.4f}", f"{row['f1']:.4f}", f"{int(row['support'])}")
+        for name, row in found.per_class.items()
+    ]
+    rows.append(("all (macro F1, accuracy)", "", "", f"{found.macro_f1:.4f}", f"{found.accuracy:.4f}"))
+    return _table(("label", "precision", "recall", "f1", "rows"), rows)
+
+
+def _confusion(found: Scores) -> str:
+    names = list(found.per_class)
+    head = "".join(f"<th>{escape(name)}</th>" for name in names)
+    body = ""
+    for name, counts in zip(names, found.confusion, strict=True):
+        total = sum(counts) or 1
+        cells = "".join(f'<td style="background:rgba(var(--cell),{0.75 * count / total:.3f})">{count}</td>' for count in counts)
+        body += f"<tr><td>{escape(name)}</td>{cells}</tr>"
+    return f'<div class="scroll"><table><tr><th>truth \\ answer</th>{head}</tr>{body}</table></div>'
+
+
+def _delta(delta: Mapping[str, Any]) -> str:
+    rows = [
+        (metric, f"{before:.4f}", f"{delta['compressed'][metric]:.4f}", f"{delta['compressed'][metric] - before:+.4f}")
+        for metric, before in delta["original"].items()
+    ]
+    spread = f"{delta['speedup_min']:.2f}-{delta['speedup_max']:.2f} over {delta['runs']} interleaved runs"
+    before, after = delta["rows_per_second_original"], delta["rows_per_second"]
+    rows += [
+        ("rows a second", f"{before:.0f}", f"{after:.0f}", f"{delta['speedup']:.2f}x ({spread})"),
+        ("MB of weights", f"{delta['bytes_original'] / 1e6:.1f}", f"{delta['bytes'] / 1e6:.1f}", f"{delta['bytes_original'] / delta['bytes']:.2f}x"),
+        ("same label", "", f"{delta['agreement']:.2%}", ""),
+        ("largest probability change", "", f"{delta['largest_probability_change']:.4f}", ""),
+    ]
+    return _table((f"on the {delta['split']} split", "original", str(delta["name"]), "change"), rows)
+
+
+def _errors(errors: Sequence[tuple[str, str, str, float]]) -> str:
+    rows = "".join(
+        f'<tr><td class="text">{escape(text[:240])}{"…" if len(text) > 240 else ""}</td><td>{escape(truth)}</td><td>{escape(answer)}</td><td>{p:.3f}</td></tr>'
+        for text, truth, answer, p in errors
+    )
+    return f'<div class="scroll"><table><tr><th>text</th><th>truth</th><th>answer</th><th>probability</th></tr>{rows}</table></div>'
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    top = "".join(f"<th>{escape(cell)}</th>" for cell in head)
+    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    return f'<div class="scroll"><table><tr>{top}</tr>{body}</table></div>'

@@ -1,0 +1,61 @@
+"""`python -m danlu.generate [--check]`: writes every derived file, or says which ones are stale."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from danlu.metrics import catalog
+from danlu.spec.schema import schema
+from danlu.spec.serve import Service
+from danlu.spec.train import TrainJob
+
+ROOT = Path(__file__).parents[2]
+
+
+def derived() -> Mapping[str, str]:
+    """Path in the repository -> what stands there."""
+    return {
+        "k8s/schemas/train.schema.json": _json(schema(TrainJob)),
+        "k8s/schemas/service.schema.json": _json(schema(Service)),
+        "ops/METRICS.md": _metrics_page(),
+    }
+
+
+def main(arguments: list[str]) -> int:
+    """Write, or with --check compare; the exit code."""
+    stale = []
+    for name, text in derived().items():
+        path = ROOT / name
+        if path.exists() and path.read_text(encoding="utf-8") == text:
+            continue
+        if "--check" in arguments:
+            stale.append(name)
+        else:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+            print(f"wrote {name}")
+    if stale:
+        print(f"stale: {', '.join(stale)}; run `python -m danlu.generate` and commit them")
+    return 1 if stale else 0
+
+
+def _json(document: object) -> str:
+    return json.dumps(document, indent=2, ensure_ascii=False) + "\n"
+
+
+def _metrics_page() -> str:
+    lines = ["# Metrics", "", "Every metric Danlu emits, as it is named on Ray's metrics port. Written by `python -m danlu.generate`.", ""]
+    for layer in ("train", "serve"):
+        lines += [f"## {layer.capitalize()}", "", "| metric | kind | unit | labels | what it says |", "| --- | --- | --- | --- | --- |"]
+        for metric in catalog.ALL:
+            if metric.layer == layer:
+                lines.append(f"| `{metric.exported}` | {metric.kind} | {metric.unit} | {', '.join(metric.labels)} | {metric.help} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,1 @@
+"""HOW IT IS SEEN: every metric once."""

@@ -1,0 +1,464 @@
+"""What a notebook uses, and what the CLI is made of: prepare, train, evaluate, quantize, serve, predict."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from danlu.artifact.bundle import Bundle, BundleMeta, Lineage, Probe, canonical_json, read_bundle, text_digest, write_bundle
+from danlu.artifact.pretrained import model_folder
+from danlu.artifact.runs import REPORT, SPEC, RunFolder, latest_run, open_run
+from danlu.artifact.store import Store, ensure_writable
+from danlu.errors import DanluError, DataError, ModelError, QualityError, ResourceError
+from danlu.spec.files import dump
+from danlu.spec.serve import Service
+from danlu.spec.train import TrainJob
+from danlu.spec.tuning import Lora
+
+if TYPE_CHECKING:
+    from danlu.evaluate.score import Delta, Evaluation
+    from danlu.plan import Plan
+    from danlu.serve.app import Endpoint
+    from danlu.tasks.classification import Prediction, Predictor, Split, Splits
+    from danlu.train.run import Record
+
+LATEST, PRODUCTION = "latest", "production"
+"""Aliases of a job's bundles: what was trained last, and what is to be served."""
+
+NUM_PROBES = 8
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A job whose model and rows were found and checked: nothing has started yet."""
+
+    job: TrainJob
+    folder: Path
+    splits: Splits
+    plan: Plan
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A finished run: its folder, its bundle and how that scored."""
+
+    run: RunFolder
+    bundle: Bundle
+    reference: str
+    evaluations: dict[str, Evaluation]
+    outcome: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """A quantized version beside its original; `reference` is None if it was not kept, and `verdict` says why."""
+
+    delta: Delta
+    kept: bool
+    verdict: str
+    reference: str | None
+    bundle: Bundle | None
+
+
+def prepare(job: TrainJob, *, calibrate: bool = True) -> Prepared:
+    """Find and check everything a job needs, and plan it. Raises a DanluError for what would fail later."""
+    from danlu.plan import make_plan
+    from danlu.tasks import classification
+
+    ensure_writable(job.storage)
+    check_machine(job)
+    folder = model_folder(job.model)
+    tokenizer = classification.load_tokenizer(folder)
+    splits = classification.splits(job.data, job.task, tokenizer, max_length=job.model.max_length, seed=job.seed)
+    lengths = splits.train.encoded.lengths
+    plan = make_plan(
+        job, folder, num_rows=len(lengths), mean_tokens=float(lengths.mean()), num_labels=len(splits.label_names), calibrate=calibrate
+    )
+    return Prepared(job, folder, splits, plan)
+
+
+def check_machine(job: TrainJob) -> None:
+    """ResourceError if the workers do not fit this machine. A cluster this process is connected to is asked instead, later."""
+    import sys
+
+    from danlu.tasks.device import num_cores
+
+    ray = sys.modules.get("ray")
+    if ray is not None and ray.is_initialized():
+        return
+    need, have = job.workers.num_workers * job.workers.cpus_per_worker, num_cores()
+    if need > have:
+        raise ResourceError(
+            f"{job.workers.num_workers} workers with {job.workers.cpus_per_worker} cores each need {need} cores; this machine has {have}",
+            where="workers.num_workers",
+            fix=f"--set workers.num_workers={max(1, have // job.workers.cpus_per_worker)}, or a larger machine",
+        )
+    if job.workers.gpus_per_worker:
+        import torch
+
+        if job.workers.num_workers > torch.cuda.device_count():
+            raise ResourceError(
+                f"{job.workers.num_workers} workers need a GPU each; this machine has {torch.cuda.device_count()}",
+                where="workers.gpus_per_worker",
+                fix="--set workers.gpus_per_worker=0 trains on the CPU",
+            )
+
+
+def train(
+    job: TrainJob, *, fresh: bool = False, listener: Callable[[Record], None] | None = None, prepared: Prepared | None = None
+) -> Trained:
+    """Train, score and store a bundle. An unfinished run of the same spec is gone on with, unless `fresh`."""
+    from danlu.train.run import record_to_dict
+
+    prepared = prepared or prepare(job)
+    digest = text_digest(canonical_json(job.model_dump(mode="json", exclude={"compress", "serve", "max_failures"})))
+    run = open_run(absolute(job.storage), job.name, digest, fresh=fresh)
+
+    def listen(record: Record) -> None:
+        run.record(record_to_dict(record))
+        if listener is not None:
+            listener(record)
+
+    run.write(SPEC, dump(job))
+    run.set_status("running", spec_digest=digest)
+    try:
+        outcome = _fit(_portable(job), run.uri, prepared, listen)
+        trained = _bundle(prepared, run, outcome, digest)
+    except BaseException as error:
+        reason = str(error) if isinstance(error, DanluError) else repr(error)
+        run.set_status("failed", spec_digest=digest, reason=reason or type(error).__name__)
+        raise
+    scores = {split: evaluation.scores.metrics() for split, evaluation in trained.evaluations.items()}
+    run.set_status("finished", spec_digest=digest, bundle=trained.reference, scores=scores, outcome=outcome)
+    return trained
+
+
+def evaluate(reference: str | Bundle, *, storage: str = "runs", data: Sequence[str] | str | None = None) -> tuple[Evaluation, Split]:
+    """Score a bundle on files, or on the test rows of the job it came from (its dev rows if there are none)."""
+    from danlu.compress.load import load_predictor
+    from danlu.evaluate.score import evaluate as score
+
+    bundle = open_bundle(reference, storage)
+    predictor = load_predictor(bundle)
+    split, _ = _split_for(bundle, predictor, data)
+    return score(predictor, split), split
+
+
+def quantize(job: TrainJob, reference: str | Bundle | None = None, *, run: RunFolder | None = None) -> Quantized:
+    """The quantized version of a bundle that `job.compress` asks for, kept and promoted only within its budget."""
+    from danlu.compress.load import load_predictor
+    from danlu.compress.quantize import quantize as write_quantized
+    from danlu.compress.quantize import weight_bytes
+    from danlu.evaluate.score import compare
+    from danlu.spec.compress import Compress
+
+    budget = job.compress or Compress()
+    original = open_bundle(reference or f"{job.name}@{LATEST}", job.storage)
+    predictor = load_predictor(original)
+    split, split_name = _split_for(original, predictor, None)
+    with tempfile.TemporaryDirectory(prefix="danlu-quantize-") as temporary:
+        folder = Path(temporary)
+        write_quantized(original, budget.quantization, folder / "model")
+        draft = write_bundle(
+            folder, original.meta.model_copy(update={"quantization": budget.quantization, "weights": "full", "probes": [], "version": None})
+        )
+        smaller = load_predictor(draft)
+        delta = compare(
+            predictor,
+            smaller,
+            split,
+            name=budget.quantization.kind,
+            split_name=split_name,
+            bytes_original=weight_bytes(original.path / "model"),
+            bytes_compressed=weight_bytes(folder / "model"),
+        )
+        kept, verdict = _within_budget(job, delta)
+        result = Quantized(delta, kept, verdict, None, None)
+        if kept:
+            meta = draft.meta.model_copy(
+                update={
+                    "probes": _probes(smaller, split),
+                    "scores": {split_name: delta.compressed},
+                    "lineage": original.meta.lineage.model_copy(update={"parent": original.meta.digest, "created": _now()}),
+                }
+            )
+            write_bundle(folder, meta)
+            store = Store(absolute(job.storage))
+            kept_as = store.put(folder, job.name)
+            store.set_alias(job.name, PRODUCTION, kept_as.version)
+            stored = f"{job.name}@v{kept_as.version}"
+            result = Quantized(delta, kept, verdict, stored, open_bundle(stored, job.storage))
+    if run := run or latest_run(absolute(job.storage), job.name):
+        run.record({"kind": "quantized", "step": 10**9, "delta": delta.to_dict(), "kept": kept, "verdict": verdict, "bundle": result.reference})
+    return result
+
+
+@contextmanager
+def serving(service: Service) -> Iterator[Endpoint]:
+    """An endpoint on this machine, up while the block runs."""
+    from danlu.serve import app
+
+    endpoint = app.run(service.model_copy(update={"storage": absolute(service.storage)}))
+    try:
+        yield endpoint
+    finally:
+        app.stop()
+
+
+def predict(reference: str | Bundle, texts: Sequence[str], pairs: Sequence[str] | None = None, *, storage: str = "runs") -> list[Prediction]:
+    """Labels and probabilities of texts, in this process."""
+    from danlu.compress.load import load_predictor
+
+    if not texts or not all(text.strip() for text in texts):
+        raise DataError("there is no text to classify, or one of the texts is empty", where="texts", fix="give at least one text with words")
+    return load_predictor(open_bundle(reference, storage)).predict(texts, pairs)
+
+
+def check_served(url: str, bundle: Bundle, split: Split, *, num_rows: int = 64) -> str:
+    """Ask an endpoint for rows and for the bundle's probes; QualityError unless it answers what the evaluation answered."""
+    import httpx
+    import numpy as np
+
+    from danlu.compress.load import load_predictor
+
+    rows = np.linspace(0, len(split.labels) - 1, min(num_rows, len(split.labels))).astype(int)
+    asked = [(split.texts.texts[i], split.texts.pairs[i] if split.texts.pairs else None) for i in rows]
+    asked += [(probe.text, probe.text_pair) for probe in bundle.meta.probes]
+    predictor = load_predictor(bundle)
+    pairs = [pair or "" for _, pair in asked] if split.texts.pairs else None
+    expected = [(found.label, found.probabilities) for found in predictor.predict([text for text, _ in asked], pairs)]
+    expected[len(rows) :] = [(probe.label, probe.probabilities) for probe in bundle.meta.probes]
+    largest = 0.0
+    with httpx.Client(timeout=60) as client:
+        for (text, pair), (label, probabilities) in zip(asked, expected, strict=True):
+            item: object = {"text": text, "text_pair": pair} if pair is not None else text
+            response = client.post(f"{url}/v1/classify", json={"model": bundle.meta.name, "input": [item]})
+            response.raise_for_status()
+            answer = response.json()["data"][0]
+            change = float(np.abs(np.subtract(answer["probs"], probabilities)).max())
+            largest = max(largest, change)
+            if answer["label"] != label or change > 2e-3:
+                raise QualityError(
+                    f"the endpoint answers {answer['label']!r} {answer['probs']} where the evaluation answered {label!r} {probabilities}",
+                    where=text[:80],
+                )
+    return (
+        f"{len(rows)} test rows and {len(bundle.meta.probes)} probes over HTTP: every label is the evaluation's, "
+        f"probabilities within {largest:.1e} of its"
+    )
+
+
+def report(prepared: Prepared, trained: Trained, quantized: Quantized | None = None, served: str = "") -> str:
+    """Write the run's HTML report; its URI."""
+    from danlu.evaluate.html import ReportData, render
+
+    lineage = trained.bundle.meta.lineage
+    facts = {
+        "created": lineage.created,
+        "bundle": f"{trained.reference} ({trained.bundle.meta.digest})",
+        "run": trained.run.uri,
+        "started from": prepared.job.model.model_name_or_path,
+        "spec digest": lineage.spec_digest,
+        **{f"{split} rows digest": digest for split, digest in lineage.data_digests.items()},
+        "seed": str(lineage.seed),
+        "code": lineage.code_version,
+        "libraries": ", ".join(f"{name} {version}" for name, version in lineage.library_versions.items()),
+    }
+    if quantized is not None and quantized.bundle is not None:
+        facts["quantized bundle"] = f"{quantized.reference} ({quantized.bundle.meta.digest})"
+    data = ReportData(
+        title=prepared.job.name,
+        records=trained.run.records(),
+        plan=prepared.plan.text(prepared.job),
+        data=prepared.splits.report.text(),
+        scores={split: evaluation.scores for split, evaluation in trained.evaluations.items()},
+        delta=None if quantized is None else quantized.delta.to_dict(),
+        delta_verdict="" if quantized is None else quantized.verdict,
+        served=served,
+        errors=_surest_errors(prepared, trained),
+        lineage=facts,
+        spec=dump(prepared.job),
+    )
+    return trained.run.write(REPORT, render(data))
+
+
+def open_bundle(reference: str | Bundle, storage: str = "runs") -> Bundle:
+    """A bundle by `name@alias`, `name@v1`, folder or URI."""
+    return reference if isinstance(reference, Bundle) else read_bundle(Store(absolute(storage)).resolve(reference))
+
+
+def absolute(uri: str) -> str:
+    """A storage URI that means the same in any working directory."""
+    return uri if "://" in uri else str(Path(uri).expanduser().resolve())
+
+
+def _fit(job: TrainJob, run_uri: str, prepared: Prepared, listener: Callable[[Record], None]) -> dict[str, Any]:
+    """One worker trains in this process; several on Ray Train, on the Ray this process is connected to or one of its own."""
+    if job.workers.num_workers == 1:
+        from danlu.tasks.device import pick_device
+        from danlu.train.run import LocalRun
+        from danlu.train.worker import work
+
+        return asdict(work(job, LocalRun(pick_device(job.workers.gpus_per_worker), listener), run_uri, prepared.splits))
+    from danlu.train import driver
+
+    driver.start_ray()
+    return driver.fit(job, run_uri, listener)
+
+
+def _portable(job: TrainJob) -> TrainJob:
+    """The job with local paths made absolute: a worker has another working directory."""
+    data = job.data.model_copy(
+        update={
+            "cache_dir": str(Path(job.data.cache_dir).resolve()),
+            **{name: _absolute_paths(getattr(job.data, name)) for name in ("train", "dev", "test") if getattr(job.data, name) is not None},
+        }
+    )
+    path = Path(job.model.model_name_or_path).expanduser()
+    model = job.model.model_copy(update={"model_name_or_path": str(path.resolve())}) if path.exists() else job.model
+    return job.model_copy(update={"data": data, "model": model, "storage": absolute(job.storage)})
+
+
+def _absolute_paths(source: str | list[str]) -> str | list[str]:
+    if isinstance(source, list):
+        return [str(_absolute_paths(item)) for item in source]
+    is_glob = any(mark in source for mark in "*?[") and "://" not in source
+    return str(Path(source).expanduser().resolve()) if is_glob or ("://" not in source and Path(source).expanduser().exists()) else source
+
+
+def _bundle(prepared: Prepared, run: RunFolder, outcome: dict[str, Any], spec_digest: str) -> Trained:
+    """Score the best weights on dev and test, and store them with everything that says where they came from."""
+    import shutil
+
+    from danlu.compress.load import load_predictor
+    from danlu.evaluate.score import evaluate as score
+
+    job, splits = prepared.job, prepared.splits
+    with tempfile.TemporaryDirectory(prefix="danlu-bundle-") as temporary:
+        folder = Path(temporary)
+        _fetch(f"{run.uri}/best/step-{outcome['best_step']:06d}", folder / "model")
+        for leftover in (*folder.glob("model/rank-*.json"), folder / "model" / "manifest.json"):
+            leftover.unlink()
+        meta = BundleMeta(
+            name=job.name,
+            task=job.task,
+            labels=splits.label_names,
+            max_length=job.model.max_length,
+            precision="bf16" if outcome["bf16"] else "fp32",
+            weights="adapter" if isinstance(job.tuning, Lora) else "full",
+            base_model=job.model.model_name_or_path if isinstance(job.tuning, Lora) else None,
+            lineage=_lineage(job, splits, run, spec_digest),
+        )
+        draft = write_bundle(folder, meta)
+        predictor = load_predictor(draft)
+        parts = {"dev": splits.dev} | ({"test": splits.test} if splits.test is not None else {})
+        evaluations = {name: score(predictor, split) for name, split in parts.items()}
+        scores = {name: evaluation.scores.metrics() for name, evaluation in evaluations.items()}
+        probes = _probes(predictor, splits.test or splits.dev)
+        write_bundle(folder, draft.meta.model_copy(update={"scores": scores, "probes": probes}))
+        store = Store(absolute(job.storage))
+        stored = store.put(folder, job.name)
+        shutil.rmtree(folder / "model", ignore_errors=True)
+    store.set_alias(job.name, LATEST, stored.version)
+    store.set_alias(job.name, PRODUCTION, stored.version)
+    reference = f"{job.name}@v{stored.version}"
+    return Trained(run, open_bundle(reference, job.storage), reference, evaluations, outcome)
+
+
+def _fetch(uri: str, target: Path) -> None:
+    import fsspec
+
+    filesystem, path = fsspec.core.url_to_fs(uri)
+    filesystem.get(f"{path}/", f"{target}/", recursive=True)
+
+
+def _lineage(job: TrainJob, splits: Splits, run: RunFolder, spec_digest: str) -> Lineage:
+    from importlib.metadata import version
+
+    from danlu import __version__
+
+    digests = {
+        name: text_digest(canonical_json([split.texts.texts, split.texts.pairs, split.labels.tolist()]))
+        for name, split in (("train", splits.train), ("dev", splits.dev), ("test", splits.test))
+        if split is not None
+    }
+    libraries = ("torch", "transformers", "peft", "deepspeed", "ray")
+    return Lineage(
+        spec=job.model_dump(mode="json"),
+        spec_digest=spec_digest,
+        data_digests=digests,
+        code_version=f"danlu {__version__}",
+        library_versions={name: version(name) for name in libraries},
+        seed=job.seed,
+        created=_now(),
+        parent=None,
+        run=run.uri,
+    )
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _probes(predictor: Predictor, split: Split) -> list[Probe]:
+    """A few rows with the answers that whoever serves this bundle must give."""
+    import numpy as np
+
+    rows = np.linspace(0, len(split.labels) - 1, min(NUM_PROBES, len(split.labels))).astype(int)
+    texts = [split.texts.texts[i] for i in rows]
+    pairs = [split.texts.pairs[i] for i in rows] if split.texts.pairs else None
+    found = predictor.predict(texts, pairs)
+    return [
+        Probe(text=text, text_pair=pairs[i] if pairs else None, label=answer.label, probabilities=answer.probabilities)
+        for i, (text, answer) in enumerate(zip(texts, found, strict=True))
+    ]
+
+
+def _split_for(bundle: Bundle, predictor: Predictor, data: Sequence[str] | str | None) -> tuple[Split, str]:
+    """Rows to score a bundle on: the files given, or the test (else dev) rows of its own job."""
+    from danlu.tasks import classification
+
+    job = TrainJob.model_validate(bundle.meta.lineage.spec)
+    if data is None:
+        splits = classification.splits(job.data, job.task, predictor.tokenizer, max_length=bundle.meta.max_length, seed=job.seed)
+        return (splits.test, "test") if splits.test is not None else (splits.dev, "dev")
+    return classification.labelled_split(data, job.data, predictor.tokenizer, bundle.meta.labels, max_length=bundle.meta.max_length), "given"
+
+
+def _within_budget(job: TrainJob, delta: Delta) -> tuple[bool, str]:
+    from danlu.spec.compress import Compress
+
+    budget = job.compress or Compress()
+    metric = job.evaluation.metric_for_best_model
+    drop = delta.original[metric] - delta.compressed[metric] if metric != "loss" else delta.compressed[metric] - delta.original[metric]
+    told = f"{metric} falls by {drop:.4f} (budget {budget.max_quality_drop}), {delta.speedup:.2f}x the speed (at least {budget.min_speedup})"
+    if drop > budget.max_quality_drop:
+        return False, f"not kept: {told}; the original is served"
+    if delta.speedup < budget.min_speedup:
+        return False, f"not kept: {told}; the original is served"
+    return True, f"kept: {told}"
+
+
+def _surest_errors(prepared: Prepared, trained: Trained, number: int = 12) -> list[tuple[str, str, str, float]]:
+    from danlu.tasks.classification import predictions
+
+    name = "test" if prepared.splits.test is not None else "dev"
+    split = prepared.splits.test or prepared.splits.dev
+    names = prepared.splits.label_names
+    wrong = [
+        (split.texts.texts[i], names[int(split.labels[i])], found.label, max(found.probabilities))
+        for i, found in enumerate(predictions(trained.evaluations[name].logits, names))
+        if found.label != names[int(split.labels[i])]
+    ]
+    return sorted(wrong, key=lambda row: -row[3])[:number]
+
+
+__all__ = [
+    "LATEST", "PRODUCTION", "ModelError", "Prepared", "Quantized", "Trained", "absolute", "check_machine", "check_served", "evaluate",
+    "open_bundle", "predict", "prepare", "quantize", "report", "serving", "train",
+]  # fmt: skip

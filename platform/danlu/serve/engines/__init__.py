@@ -1,0 +1,1 @@
+"""One file per engine, the same interface in each."""

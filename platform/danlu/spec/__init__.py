@@ -1,0 +1,1 @@
+"""WHAT is asked for: frozen pydantic, nothing else."""

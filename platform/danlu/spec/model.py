@@ -1,0 +1,33 @@
+"""Which pretrained model a job starts from."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from danlu.spec.base import Spec
+
+
+class Model(Spec):
+    """A pretrained model and how much of a text it reads."""
+
+    model_name_or_path: Annotated[str, Field(min_length=1)]
+    """A local folder, a hub id (`org/name`), a storage URI (`s3://...`), or `pkg://package/folder` for a folder inside an installed Python package."""
+
+    revision: str | None = None
+    """Branch, tag or commit of a hub id."""
+
+    max_length: Annotated[int, Field(ge=4)] = 512
+    """Longest input in tokens; what is longer is cut at the end, and the data report says how much that is."""
+
+    hidden_dropout: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """Dropout on hidden states and attention; unset keeps the model's own."""
+
+    @property
+    def is_hub_id(self) -> bool:
+        """True if the name can only be meant for a model hub (no scheme, one slash, not a path)."""
+        name = self.model_name_or_path
+        return "://" not in name and not name.startswith((".", "/", "~")) and name.count("/") <= 1
+
+

@@ -1,0 +1,115 @@
+"""What an inference service is: the bundle, the engine, scaling and limits."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+from typing_extensions import Self
+
+from danlu.spec.base import DnsLabel, NonNegativeInt, PositiveFloat, PositiveInt, Spec
+
+
+class Encoder(Spec):
+    """Task heads on an encoder: padding-free dynamic batching, on CPU or one GPU."""
+
+    kind: Literal["encoder"] = "encoder"
+
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"
+    """Computation of a bundle that is not quantized; `auto` is the one it was evaluated in."""
+
+    max_batch_tokens: PositiveInt = 4096
+    """Tokens of one forward at most."""
+
+    batch_wait_ms: Annotated[float, Field(ge=0)] = 0.0
+    """How long an idle engine waits for company before it runs a batch. Requests that come while a forward runs are batched anyway."""
+
+    num_threads: PositiveInt = 1
+    """Compute threads of one replica on CPU; also the cores it asks Ray for."""
+
+    num_gpus: Literal[0, 1] = 0
+
+
+class Echo(Spec):
+    """A fake that answers without a model, at a settable speed: for load tests of everything around the engine."""
+
+    kind: Literal["echo"] = "echo"
+    labels: Annotated[list[str], Field(min_length=1)] = ["echo"]
+    latency_ms: Annotated[float, Field(ge=0)] = 0.0
+
+
+Engine = Annotated[Encoder | Echo, Field(discriminator="kind")]
+
+
+class Autoscaling(Spec):
+    """Ray Serve's autoscaling; names are Ray's."""
+
+    min_replicas: NonNegativeInt = 1
+    max_replicas: PositiveInt = 1
+    target_ongoing_requests: PositiveFloat = 8.0
+    upscale_delay_s: PositiveFloat = 10.0
+    downscale_delay_s: PositiveFloat = 300.0
+
+    @model_validator(mode="after")
+    def _min_is_at_most_max(self) -> Self:
+        if self.min_replicas > self.max_replicas:
+            raise ValueError(f"min_replicas={self.min_replicas} is more than max_replicas={self.max_replicas}")
+        return self
+
+
+class Limits(Spec):
+    """What one request may ask for, and how many may wait. Above: 4xx, or 503 with Retry-After."""
+
+    max_ongoing_requests: PositiveInt = 64
+    """Requests a replica works on at once."""
+    max_queued_requests: PositiveInt = 256
+    """Requests that wait for a replica before new ones are told to come back later."""
+    max_inputs: PositiveInt = 256
+    """Texts in one request."""
+    max_body_bytes: PositiveInt = 1_000_000
+    request_timeout_s: PositiveFloat = 30.0
+    drain_timeout_s: PositiveFloat = 20.0
+    """How long a replica that is told to stop may finish what it has begun."""
+
+
+class Http(Spec):
+    """Where the service listens."""
+
+    host: str = "127.0.0.1"
+    port: Annotated[int, Field(ge=0, le=65535)] = 8000
+    """0 takes a free port."""
+    haproxy: bool = False
+    """Ray Serve's HAProxy ingress instead of its Python proxy: several times the requests per second, one such service per machine."""
+
+
+class Service(Spec):
+    """An endpoint: one bundle behind Ray Serve."""
+
+    kind: Literal["service"] = "service"
+    name: DnsLabel
+    """Also the RayService's name."""
+    bundle: str | None = None
+    """A bundle: `name@alias`, `name@v3`, a folder or a URI. Not needed by the echo engine."""
+    storage: str = "runs"
+    """The storage URI that `bundle` is looked up in."""
+    engine: Engine = Encoder()
+    autoscaling: Autoscaling = Autoscaling()
+    limits: Limits = Limits()
+    http: Http = Http()
+
+    @model_validator(mode="after")
+    def _engine_has_a_model(self) -> Self:
+        if isinstance(self.engine, Encoder) and self.bundle is None:
+            raise ValueError("bundle is needed by engine.kind=encoder: name@alias, name@v1, a folder or a URI")
+        if isinstance(self.engine, Echo) and self.bundle is not None:
+            raise ValueError("bundle has no effect with engine.kind=echo; leave it out")
+        return self
+
+
+class ServeAfterTraining(Spec):
+    """The `serve:` of a training job: a Service whose name, bundle and storage are the job's."""
+
+    engine: Encoder = Encoder()
+    autoscaling: Autoscaling = Autoscaling()
+    limits: Limits = Limits()
+    http: Http = Http()

@@ -1,0 +1,32 @@
+"""What the model learns to do."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+from typing_extensions import Self
+
+from danlu.spec.base import Spec
+
+
+class Classification(Spec):
+    """One label per text, out of two or more."""
+
+    kind: Literal["classification"] = "classification"
+
+    labels: Annotated[list[str], Field(min_length=2)] | None = None
+    """Label names in the order of the model's outputs. Unset: the sorted distinct labels of the training rows."""
+
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+
+    @model_validator(mode="after")
+    def _labels_are_distinct(self) -> Self:
+        if self.labels is not None and len(set(self.labels)) != len(self.labels):
+            twice = sorted({name for name in self.labels if self.labels.count(name) > 1})
+            raise ValueError(f"labels names {twice} twice; each label stands once")
+        return self
+
+
+Task = Classification
+"""One task so far; more make this a union tagged by `kind`."""

@@ -1,0 +1,126 @@
+"""What a fine-tuning job is. Pure data: imports nothing heavier than pydantic."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+from typing_extensions import Self
+
+from danlu.spec.base import DnsLabel, Fraction, NonNegativeInt, PositiveFloat, PositiveInt, Spec
+from danlu.spec.compress import Compress
+from danlu.spec.data import Data
+from danlu.spec.model import Model
+from danlu.spec.parallel import Ddp, Parallel, Workers
+from danlu.spec.serve import ServeAfterTraining, Service
+from danlu.spec.task import Classification, Task
+from danlu.spec.tuning import Full, Tuning
+
+
+class Schedule(Spec):
+    """Learning rate over the steps: linear warm-up to the peak, then this shape down to zero (`constant` stays)."""
+
+    kind: Literal["linear", "cosine", "constant"] = "linear"
+    warmup_ratio: Fraction = 0.1
+
+
+class Optim(Spec):
+    """AdamW (https://arxiv.org/abs/1711.05101) and its learning rate."""
+
+    learning_rate: PositiveFloat = 5e-5
+    head_learning_rate_multiplier: PositiveFloat = 1.0
+    """The task's head starts from nothing: a larger rate there saves steps."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    """Applied to matrices, not to biases and norms."""
+    adam_beta1: Fraction = 0.9
+    adam_beta2: Fraction = 0.999
+    adam_epsilon: PositiveFloat = 1e-8
+    max_grad_norm: PositiveFloat | None = 1.0
+    """Clip the global gradient norm to this; null does not clip."""
+    schedule: Schedule = Schedule()
+
+
+class Evaluation(Spec):
+    """How often the dev split is scored, and when training stops early."""
+
+    eval_steps: PositiveInt | None = None
+    """Score the dev split every so many steps; unset: five times in the run. It is always scored at the end."""
+    metric_for_best_model: Literal["accuracy", "macro_f1", "loss"] = "accuracy"
+    early_stopping_patience: PositiveInt | None = None
+    """Stop after so many evaluations in a row without a new best; unset never stops early."""
+    batch_tokens: PositiveInt = 4096
+    """Tokens of one forward while scoring."""
+
+
+class Checkpointing(Spec):
+    """How often the whole training state is saved, and how many saves are kept."""
+
+    save_steps: PositiveInt | None = None
+    """Save every so many steps; unset: five times in the run. The last step is always saved."""
+    save_total_limit: Annotated[int, Field(ge=2)] = 2
+    """Keep the newest so many (at least two: if one is damaged, the one before it serves), and the best one besides."""
+
+
+class TrainJob(Spec):
+    """A fine-tuning job, from rows and a pretrained model to a scored bundle."""
+
+    kind: Literal["train"] = "train"
+    name: DnsLabel
+    """Also the RayJob's name, so a short DNS label."""
+    model: Model
+    data: Data
+    task: Task = Classification()
+    tuning: Tuning = Full()
+    parallel: Parallel = Ddp()
+    workers: Workers = Workers()
+    optim: Optim = Optim()
+    evaluation: Evaluation = Evaluation()
+    checkpoint: Checkpointing = Checkpointing()
+
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """`auto`: bf16 if every worker's hardware multiplies it natively (a GPU since Ampere, AVX512-BF16, AMX), else fp32; the plan says which."""
+
+    global_batch_size: PositiveInt = 32
+    """Examples per optimizer step, over all workers and accumulation passes."""
+    micro_batch_size: PositiveInt = 8
+    """Examples one worker holds at once."""
+    num_train_epochs: PositiveFloat = 3.0
+    max_steps: PositiveInt | None = None
+    """Optimizer steps; set, it overrides num_train_epochs."""
+    seed: NonNegativeInt = 17
+    max_failures: NonNegativeInt = 0
+    """How often a lost worker may restart the job from its last checkpoint."""
+    storage: str = "runs"
+    """Storage URI of runs, checkpoints and bundles: a folder, or s3://, gs:// ... through fsspec."""
+
+    compress: Compress | None = None
+    serve: ServeAfterTraining | None = None
+
+    @model_validator(mode="after")
+    def _global_batch_divides(self) -> Self:
+        per_pass = self.micro_batch_size * self.workers.num_workers
+        if self.global_batch_size % per_pass:
+            nearest = max(per_pass, round(self.global_batch_size / per_pass) * per_pass)
+            raise ValueError(
+                f"global_batch_size={self.global_batch_size} is not a multiple of micro_batch_size x workers.num_workers = "
+                f"{self.micro_batch_size} x {self.workers.num_workers} = {per_pass}; nearest that works: {nearest}"
+            )
+        return self
+
+    @property
+    def accumulation_steps(self) -> int:
+        """Forward and backward passes of one worker per optimizer step."""
+        return self.global_batch_size // (self.micro_batch_size * self.workers.num_workers)
+
+    def service(self, bundle: str) -> Service:
+        """The service that hosts this job's bundle."""
+        serve = self.serve or ServeAfterTraining()
+        return Service(
+            name=self.name,
+            bundle=bundle,
+            storage=self.storage,
+            engine=serve.engine,
+            autoscaling=serve.autoscaling,
+            limits=serve.limits,
+            http=serve.http,
+        )

@@ -1,0 +1,243 @@
+"""Classification: one label per text. Rows, model, loss, metrics, prediction."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from sklearn.metrics import accuracy_score, confusion_matrix, precision_recall_fscore_support
+from torch import nn
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from danlu.data.columns import Labelled, labelled
+from danlu.data.encode import Encoded, encode
+from danlu.data.formats import Rows, read_rows
+from danlu.data.pack import Packed, by_length, pack_rows
+from danlu.data.report import DataReport, check_labels, data_report
+from danlu.data.split import stratified_split
+from danlu.errors import ModelError
+from danlu.spec.data import Data
+from danlu.spec.task import Classification
+from danlu.tasks.packed import PackedClassifier
+
+# Its progress bars and its table of new weights say what the plan has said already.
+transformers.utils.logging.set_verbosity_error()
+transformers.utils.logging.disable_progress_bar()
+
+
+@dataclass(frozen=True)
+class Split:
+    """The rows of one split: token ids, labels (int64 [rows]) and the texts they came from."""
+
+    encoded: Encoded
+    labels: np.ndarray
+    texts: Labelled
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Everything a job learns from and is scored on; `label_names` in the order of the model's outputs."""
+
+    train: Split
+    dev: Split
+    test: Split | None
+    label_names: list[str]
+    report: DataReport
+
+
+# rows
+
+
+def splits(
+    data: Data, task: Classification, tokenizer: PreTrainedTokenizerBase, *, max_length: int, seed: int
+) -> Splits:
+    """Read, check, split and tokenise; raises DataError for anything that could not be learned from."""
+    rows = {"train": read_rows(data.train, format=data.format, max_rows=data.max_rows, where="data.train")}
+    for name, source in (("dev", data.dev), ("test", data.test)):
+        if source is not None:
+            rows[name] = read_rows(source, format=data.format, max_rows=data.max_rows, where=f"data.{name}")
+    texts = {name: labelled(table, data.columns, where=f"data.{name}") for name, table in rows.items()}
+    label_names = check_labels(
+        texts["train"].labels or [], {name: split.labels or [] for name, split in texts.items() if name != "train"}, task.labels
+    )
+    index = {name: i for i, name in enumerate(label_names)}
+    labels = {name: np.asarray([index[label] for label in split.labels or []], dtype=np.int64) for name, split in texts.items()}
+    encoded = {
+        name: encode(split.texts, split.pairs, tokenizer, max_length=max_length, cache_dir=data.cache_dir) for name, split in texts.items()
+    }
+    report = data_report({name: (texts[name], encoded[name]) for name in texts}, rows, max_length=max_length)
+    whole = {name: Split(encoded[name], labels[name], texts[name]) for name in texts}
+    if "dev" not in whole:
+        train_rows, dev_rows = stratified_split(labels["train"], data.dev_size, seed)
+        whole["dev"], whole["train"] = _take(whole["train"], dev_rows), _take(whole["train"], train_rows)
+    return Splits(whole["train"], whole["dev"], whole.get("test"), label_names, report)
+
+
+def _take(split: Split, rows: np.ndarray) -> Split:
+    return Split(split.encoded.take(rows), split.labels[rows], split.texts.take(rows))
+
+
+# model
+
+
+def build_model(folder: str | Path, label_names: Sequence[str], *, dropout: float | None = None) -> PreTrainedModel:
+    """The pretrained encoder with a new head for these labels, in float32."""
+    config = AutoConfig.from_pretrained(folder)
+    config.num_labels = len(label_names)
+    config.id2label = dict(enumerate(label_names))
+    config.label2id = {name: i for i, name in enumerate(label_names)}
+    config.problem_type = "single_label_classification"
+    if dropout is not None:
+        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "dropout", "attention_dropout"):
+            if hasattr(config, name):
+                setattr(config, name, dropout)
+    model: PreTrainedModel = AutoModelForSequenceClassification.from_pretrained(folder, config=config, dtype=torch.float32)
+    return model
+
+
+def head_parameters(model: PreTrainedModel) -> set[str]:
+    """Names of the parameters that stand on top of the encoder: they start from nothing, or nearly so."""
+    prefix = model.base_model_prefix
+    layers = (".encoder.", ".embeddings.", ".transformer.", ".layers.", ".embed_tokens.", "embeddings.", "encoder.")
+    return {
+        name
+        for name, _ in model.named_parameters()
+        if not name.startswith(f"{prefix}.") or not any(part in name for part in layers)
+    }
+
+
+# loss
+
+
+def loss(model: nn.Module, batch: Packed, task: Classification) -> torch.Tensor:
+    """Sum of the cross-entropies of a batch's rows (the caller divides by the targets of the whole global batch)."""
+    assert batch.labels is not None
+    logits = model(batch.input_ids, batch.position_ids, batch.cu_seqlens, batch.token_type_ids)
+    return nn.functional.cross_entropy(logits.float(), batch.labels, reduction="sum", label_smoothing=task.label_smoothing)
+
+
+def num_targets(batch: Packed) -> int:
+    """How many targets a batch has: one a row."""
+    return batch.num_rows
+
+
+# metrics
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Scores of one split. `per_class`: label -> precision, recall, f1, support; `confusion`: int [labels, labels], rows are the truth."""
+
+    accuracy: float
+    macro_f1: float
+    loss: float
+    num_rows: int
+    per_class: Mapping[str, Mapping[str, float]]
+    confusion: list[list[int]]
+
+    def metrics(self) -> dict[str, float]:
+        """The single numbers, by name."""
+        return {"accuracy": self.accuracy, "macro_f1": self.macro_f1, "loss": self.loss}
+
+
+def scores(logits: np.ndarray, labels: np.ndarray, label_names: Sequence[str]) -> Scores:
+    """Score logits (float [rows, labels]) against labels (int [rows]) with scikit-learn."""
+    predicted, every = logits.argmax(axis=1), range(len(label_names))
+    precision, recall, f1, support = precision_recall_fscore_support(labels, predicted, labels=every, zero_division=0)
+    present = support > 0  # a class that is not in this split has no recall to average
+    log_probabilities = torch.from_numpy(logits).double().log_softmax(-1).numpy()
+    return Scores(
+        accuracy=float(accuracy_score(labels, predicted)),
+        macro_f1=float(f1[present].mean()) if present.any() else 0.0,
+        loss=float(-log_probabilities[np.arange(len(labels)), labels].mean()),
+        num_rows=len(labels),
+        per_class={
+            name: {"precision": float(precision[i]), "recall": float(recall[i]), "f1": float(f1[i]), "support": int(support[i])}
+            for i, name in enumerate(label_names)
+        },
+        confusion=confusion_matrix(labels, predicted, labels=every).tolist(),
+    )
+
+
+# prediction
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The answer for one text: the most probable label, and each label's probability in the order of the model's outputs."""
+
+    label: str
+    probabilities: list[float]
+
+
+class Predictor:
+    """A model, its tokenizer and its labels: what evaluation and serving share, so that both give the same answers."""
+
+    def __init__(
+        self,
+        model: PackedClassifier,
+        tokenizer: PreTrainedTokenizerBase,
+        label_names: Sequence[str],
+        *,
+        max_length: int,
+        bf16: bool = False,
+    ) -> None:
+        self.model, self.tokenizer, self.label_names = model.eval(), tokenizer, list(label_names)
+        self.max_length, self.bf16 = max_length, bf16
+        self.device = next(model.parameters()).device
+
+    def encode(self, texts: Sequence[str], pairs: Sequence[str] | None = None) -> Encoded:
+        """Token ids, cut to max_length."""
+        return encode(texts, pairs, self.tokenizer, max_length=self.max_length, cache_dir=None)
+
+    def forward(self, batch: Packed) -> np.ndarray:
+        """Logits of one packed batch, float32 [rows, labels]."""
+        with torch.inference_mode(), torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            return self.model.logits(batch.to(self.device)).float().cpu().numpy()
+
+    def logits(self, encoded: Encoded, *, batch_tokens: int = 4096) -> np.ndarray:
+        """Logits of all rows in their order, float32 [rows, labels]; batches are filled by length."""
+        logits = np.empty((len(encoded), len(self.label_names)), dtype=np.float32)
+        for rows in by_length(encoded.lengths, batch_tokens):
+            logits[rows] = self.forward(pack_rows(encoded, rows))
+        return logits
+
+    def predict(self, texts: Sequence[str], pairs: Sequence[str] | None = None) -> list[Prediction]:
+        """Labels and probabilities of texts."""
+        return predictions(self.logits(self.encode(texts, pairs)), self.label_names)
+
+
+def predictions(logits: np.ndarray, label_names: Sequence[str]) -> list[Prediction]:
+    """Labels and probabilities of logits (float [rows, labels])."""
+    probabilities = torch.from_numpy(logits).softmax(-1).numpy()
+    return [Prediction(label_names[int(row.argmax())], [float(p) for p in row]) for row in probabilities]
+
+
+def load_predictor(
+    folder: str | Path, label_names: Sequence[str], *, max_length: int, bf16: bool = False, model: PreTrainedModel | None = None
+) -> Predictor:
+    """The predictor of a saved classifier's folder (weights and tokenizer). `model` overrides how the weights are loaded."""
+    if model is None:
+        model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
+    return Predictor(PackedClassifier(model), load_tokenizer(folder), label_names, max_length=max_length, bf16=bf16)
+
+
+def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
+    """The fast tokenizer of a model folder; ModelError if there is none."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, use_fast=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"no tokenizer could be loaded from {folder}: {error}", where="model.model_name_or_path") from error
+    if not tokenizer.is_fast:
+        raise ModelError(
+            f"{folder} has only a slow tokenizer ({type(tokenizer).__name__})",
+            where="model.model_name_or_path",
+            fix="save a fast one beside it: AutoTokenizer.from_pretrained(folder, use_fast=True).save_pretrained(folder)",
+        )
+    return tokenizer
+
+

@@ -1,0 +1,178 @@
+"""Packed encoders: an unmodified Hugging Face classifier that reads rows laid end to end, each row seeing only itself."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, PreTrainedModel
+
+from danlu.data.pack import Packed
+
+log = logging.getLogger(__name__)
+
+ATTENTION = "danlu_packed"
+
+
+def packed_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    cu_seqlens: torch.Tensor,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention within each row only. query, key, value: [1, heads, tokens, head_dim]; returns [1, tokens, heads, head_dim].
+
+    Rows of one length that stand next to each other go through one call, so sorted batches take few calls.
+    """
+    pieces = []
+    for start, stop, rows in _runs(cu_seqlens.tolist()):
+        q, k, v = (_rows(tensor[:, :, start:stop], rows) for tensor in (query, key, value))
+        out = scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scaling)
+        pieces.append(out.transpose(1, 2).reshape(1, stop - start, *out.shape[1::2]))
+    return torch.cat(pieces, dim=1) if len(pieces) > 1 else pieces[0], None
+
+
+def _rows(tensor: torch.Tensor, rows: int) -> torch.Tensor:
+    """[1, heads, rows * length, dim] -> [rows, heads, length, dim], without a copy."""
+    if rows == 1:
+        return tensor
+    _, heads, tokens, dim = tensor.shape
+    return tensor.view(heads, rows, tokens // rows, dim).transpose(0, 1)
+
+
+def _runs(cu: list[int]) -> list[tuple[int, int, int]]:
+    """(start, stop, number of rows) of each run of neighbours of one length."""
+    runs: list[tuple[int, int, int]] = []
+    for start, stop in zip(cu, cu[1:], strict=False):
+        if runs and (runs[-1][1] - runs[-1][0]) == (stop - start) * runs[-1][2]:
+            runs[-1] = (runs[-1][0], stop, runs[-1][2] + 1)
+        else:
+            runs.append((start, stop, 1))
+    return runs
+
+
+AttentionInterface.register(ATTENTION, packed_attention)
+
+
+class PackedClassifier(nn.Module):
+    """A Hugging Face `...ForSequenceClassification` whose forward takes packed rows and gives logits.
+
+    Encoders (BERT, RoBERTa, ELECTRA, DistilBERT ...) read the rows end to end: attention splits on the offsets, and a hook behind
+    the last layer hands the model's own pooler and head each row's first token. Whether that gives the model's own answers is tried out
+    once; any model for which it does not is fed padded batches instead.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+        self.pad_token_id = int(model.config.pad_token_id or 0)
+        # RoBERTa and its kin count positions from pad_token_id + 1 (and find them from the ids, if not given).
+        self.first_position = 0
+        self.packed = False
+        layers = _layer_stack(model)
+        if layers is not None:
+            self.first_position = _first_position(model)
+            hook = layers.register_forward_hook(_first_tokens, with_kwargs=True)
+            self.packed = _answers_are_the_same(self)
+            if not self.packed:
+                hook.remove()
+        if not self.packed:
+            log.info("%s is fed padded batches: its packed answers are not its own", type(model).__name__)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        cu_seqlens: torch.Tensor,
+        token_type_ids: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Logits [rows, labels] of packed rows (see `danlu.data.pack.Packed`)."""
+        return (self._forward_packed if self.packed else self._forward_padded)(input_ids, position_ids, cu_seqlens, token_type_ids)
+
+    def logits(self, batch: Packed) -> torch.Tensor:
+        """Logits [rows, labels] of a batch; not for training, where the wrapped module has to be called."""
+        logits: torch.Tensor = self(*inputs(batch))
+        return logits
+
+    def _forward_packed(
+        self, input_ids: torch.Tensor, position_ids: torch.Tensor, cu_seqlens: torch.Tensor, token_type_ids: torch.Tensor | None
+    ) -> torch.Tensor:
+        types = {} if token_type_ids is None else {"token_type_ids": token_type_ids[None]}
+        positions = position_ids[None] + self.first_position
+        output = self.model(input_ids=input_ids[None], position_ids=positions, cu_seqlens=cu_seqlens, **types)
+        logits: torch.Tensor = output.logits
+        return logits
+
+    def _forward_padded(
+        self, input_ids: torch.Tensor, position_ids: torch.Tensor, cu_seqlens: torch.Tensor, token_type_ids: torch.Tensor | None
+    ) -> torch.Tensor:
+        lengths = cu_seqlens.diff().tolist()
+
+        def padded(tensor: torch.Tensor, value: int) -> torch.Tensor:
+            return nn.utils.rnn.pad_sequence(list(tensor.split(lengths)), batch_first=True, padding_value=value)
+
+        types = {} if token_type_ids is None else {"token_type_ids": padded(token_type_ids, 0)}
+        mask = padded(torch.ones_like(input_ids), 0)
+        logits: torch.Tensor = self.model(input_ids=padded(input_ids, self.pad_token_id), attention_mask=mask, **types).logits
+        return logits
+
+
+def inputs(batch: Packed) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """A batch as the arguments of PackedClassifier.forward."""
+    return batch.input_ids, batch.position_ids, batch.cu_seqlens, batch.token_type_ids
+
+
+def _layer_stack(model: PreTrainedModel) -> nn.Module | None:
+    backbone = model.base_model
+    stack = getattr(backbone, "encoder", None) or getattr(backbone, "transformer", None)
+    return stack if isinstance(stack, nn.Module) and not getattr(model.config, "is_decoder", False) else None
+
+
+def _first_position(model: PreTrainedModel) -> int:
+    embeddings = getattr(model.base_model, "embeddings", None)
+    table = getattr(embeddings, "position_embeddings", None)
+    return 0 if getattr(table, "padding_idx", None) is None else int(table.padding_idx) + 1
+
+
+def _first_tokens(stack: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+    """Turn the last layer's [1, tokens, hidden] into [rows, 1, hidden], so that 'the first token' is each row's own."""
+    cu_seqlens = kwargs.get("cu_seqlens")
+    if cu_seqlens is None:
+        return output
+    hidden = output[0]
+    output.last_hidden_state = hidden[0].index_select(0, cu_seqlens[:-1].to(hidden.device, torch.int64))[:, None]
+    return output
+
+
+@torch.no_grad()
+def _answers_are_the_same(classifier: PackedClassifier) -> bool:
+    """Three short rows, packed and padded. Different lengths, so that a leak between rows or a wrong position shows."""
+    model, before = classifier.model, classifier.model.config._attn_implementation
+    was_training = model.training
+    model.eval()
+    generator = torch.Generator().manual_seed(0)
+    lengths = [5, 3, 7]
+    ids = torch.randint(3, model.config.vocab_size, (sum(lengths),), generator=generator).to(model.device)
+    positions = torch.cat([torch.arange(n) for n in lengths]).to(model.device)
+    cu_seqlens = torch.tensor([0, 5, 8, 15], dtype=torch.int32)
+    try:
+        padded = classifier._forward_padded(ids, positions, cu_seqlens, None)
+        model.set_attn_implementation(ATTENTION)
+        packed = classifier._forward_packed(ids, positions, cu_seqlens, None)
+        same = bool(torch.allclose(padded.float(), packed.float(), rtol=1e-2 if packed.dtype != torch.float32 else 1e-4, atol=1e-2 if packed.dtype != torch.float32 else 1e-4))
+    except (TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
+        log.info("packing is not possible for %s: %s", type(model).__name__, error)
+        same = False
+    if not same:
+        model.set_attn_implementation(before)
+    model.train(was_training)
+    return same

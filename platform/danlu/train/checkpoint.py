@@ -1,0 +1,232 @@
+"""Checkpoints: saved by all ranks, whole or not there, checked when read, the one before kept."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from hashlib import sha256
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import fsspec
+import torch
+from fsspec.implementations.local import LocalFileSystem
+
+from danlu.errors import CheckpointError, StorageError
+from danlu.train.run import EventRecord, Run
+from danlu.train.strategy import State
+
+log = logging.getLogger(__name__)
+
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands: all it needs besides the strategy's state, since batches and dropout follow from the step."""
+
+    step: int = 0
+    tokens_total: int = 0
+    best_step: int = -1
+    best_value: float = 0.0
+    evals_without_best: int = 0
+
+
+class Checkpoints:
+    """The checkpoints of one run under one storage URI.
+
+    Each is a folder `step-000123`. Every rank writes its files and their digests; when all have, rank 0 writes the manifest that makes
+    it whole. Nothing without a manifest is ever read.
+    """
+
+    def __init__(self, run: Run, uri: str, *, shape: str, keep: int) -> None:
+        self.run, self.shape, self.keep = run, shape, keep
+        self.filesystem, path = fsspec.core.url_to_fs(uri)
+        self.root = PurePosixPath(path)
+        self.is_local = isinstance(self.filesystem, LocalFileSystem)
+
+    def save(self, progress: Progress, write: Callable[[Path], None]) -> None:
+        """Let every rank `write` its part; StorageError on all ranks if one of them could not."""
+        folder = self._folder(progress.step)
+        error: Exception | None = None
+        try:
+            if self.run.rank == 0 and self.filesystem.exists(str(folder)):
+                self.filesystem.rm(str(folder), recursive=True)  # left half-written, or damaged
+            self._barrier()
+            self._write_part(folder, write)
+        except (OSError, RuntimeError) as caught:  # torch.save says RuntimeError when the disk is full
+            error = caught
+        if self.run.all_sum(torch.tensor(float(error is not None))) > 0:
+            if self.run.rank == 0 and self.filesystem.exists(str(folder)):
+                self.filesystem.rm(str(folder), recursive=True)
+            raise self._not_saved(progress.step, error) from error
+        if self.run.rank == 0:
+            self._finish(folder, progress)
+            self._drop_old()
+
+    def restore(self, state: State) -> Progress | None:
+        """Load the newest whole checkpoint, or the one before where that is damaged; None if there is none."""
+        for step in self._agreed_steps():
+            manifest = self._manifest(step)
+            damage = self._damage(step, manifest) if self.run.rank == 0 else None
+            if self.run.all_sum(torch.tensor(float(damage is not None))) > 0:
+                self.run.report(EventRecord(step, "checkpoint damaged", f"{damage}; going back to the one before"))
+                continue
+            self._check_shape(step, manifest)
+            with _LocalCopy(self, step) as folder:
+                state.load(folder)
+            return Progress(**manifest["progress"])
+        return None
+
+    def steps(self) -> list[int]:
+        """Steps of whole checkpoints, newest first."""
+        try:
+            folders = self.filesystem.ls(str(self.root), detail=False)
+        except FileNotFoundError:
+            return []
+        names = [PurePosixPath(folder).name for folder in folders]
+        steps = [int(name.removeprefix("step-")) for name in names if name.startswith("step-")]
+        return sorted((step for step in steps if self.filesystem.exists(str(self._folder(step) / MANIFEST))), reverse=True)
+
+    def _folder(self, step: int) -> PurePosixPath:
+        return self.root / f"step-{step:06d}"
+
+    def _write_part(self, folder: PurePosixPath, write: Callable[[Path], None]) -> None:
+        if self.is_local:
+            parent = Path(folder)
+            parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".rank-{self.run.rank}-", dir=str(folder) if self.is_local else None) as private:
+            write(Path(private))
+            digests: dict[str, dict[str, Any]] = {}
+            for path in sorted(Path(private).rglob("*")):
+                if path.is_file():
+                    name = path.relative_to(private).as_posix()
+                    digests[name] = {"size": path.stat().st_size, "sha256": _digest(path)}
+                    self._move(path, folder / name)
+        with self.filesystem.open(str(folder / f"rank-{self.run.rank}.json"), "w") as file:
+            json.dump(digests, file)
+
+    def _move(self, path: Path, target: PurePosixPath) -> None:
+        if self.is_local:
+            Path(target).parent.mkdir(parents=True, exist_ok=True)
+            os.replace(path, target)
+        else:
+            self.filesystem.put_file(str(path), str(target))
+
+    def _finish(self, folder: PurePosixPath, progress: Progress) -> None:
+        files: dict[str, Any] = {}
+        for rank in range(self.run.world_size):
+            with self.filesystem.open(str(folder / f"rank-{rank}.json")) as file:
+                files.update(json.load(file))
+        manifest = {"format": 1, "shape": self.shape, "world_size": self.run.world_size, "progress": asdict(progress), "files": files}
+        text = json.dumps(manifest, indent=1)
+        if self.is_local:
+            partial = Path(folder) / f".{MANIFEST}"
+            with partial.open("w") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, Path(folder) / MANIFEST)
+        else:
+            self.filesystem.pipe_file(str(folder / MANIFEST), text.encode())
+
+    def _drop_old(self) -> None:
+        for step in self.steps()[self.keep :]:
+            # The manifest first: a folder that is half gone must not look whole.
+            self.filesystem.rm_file(str(self._folder(step) / MANIFEST))
+            self.filesystem.rm(str(self._folder(step)), recursive=True)
+
+    def _agreed_steps(self) -> list[int]:
+        """Rank 0's list, so that all ranks try the same ones even where a listing lags."""
+        steps = self.steps()[:64] if self.run.rank == 0 else []
+        table = torch.zeros(65, dtype=torch.float64)
+        if self.run.rank == 0:
+            table[0] = len(steps)
+            table[1 : len(steps) + 1] = torch.tensor(steps, dtype=torch.float64)
+        table = self.run.all_sum(table)
+        return [int(step) for step in table[1 : int(table[0]) + 1]]
+
+    def _manifest(self, step: int) -> dict[str, Any]:
+        with self.filesystem.open(str(self._folder(step) / MANIFEST)) as file:
+            manifest: dict[str, Any] = json.load(file)
+        return manifest
+
+    def _damage(self, step: int, manifest: dict[str, Any]) -> str | None:
+        for name, expected in manifest["files"].items():
+            path = str(self._folder(step) / name)
+            if not self.filesystem.exists(path):
+                return f"{name} is missing"
+            if self.filesystem.size(path) != expected["size"]:
+                return f"{name} has {self.filesystem.size(path)} bytes instead of {expected['size']}"
+            if self.is_local and _digest(Path(path)) != expected["sha256"]:
+                return f"{name} does not have the contents it was written with"
+        return None
+
+    def _check_shape(self, step: int, manifest: dict[str, Any]) -> None:
+        ours = (self.shape, self.run.world_size)
+        theirs = (manifest["shape"], manifest["world_size"])
+        # Without sharding every rank has everything, so the number of workers may change.
+        if theirs[0] != ours[0] or (theirs[1] != ours[1] and self.shape != "ddp"):
+            raise CheckpointError(
+                f"the checkpoint of step {step} was written by {theirs[0]} on {theirs[1]} workers; this job is {ours[0]} on {ours[1]}",
+                where=str(self._folder(step)),
+                fix=f"train with the same parallel: and workers.num_workers={theirs[1]}, or start anew with --fresh",
+            )
+
+    def _not_saved(self, step: int, error: Exception | None) -> StorageError:
+        kept = self.steps()
+        before = f"the checkpoint of step {kept[0]} is whole and the same command goes on from it" if kept else "there is no earlier one"
+        return StorageError(
+            f"the checkpoint of step {step} could not be saved: {error or 'another worker failed to write its part'}; {before}",
+            where=str(self.root),
+            fix="free some space or set storage: to another place",
+        )
+
+    def _barrier(self) -> None:
+        self.run.all_sum(torch.zeros(1))
+
+
+class _LocalCopy:
+    """A checkpoint as a local folder: itself, or a temporary download."""
+
+    def __init__(self, checkpoints: Checkpoints, step: int) -> None:
+        self.checkpoints, self.folder = checkpoints, checkpoints._folder(step)
+        self.temporary: str | None = None
+
+    def __enter__(self) -> Path:
+        if self.checkpoints.is_local:
+            return Path(self.folder)
+        self.temporary = tempfile.mkdtemp(prefix="danlu-restore-")
+        self.checkpoints.filesystem.get(f"{self.folder}/", f"{self.temporary}/", recursive=True)
+        return Path(self.temporary)
+
+    def __exit__(self, *_: object) -> None:
+        if self.temporary is not None:
+            shutil.rmtree(self.temporary, ignore_errors=True)
+
+
+def _digest(path: Path) -> str:
+    digest = sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def improved(progress: Progress, value: float, *, higher_is_better: bool) -> bool:
+    """True if `value` beats the best so far."""
+    if progress.best_step < 0:
+        return True
+    return value > progress.best_value if higher_is_better else value < progress.best_value
+
+
+def after_eval(progress: Progress, value: float, *, is_best: bool) -> Progress:
+    """Progress with an evaluation counted in."""
+    if is_best:
+        return replace(progress, best_step=progress.step, best_value=value, evals_without_best=0)
+    return replace(progress, evals_without_best=progress.evals_without_best + 1)

@@ -1,0 +1,161 @@
+"""Where a job's workers come from: this process for one worker, Ray Train for several. The only file here that imports ray."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from typing import Any
+
+import ray
+import ray.train
+from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from danlu.errors import CheckpointError, DanluError, DataError, ModelError, ResourceError, SpecError, StorageError
+from danlu.spec.files import dump, parse
+from danlu.spec.train import TrainJob
+from danlu.train.run import Record, record_from_dict, record_to_dict
+
+log = logging.getLogger(__name__)
+
+POLL_S = 0.25
+
+
+def fit(job: TrainJob, run_uri: str, listener: Callable[[Record], None]) -> dict[str, Any]:
+    """Train `job` into `run_uri` on the Ray this process is connected to; the fields of the loop's Outcome.
+
+    `listener` hears every record, in order. A user's mistake found in a worker is raised as the DanluError it is.
+    """
+    _check_resources(job)
+    mailbox = ray.remote(num_cpus=0)(_Mailbox).remote()
+    trainer = TorchTrainer(
+        _worker,
+        train_loop_config={"job": dump(job), "run_uri": run_uri, "mailbox": mailbox},
+        scaling_config=ScalingConfig(
+            num_workers=job.workers.num_workers,
+            use_gpu=job.workers.gpus_per_worker > 0,
+            resources_per_worker={"CPU": job.workers.cpus_per_worker, **({"GPU": 1} if job.workers.gpus_per_worker else {})},
+        ),
+        run_config=RunConfig(
+            name="ray-train",
+            storage_path=run_uri,
+            failure_config=FailureConfig(max_failures=job.max_failures),
+        ),
+        torch_config=TorchConfig(backend="nccl" if job.workers.gpus_per_worker else "gloo"),
+    )
+    with _delivered(mailbox, listener):
+        try:
+            result = trainer.fit()
+        except ray.train.TrainingFailedError as error:
+            raise _users_mistake(error) from error
+    outcome: dict[str, Any] = result.return_value
+    return outcome
+
+
+def start_ray(num_cpus: int | None = None, *, dashboard: bool = True) -> None:
+    """A Ray of our own on this machine, unless this process is connected to one already."""
+    if ray.is_initialized():
+        return
+    # Training is not a background job.
+    os.environ.setdefault("RAY_worker_niceness", "0")
+    os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    ray.init(address="local", num_cpus=num_cpus, include_dashboard=dashboard, log_to_driver=False, logging_level=logging.WARNING)
+
+
+class _Mailbox:
+    """Records on their way from rank 0 to the driver, which may be on another machine."""
+
+    def __init__(self) -> None:
+        self.records: list[dict[str, Any]] = []
+
+    def push(self, record: dict[str, Any]) -> None:
+        self.records.append(record)
+
+    def take(self) -> list[dict[str, Any]]:
+        taken, self.records = self.records, []
+        return taken
+
+
+def _worker(config: dict[str, Any]) -> dict[str, Any] | None:
+    """The train function of every rank."""
+    from ray.train.torch import get_device
+
+    from danlu.metrics.emit import emit_training
+    from danlu.train.run import RayRun
+    from danlu.train.worker import work
+
+    job = parse(TrainJob, config["job"], source="the job's spec")
+    mailbox = config["mailbox"]
+
+    def listener(record: Record) -> None:
+        emit_training(job.name, record_to_dict(record))
+        mailbox.push.remote(record_to_dict(record))
+
+    outcome = work(job, RayRun(get_device(), listener), config["run_uri"])
+    return asdict(outcome)
+
+
+@contextlib.contextmanager
+def _delivered(mailbox: Any, listener: Callable[[Record], None]) -> Iterator[None]:
+    """Records reach `listener` while the block runs, the last ones before it ends."""
+    done = threading.Event()
+
+    def deliver() -> None:
+        for record in ray.get(mailbox.take.remote()):
+            listener(record_from_dict(record))
+
+    def poll() -> None:
+        while not done.wait(POLL_S):
+            deliver()
+
+    thread = threading.Thread(target=poll, name="danlu-records", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join(timeout=5)
+        with contextlib.suppress(ray.exceptions.RayError):  # on Ctrl-C the mailbox may be gone already
+            deliver()
+
+
+def _check_resources(job: TrainJob) -> None:
+    """ResourceError if the cluster can never hold all workers. An autoscaling cluster may still grow, so there it only waits."""
+    workers = job.workers
+    if os.environ.get("RAY_JOB_ALLOW_PENDING") or _autoscales():
+        return
+    total = ray.cluster_resources()
+    for resource, each in (("CPU", workers.cpus_per_worker), ("GPU", workers.gpus_per_worker)):
+        need, have = each * workers.num_workers, int(total.get(resource, 0))
+        if need > have:
+            raise ResourceError(
+                f"{workers.num_workers} workers with {each} {resource} each need {need}; the Ray cluster has {have}",
+                where="workers.num_workers",
+                fix=f"workers.num_workers={max(1, have // each)}" if have >= each else f"a machine with at least {each} {resource}",
+            )
+
+
+def _autoscales() -> bool:
+    return bool(os.environ.get("RAY_CLUSTER_NAME")) and bool(os.environ.get("KUBERNETES_SERVICE_HOST"))
+
+
+def _users_mistake(error: BaseException) -> BaseException:
+    """The DanluError a worker raised, if that is what stopped the job; else the error itself."""
+    kinds = (DanluError, CheckpointError, DataError, ModelError, ResourceError, SpecError, StorageError)
+    for failure in getattr(error, "worker_failures", {}).values():
+        cause: BaseException | None = failure
+        while cause is not None:
+            cause = getattr(cause, "cause", None) or cause.__cause__
+            if isinstance(cause, kinds):
+                return cause
+        if isinstance(failure, kinds):
+            return failure
+    return error
+
+
+__all__ = ["fit", "start_ray"]

@@ -1,0 +1,224 @@
+"""THE training loop. Nothing here says DeepSpeed, Ray, LoRA or Kubernetes: each is one object away."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from danlu.errors import DanluError
+from danlu.spec.parallel import Ddp
+from danlu.spec.train import TrainJob
+from danlu.tasks import classification as task
+from danlu.tasks.classification import Split, Splits
+from danlu.tasks.device import has_native_bf16
+from danlu.data.pack import Batches, by_length, pack_rows
+from danlu.train.checkpoint import Checkpoints, Progress, after_eval, improved
+from danlu.train.model import Trainee, build, export
+from danlu.train.optim import learning_rate_at, param_groups
+from danlu.train.run import EvalRecord, EventRecord, Run, StepRecord
+from danlu.train.strategy import Setup, State, make_strategy
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How training ended. `best_step` names the folder of the best weights."""
+
+    steps: int
+    best_step: int
+    best_value: float
+    stopped_early: bool
+    bf16: bool
+    tokens_total: int
+
+
+def num_steps(job: TrainJob, num_rows: int) -> int:
+    """Optimizer steps of the whole job."""
+    return job.max_steps or max(1, math.ceil(job.num_train_epochs * num_rows / job.global_batch_size))
+
+
+def train(job: TrainJob, data: Splits, folder: Path, tokenizer: PreTrainedTokenizerBase, run: Run, run_uri: str) -> Outcome:
+    """Train to the last step, going on from the last whole checkpoint if there is one. `folder` holds the pretrained model."""
+    steps = num_steps(job, len(data.train.encoded))
+    eval_steps = job.evaluation.eval_steps or max(1, math.ceil(steps / 5))
+    save_steps = job.checkpoint.save_steps or max(1, math.ceil(steps / 5))
+    bf16 = uses_bf16(job, run)
+    trainee = build(job, folder, data.label_names)
+    strategy = make_strategy(job.parallel)
+    model = strategy.prepare(trainee.module, _setup(job, trainee, run, bf16))
+    state = strategy.state()
+    batches = Batches(
+        data.train.encoded,
+        data.train.labels,
+        global_batch_size=job.global_batch_size,
+        micro_batch_size=job.micro_batch_size,
+        rank=run.rank,
+        world_size=run.world_size,
+        seed=job.seed,
+    )
+    learning_rate = learning_rate_at(job.optim, steps)
+    checkpoints = Checkpoints(run, f"{run_uri}/checkpoints", shape=shape(job), keep=job.checkpoint.save_total_limit)
+    best_weights = Checkpoints(run, f"{run_uri}/best", shape="weights", keep=1)
+    progress = checkpoints.restore(state) or Progress()
+    if progress.step:
+        run.report(EventRecord(progress.step, "resumed", f"from the checkpoint of step {progress.step}"))
+    clock = _Clock(steps)
+    stopped_early = _out_of_patience(job, progress)
+
+    while progress.step < steps and not stopped_early:
+        step = progress.step
+        # Dropout follows from the step, so a resumed run draws what the uninterrupted one would have.
+        torch.manual_seed(hash((job.seed, step, run.rank)) & 0x7FFFFFFF)
+        model.train()
+        micro_batches = [batch.to(run.device) for batch in batches.at(step)]
+        num_targets = float(run.all_sum(torch.tensor(float(sum(task.num_targets(batch) for batch in micro_batches)))))
+        loss_sum = torch.zeros((), device=run.device)
+        for i, batch in enumerate(micro_batches):
+            with strategy.micro_step(last=i + 1 == len(micro_batches)):
+                # Each target of the global batch weighs the same, however unevenly they
+                # fall on ranks and micro-batches; ranks average, and we want the sum.
+                loss = task.loss(model, batch, job.task) / num_targets
+                strategy.backward(loss * run.world_size)
+            loss_sum += loss.detach()
+        grad_norm = strategy.step(learning_rate(step))
+        mean_loss = float(run.all_sum(loss_sum))
+        _check_finite(mean_loss, grad_norm, step, checkpoints)
+
+        tokens = batches.num_tokens(step)
+        progress = replace(progress, step=step + 1, tokens_total=progress.tokens_total + tokens)
+        seconds, tokens_per_second, eta_s = clock.tick(progress.step, tokens)
+        run.report(
+            StepRecord(
+                step=progress.step,
+                num_steps=steps,
+                epoch=progress.step * job.global_batch_size / len(data.train.encoded),
+                loss=mean_loss,
+                learning_rate=learning_rate(step),
+                grad_norm=grad_norm,
+                tokens=tokens,
+                tokens_total=progress.tokens_total,
+                tokens_per_second=tokens_per_second,
+                step_seconds=seconds,
+                eta_s=eta_s,
+            )
+        )
+        if progress.step % eval_steps == 0 or progress.step == steps:
+            progress = _evaluate(job, model, data, progress, run, state, trainee, tokenizer, best_weights, bf16)
+            stopped_early = _out_of_patience(job, progress)
+            if stopped_early:
+                run.report(EventRecord(progress.step, "stopped early", f"no new best in {progress.evals_without_best} evaluations"))
+        if progress.step % save_steps == 0 or progress.step == steps or stopped_early:
+            started = time.perf_counter()
+            checkpoints.save(progress, state.save)
+            run.report(EventRecord(progress.step, "checkpoint", f"step {progress.step}", time.perf_counter() - started))
+        clock.pause()
+    return Outcome(progress.step, progress.best_step, progress.best_value, stopped_early, bf16, progress.tokens_total)
+
+
+def uses_bf16(job: TrainJob, run: Run) -> bool:
+    """`auto` is bf16 only where every rank's hardware multiplies it natively."""
+    if job.precision != "auto":
+        return job.precision == "bf16"
+    return float(run.all_sum(torch.tensor(float(has_native_bf16(run.device))))) == run.world_size
+
+
+def shape(job: TrainJob) -> str:
+    """What a checkpoint's files look like; another shape cannot read them."""
+    return "ddp" if isinstance(job.parallel, Ddp) else f"deepspeed-zero{job.parallel.zero_stage}"
+
+
+@torch.no_grad()
+def score_rows(model: nn.Module, split: Split, run: Run, *, batch_tokens: int, num_labels: int, autocast: bool) -> np.ndarray:
+    """Logits of a split, float32 [rows, labels], the rows shared out over the ranks. Collective."""
+    model.eval()
+    groups = by_length(split.encoded.lengths, batch_tokens)
+    logits = torch.zeros(len(split.labels), num_labels)
+    # Under ZeRO-3 a forward is collective: every rank does as many, a short one repeats its last.
+    for turn in range(math.ceil(len(groups) / run.world_size)):
+        mine = turn * run.world_size + run.rank
+        rows = groups[min(mine, len(groups) - 1)]
+        batch = pack_rows(split.encoded, rows).to(run.device)
+        with torch.autocast(run.device.type, torch.bfloat16, enabled=autocast):
+            out = model(batch.input_ids, batch.position_ids, batch.cu_seqlens, batch.token_type_ids)
+        if mine < len(groups):
+            logits[rows] = out.float().cpu()
+    return run.all_sum(logits).numpy()
+
+
+def _evaluate(
+    job: TrainJob,
+    model: nn.Module,
+    data: Splits,
+    progress: Progress,
+    run: Run,
+    state: State,
+    trainee: Trainee,
+    tokenizer: PreTrainedTokenizerBase,
+    best_weights: Checkpoints,
+    bf16: bool,
+) -> Progress:
+    """Score the dev split; keep the weights if they are the best so far."""
+    started = time.perf_counter()
+    autocast = bf16 and isinstance(job.parallel, Ddp)
+    logits = score_rows(
+        model, data.dev, run, batch_tokens=job.evaluation.batch_tokens, num_labels=len(data.label_names), autocast=autocast
+    )
+    metrics = task.scores(logits, data.dev.labels, data.label_names).metrics()
+    name = job.evaluation.metric_for_best_model
+    is_best = improved(progress, metrics[name], higher_is_better=name != "loss")
+    progress = after_eval(progress, metrics[name], is_best=is_best)
+    if is_best:
+        weights = state.weights(trainee.exported)  # collective
+        best_weights.save(progress, lambda folder: export(trainee, weights, tokenizer, folder) if run.rank == 0 else None)
+    run.report(EvalRecord(progress.step, metrics, time.perf_counter() - started, is_best))
+    return progress
+
+
+def _setup(job: TrainJob, trainee: Trainee, run: Run, bf16: bool) -> Setup:
+    groups = param_groups(trainee.module, job.optim, trainee.head)
+    return Setup(job.optim, groups, job.micro_batch_size, bf16, run.device, run.rank, run.world_size)
+
+
+def _out_of_patience(job: TrainJob, progress: Progress) -> bool:
+    patience = job.evaluation.early_stopping_patience
+    return patience is not None and progress.evals_without_best >= patience
+
+
+def _check_finite(loss: float, grad_norm: float, step: int, checkpoints: Checkpoints) -> None:
+    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+        kept = checkpoints.steps()
+        raise DanluError(
+            f"the loss of step {step + 1} is {loss} and its gradient norm {grad_norm}: training has diverged",
+            where="optim.learning_rate",
+            fix="a lower learning rate, a longer warm-up or a max_grad_norm; "
+            + (f"the checkpoint of step {kept[0]} is from before" if kept else "there is no checkpoint yet"),
+        )
+
+
+class _Clock:
+    """Seconds, tokens per second and time left, over the last steps; evaluations and checkpoints do not count as step time."""
+
+    def __init__(self, steps: int) -> None:
+        self.steps, self.window = steps, deque[tuple[float, int]](maxlen=20)
+        self.began = time.perf_counter()
+
+    def tick(self, step: int, tokens: int) -> tuple[float, float, float]:
+        seconds = time.perf_counter() - self.began
+        self.window.append((seconds, tokens))
+        total = sum(seconds for seconds, _ in self.window)
+        rate = sum(tokens for _, tokens in self.window) / total
+        return seconds, rate, (self.steps - step) * total / len(self.window)
+
+    def pause(self) -> None:
+        """Start the next step's time now."""
+        self.began = time.perf_counter()
+
+
+__all__ = ["Outcome", "num_steps", "score_rows", "shape", "train", "uses_bf16"]

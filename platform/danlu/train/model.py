@@ -1,0 +1,62 @@
+"""The model a job trains: built from the pretrained weights, and written back as a folder anybody can load."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedTokenizerBase
+
+from danlu.errors import ModelError
+from danlu.spec.train import TrainJob
+from danlu.tasks import classification
+from danlu.tasks.packed import PackedClassifier
+from danlu.train.peft import apply_tuning
+
+PREFIX = "model."
+"""PackedClassifier holds the Hugging Face model as `.model`."""
+
+
+@dataclass(frozen=True)
+class Trainee:
+    """A model ready to train. `head` names parameters that start from nothing, `exported` what `export` has to be given."""
+
+    module: PackedClassifier
+    head: frozenset[str]
+    exported: frozenset[str]
+
+
+def build(job: TrainJob, folder: Path, label_names: list[str]) -> Trainee:
+    """The pretrained model of `folder` with a head for these labels and `job.tuning` applied; the same on every rank."""
+    torch.manual_seed(job.seed)
+    try:
+        model = classification.build_model(folder, label_names, dropout=job.model.hidden_dropout)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"{folder} could not be loaded: {error}", where="model.model_name_or_path") from error
+    module = PackedClassifier(model)
+    head = {PREFIX + name for name in classification.head_parameters(model)}
+    module.model = apply_tuning(model, job.tuning)
+    if isinstance(module.model, PeftModel):
+        # What PEFT copied for training whole is the head; the adapters take the body's rate.
+        head = {name for name, p in module.named_parameters() if p.requires_grad and ".modules_to_save." in name}
+        exported = {name for name, p in module.named_parameters() if p.requires_grad}
+    else:
+        exported = set(module.state_dict())
+    return Trainee(module, frozenset(head), frozenset(exported))
+
+
+def export(trainee: Trainee, weights: Mapping[str, torch.Tensor], tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write `weights` (named as in the module) as a Hugging Face folder, or as a PEFT adapter's; the tokenizer beside them."""
+    state = {name.removeprefix(PREFIX): tensor for name, tensor in weights.items()}
+    model = trainee.module.model
+    attention = model.config._attn_implementation
+    try:
+        # The folder must load anywhere, and nobody else knows the packed attention.
+        model.config._attn_implementation = None
+        model.save_pretrained(folder, state_dict=state)
+    finally:
+        model.config._attn_implementation = attention
+    tokenizer.save_pretrained(folder)

@@ -1,0 +1,121 @@
+"""Run: what the loop knows of where it runs. One process (LocalRun), or a rank of a process group (RayRun)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """What one optimizer step did, for progress lines, curves and metrics."""
+
+    step: int
+    num_steps: int
+    epoch: float
+    loss: float
+    learning_rate: float
+    grad_norm: float
+    tokens: int
+    """Tokens of the global batch, padding not counted."""
+    tokens_total: int
+    tokens_per_second: float
+    step_seconds: float
+    eta_s: float
+    kind: str = "step"
+
+
+@dataclass(frozen=True)
+class EvalRecord:
+    """Scores of the dev split after `step` steps."""
+
+    step: int
+    metrics: dict[str, float]
+    seconds: float
+    is_best: bool
+    kind: str = "eval"
+
+
+@dataclass(frozen=True)
+class EventRecord:
+    """Something worth a line: a checkpoint, a restart, an early stop."""
+
+    step: int
+    event: str
+    detail: str = ""
+    seconds: float = 0.0
+    kind: str = "event"
+
+
+Record = StepRecord | EvalRecord | EventRecord
+
+
+def record_to_dict(record: Record) -> dict[str, Any]:
+    """JSON-able form of a record."""
+    return asdict(record)
+
+
+def record_from_dict(values: dict[str, Any]) -> Record:
+    """The record that `record_to_dict` was given."""
+    kinds: dict[str, type[Record]] = {"step": StepRecord, "eval": EvalRecord, "event": EventRecord}
+    return kinds[values["kind"]](**values)
+
+
+class Run(Protocol):
+    """A place in a process group, and a way to say what happens."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    def all_sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum over all ranks."""
+        ...
+
+    def report(self, record: Record) -> None:
+        """Tell the driver; only rank 0 is heard."""
+        ...
+
+
+@dataclass
+class LocalRun:
+    """One process, no process group; keeps its records."""
+
+    device: torch.device = field(default_factory=lambda: torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    listener: Callable[[Record], None] | None = None
+    rank: int = 0
+    world_size: int = 1
+    records: list[Record] = field(default_factory=list)
+
+    def all_sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor
+
+    def report(self, record: Record) -> None:
+        self.records.append(record)
+        if self.listener is not None:
+            self.listener(record)
+
+
+@dataclass
+class RayRun:
+    """A rank of an initialised torch process group; `listener` is heard on rank 0 only."""
+
+    device: torch.device
+    listener: Callable[[Record], None]
+    rank: int = field(default_factory=lambda: dist.get_rank())
+    world_size: int = field(default_factory=lambda: dist.get_world_size())
+
+    def all_sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        total = tensor.clone()
+        if self.device.type == "cuda" and not tensor.is_cuda:
+            total = total.to(self.device)
+        dist.all_reduce(total)
+        return total.to(tensor.device)
+
+    def report(self, record: Record) -> None:
+        if self.rank == 0:
+            self.listener(record)

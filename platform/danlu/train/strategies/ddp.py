@@ -1,0 +1,79 @@
+"""DDP: every worker holds the whole model, gradients are averaged in the last pass. Also the strategy of one process."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from danlu.train.optim import adamw, set_learning_rate
+from danlu.train.strategy import Setup, State
+
+FILE = "ddp.pt"
+
+
+class DdpStrategy:
+    """bf16 is autocast over float32 weights."""
+
+    def prepare(self, model: nn.Module, setup: Setup) -> nn.Module:
+        self.setup = setup
+        self.module = model.to(setup.device)
+        self.trained = [parameter for group in setup.param_groups for parameter in group["params"]]
+        self.optimizer = adamw(setup.param_groups, setup.optim)
+        self.model: nn.Module = self.module
+        if setup.world_size > 1:
+            # No buffer of an encoder changes while it trains, so there is nothing to broadcast before each forward.
+            self.model = DistributedDataParallel(self.module, forward_sync_buffers=False, gradient_as_bucket_view=True)
+        return self.model
+
+    @contextmanager
+    def micro_step(self, last: bool) -> Iterator[None]:
+        quiet = self.model.no_sync() if isinstance(self.model, DistributedDataParallel) and not last else nullcontext()
+        with quiet, torch.autocast(self.setup.device.type, torch.bfloat16, enabled=self.setup.bf16):
+            yield
+
+    def backward(self, loss: torch.Tensor) -> None:
+        loss.backward()
+
+    def step(self, learning_rate: float) -> float:
+        limit = self.setup.optim.max_grad_norm
+        grad_norm = nn.utils.clip_grad_norm_(self.trained, float("inf") if limit is None else limit)
+        set_learning_rate(self.optimizer.param_groups, learning_rate)
+        self.optimizer.step()
+        # Kept, not freed: with gradient_as_bucket_view they are the buckets that DDP communicates.
+        self.optimizer.zero_grad(set_to_none=self.setup.world_size == 1)
+        return float(grad_norm)
+
+    def state(self) -> State:
+        return DdpState(self)
+
+
+class DdpState:
+    """The whole state in one file, written by rank 0."""
+
+    def __init__(self, strategy: DdpStrategy) -> None:
+        self.strategy = strategy
+
+    def save(self, folder: Path) -> None:
+        if self.strategy.setup.rank == 0:
+            trained = {id(parameter) for parameter in self.strategy.trained}
+            weights = {name: p.detach() for name, p in self.strategy.module.named_parameters() if id(p) in trained}
+            torch.save({"weights": weights, "optimizer": self.strategy.optimizer.state_dict()}, folder / FILE)
+
+    def load(self, folder: Path) -> None:
+        state = torch.load(folder / FILE, map_location=self.strategy.setup.device, weights_only=True)
+        parameters = dict(self.strategy.module.named_parameters())
+        with torch.no_grad():
+            for name, weight in state["weights"].items():
+                parameters[name].copy_(weight)
+        self.strategy.optimizer.load_state_dict(state["optimizer"])
+
+    def weights(self, names: Collection[str]) -> dict[str, torch.Tensor]:
+        if self.strategy.setup.rank != 0:
+            return {}
+        state = self.strategy.module.state_dict()
+        return {name: state[name].detach().float().cpu().clone() for name in names}

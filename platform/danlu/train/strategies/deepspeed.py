@@ -1,0 +1,142 @@
+"""DeepSpeed ZeRO 1, 2 and 3: optimizer state, gradients and parameters sharded over the workers."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from danlu.spec.parallel import DeepSpeed
+from danlu.train.optim import adamw, set_learning_rate
+from danlu.train.strategy import Setup, State
+
+TAG = "deepspeed"
+
+
+def deepspeed_config(spec: DeepSpeed, setup: Setup) -> dict[str, Any]:
+    """The DeepSpeed configuration. Accumulation stays 1 there: the loop says which pass is the last."""
+    return {
+        "train_micro_batch_size_per_gpu": setup.micro_batch_size,
+        "train_batch_size": setup.micro_batch_size * setup.world_size,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": setup.optim.max_grad_norm or 0.0,
+        "bf16": {"enabled": setup.bf16},
+        "zero_optimization": {
+            "stage": spec.zero_stage,
+            # Overlap needs a second stream, which a CPU does not have.
+            "overlap_comm": setup.device.type == "cuda",
+            "contiguous_gradients": True,
+        },
+        # The loop gives it exactly the step's own numbers; DeepSpeed's own prints would break the progress line.
+        "steps_per_print": 1_000_000_000,
+        "wall_clock_breakdown": False,
+    }
+
+
+class DeepSpeedStrategy:
+    """bf16 holds bf16 weights with float32 masters in the optimizer."""
+
+    def __init__(self, spec: DeepSpeed) -> None:
+        self.spec = spec
+
+    def prepare(self, model: nn.Module, setup: Setup) -> nn.Module:
+        deepspeed = _import_deepspeed(setup.device)
+        _join_process_group(deepspeed, setup)
+        self.setup = setup
+        self.engine, self.optimizer, _, _ = deepspeed.initialize(
+            model=model,
+            optimizer=adamw(setup.param_groups, setup.optim),
+            config=deepspeed_config(self.spec, setup),
+            dist_init_required=False,
+        )
+        self.last = True
+        prepared: nn.Module = self.engine
+        return prepared
+
+    @contextmanager
+    def micro_step(self, last: bool) -> Iterator[None]:
+        self.last = last
+        self.engine.set_gradient_accumulation_boundary(last)
+        yield
+        if not last:
+            self.engine.step()  # counts the pass; changes no weight
+
+    def backward(self, loss: torch.Tensor) -> None:
+        self.engine.backward(loss)
+
+    def step(self, learning_rate: float) -> float:
+        set_learning_rate(self.optimizer.param_groups, learning_rate)
+        self.engine.step()
+        return float(self.engine.get_global_grad_norm() or 0.0)
+
+    def state(self) -> State:
+        return DeepSpeedState(self)
+
+
+class DeepSpeedState:
+    """Every rank writes its shard; whole weights are gathered from the float32 masters."""
+
+    def __init__(self, strategy: DeepSpeedStrategy) -> None:
+        self.engine, self.setup = strategy.engine, strategy.setup
+
+    def save(self, folder: Path) -> None:
+        (folder / TAG).mkdir(parents=True, exist_ok=True)
+        self.engine.save_checkpoint(str(folder), tag=TAG, save_latest=False, exclude_frozen_parameters=True)
+
+    def load(self, folder: Path) -> None:
+        # Frozen weights are not in the checkpoint: they are the pretrained ones, which the model was built with.
+        self.engine.load_checkpoint(str(folder), tag=TAG, load_module_strict=False, load_lr_scheduler_states=False)
+
+    def weights(self, names: Collection[str]) -> dict[str, torch.Tensor]:
+        from deepspeed.utils import safe_get_full_fp32_param
+        from deepspeed.runtime.zero.partition_parameters import GatheredParameters
+
+        whole: dict[str, torch.Tensor] = {}
+        for name, parameter in self.engine.module.named_parameters():
+            if name not in names:
+                continue
+            if parameter.requires_grad:
+                self._keep(whole, name, safe_get_full_fp32_param(parameter))
+            else:
+                with GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
+                    self._keep(whole, name, parameter)
+        for name, buffer in self.engine.module.named_buffers():
+            if name in names:
+                self._keep(whole, name, buffer)
+        return whole
+
+    def _keep(self, whole: dict[str, torch.Tensor], name: str, tensor: torch.Tensor) -> None:
+        if self.setup.rank == 0:
+            whole[name] = tensor.detach().float().cpu().clone()
+
+
+def _import_deepspeed(device: torch.device) -> Any:
+    if device.type == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    import deepspeed
+
+    deepspeed.utils.logger.setLevel(logging.WARNING)
+    return deepspeed
+
+
+def _join_process_group(deepspeed: Any, setup: Setup) -> None:
+    """DeepSpeed needs a process group even for one process, and its own handle on it."""
+    backend = "nccl" if setup.device.type == "cuda" else "gloo"
+    if not dist.is_initialized():
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        dist.init_process_group(backend, init_method=f"tcp://127.0.0.1:{port}", rank=setup.rank, world_size=setup.world_size)
+    # DeepSpeed reads these, whatever started the process group.
+    for name, value in {"RANK": setup.rank, "WORLD_SIZE": setup.world_size, "LOCAL_RANK": setup.device.index or 0}.items():
+        os.environ.setdefault(name, str(value))
+    deepspeed.init_distributed(backend, auto_mpi_discovery=False)

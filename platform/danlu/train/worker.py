@@ -1,0 +1,23 @@
+"""What one training process does with a job, wherever it runs: rows, model folder, loop."""
+
+from __future__ import annotations
+
+import torch
+
+from danlu.artifact.pretrained import model_folder
+from danlu.spec.train import TrainJob
+from danlu.tasks import classification
+from danlu.tasks.classification import Splits, load_tokenizer
+from danlu.train.loop import Outcome, train
+from danlu.train.run import Run
+
+
+def work(job: TrainJob, run: Run, run_uri: str, splits: Splits | None = None) -> Outcome:
+    """Train as `run`'s rank. `splits` saves reading the rows again where this process has them."""
+    if run.device.type == "cpu":
+        torch.set_num_threads(job.workers.cpus_per_worker)
+    folder = model_folder(job.model)
+    tokenizer = load_tokenizer(folder)
+    if splits is None:
+        splits = classification.splits(job.data, job.task, tokenizer, max_length=job.model.max_length, seed=job.seed)
+    return train(job, splits, folder, tokenizer, run, run_uri)

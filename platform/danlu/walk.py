@@ -1,0 +1,166 @@
+"""The commands' bodies: the SDK's steps, said aloud on a terminal."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from danlu import sdk
+from danlu.errors import SpecError
+from danlu.spec.files import load
+from danlu.spec.serve import Service
+from danlu.spec.train import TrainJob
+from danlu.terminal import TrainingView, console, heading, show
+
+
+def plan(spec: Path, overrides: Sequence[str], *, as_json: bool) -> None:
+    """Print the plan and the data report."""
+    prepared = sdk.prepare(load(TrainJob, spec, overrides))
+    if as_json:
+        show(json.dumps({"plan": prepared.plan.to_dict(), "data": prepared.splits.report.to_dict()}, ensure_ascii=False, indent=1))
+    else:
+        _show_plan(prepared)
+
+
+def train(spec: Path, overrides: Sequence[str], *, fresh: bool) -> sdk.Trained:
+    """Plan, train, score, report."""
+    prepared = sdk.prepare(load(TrainJob, spec, overrides))
+    _show_plan(prepared)
+    trained = _train(prepared, fresh=fresh)
+    show(f"\n  report {sdk.report(prepared, trained)}")
+    return trained
+
+
+def evaluate(spec: Path, overrides: Sequence[str], *, bundle: str | None, data: list[str] | None) -> None:
+    """Print the scores of a bundle."""
+    from danlu.evaluate.score import scores_text
+
+    job = load(TrainJob, spec, overrides)
+    evaluation, _ = sdk.evaluate(bundle or f"{job.name}@{sdk.LATEST}", storage=job.storage, data=data)
+    show(scores_text(evaluation.scores))
+
+
+def quantize(spec: Path, overrides: Sequence[str], *, bundle: str | None) -> None:
+    """Print the delta of the quantized version."""
+    _show_quantized(sdk.quantize(load(TrainJob, spec, overrides), bundle))
+
+
+def serve(spec: Path, overrides: Sequence[str], *, bundle: str | None) -> None:
+    """Serve until Ctrl-C."""
+    service = _service(spec, overrides, bundle)
+    heading(f"Starting {service.name}")
+    with sdk.serving(service) as endpoint:
+        _show_endpoint(endpoint)
+        show("  Ctrl-C stops it")
+        _wait()
+
+
+def predict(spec: Path, overrides: Sequence[str], texts: Sequence[str], *, bundle: str | None) -> None:
+    """Print one JSON object a text."""
+    job = load(TrainJob, spec, overrides)
+    lines = list(texts) or [line.rstrip("\n") for line in sys.stdin]
+    for text, found in zip(lines, sdk.predict(bundle or f"{job.name}@{sdk.PRODUCTION}", lines, storage=job.storage), strict=True):
+        probability = round(max(found.probabilities), 4)
+        show(json.dumps({"label": found.label, "probability": probability, "text": text}, ensure_ascii=False))
+
+
+def run(spec: Path, overrides: Sequence[str], *, fresh: bool, keep: bool | None) -> None:
+    """The whole walk, each hand-over checked."""
+    began = time.perf_counter()
+    job = load(TrainJob, spec, overrides)
+    prepared = sdk.prepare(job)
+    _show_plan(prepared)
+    trained = _train(prepared, fresh=fresh)
+    quantized = None
+    reference = trained.reference
+    if job.compress is not None:
+        heading("Compressing")
+        quantized = sdk.quantize(job, trained.bundle, run=trained.run)
+        _show_quantized(quantized)
+        reference = quantized.reference or reference
+    heading(f"Serving {reference}")
+    with sdk.serving(job.service(reference)) as endpoint:
+        split = prepared.splits.test or prepared.splits.dev
+        _show_answers(endpoint.url, job.name, [text for text in split.texts.texts[:200:67]])
+        served = sdk.check_served(endpoint.url, sdk.open_bundle(reference, job.storage), split)
+        show(f"  checked: {served}")
+        report = sdk.report(prepared, trained, quantized, served)
+        heading("Where to look")
+        _show_endpoint(endpoint)
+        show(f"  report        {report}")
+        show(f"\n  the whole walk took {time.perf_counter() - began:.0f} s")
+        if keep if keep is not None else sys.stdin.isatty() and console.is_terminal:
+            show("  still serving; Ctrl-C stops it")
+            _wait()
+
+
+def schema(kind: str) -> None:
+    """Print a spec's JSON Schema."""
+    from danlu.spec.schema import schema as schema_of
+
+    kinds = {"train": TrainJob, "serve": Service}
+    if kind not in kinds:
+        raise SpecError(f"there is no schema named {kind!r}", where="danlu schema", fix=" or ".join(kinds))
+    show(json.dumps(schema_of(kinds[kind]), indent=2, ensure_ascii=False))
+
+
+def _train(prepared: sdk.Prepared, *, fresh: bool) -> sdk.Trained:
+    from danlu.evaluate.score import scores_text
+
+    job = prepared.job
+    heading(f"Training on {job.workers.num_workers} worker{'s' if job.workers.num_workers > 1 else ''}")
+    with TrainingView().live() as view:
+        trained = sdk.train(job, fresh=fresh, listener=view, prepared=prepared)
+    for split, evaluation in trained.evaluations.items():
+        if split == "test" or "test" not in trained.evaluations:
+            heading(f"Scores on the {split} split")
+            show(scores_text(evaluation.scores))
+    show(f"\n  stored as {trained.reference} in {job.storage}")
+    return trained
+
+
+def _service(spec: Path, overrides: Sequence[str], bundle: str | None) -> Service:
+    import yaml
+
+    document = yaml.safe_load(spec.read_text(encoding="utf-8")) if spec.is_file() else None
+    if isinstance(document, dict) and document.get("kind") == "train":
+        job = load(TrainJob, spec, overrides)
+        return job.service(bundle or f"{job.name}@{sdk.PRODUCTION}")
+    service = load(Service, spec, overrides)
+    return service.model_copy(update={"bundle": bundle}) if bundle else service
+
+
+def _show_plan(prepared: sdk.Prepared) -> None:
+    heading("Plan")
+    show(prepared.plan.text(prepared.job))
+    heading("Data")
+    show(prepared.splits.report.text())
+
+
+def _show_quantized(quantized: sdk.Quantized) -> None:
+    show(quantized.delta.text())
+    show(f"\n  {quantized.verdict}")
+    if quantized.reference:
+        show(f"  stored as {quantized.reference}, now @{sdk.PRODUCTION}")
+
+
+def _show_endpoint(endpoint: sdk.Endpoint) -> None:
+    for name, value in endpoint.where_to_look().items():
+        show(f"  {name:<13} {value}")
+
+
+def _show_answers(url: str, model: str, texts: Sequence[str]) -> None:
+    import httpx
+
+    response = httpx.post(f"{url}/v1/classify", json={"model": model, "input": list(texts)}, timeout=60)
+    response.raise_for_status()
+    for text, found in zip(texts, response.json()["data"], strict=True):
+        show(f"  {found['label']:<10} {max(found['probs']):.3f}  {' '.join(text.split())[:90]}")
+
+
+def _wait() -> None:
+    while True:
+        time.sleep(3600)

@@ -1,0 +1,102 @@
+"""Tiny real objects shared by the tests: a model of a few thousand weights, a tokenizer, rows that can be learned, a local Ray."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+
+TOPICS = {
+    "grain": ["wheat", "corn", "harvest", "tonnes", "maize"],
+    "ship": ["vessel", "port", "cargo", "strike", "tanker"],
+    "trade": ["tariff", "export", "deficit", "import", "quota"],
+}
+FILLER = ["the", "a", "of", "and", "said", "new", "year", "market", "price", "on", "in", "rose", "fell", "group", "report"]
+
+
+def make_rows(number: int, seed: int) -> list[dict[str, str]]:
+    """`number` rows of 3 to 20 words; two of them tell the label."""
+    draw = random.Random(seed)
+    rows = []
+    for i in range(number):
+        label = list(TOPICS)[i % len(TOPICS)]
+        words = draw.choices(FILLER, k=draw.randint(1, 18)) + draw.choices(TOPICS[label], k=2)
+        draw.shuffle(words)
+        rows.append({"text": " ".join(words), "label": label})
+    return rows
+
+
+def write_tiny_model(folder: Path, *, hidden_size: int = 32, layers: int = 2) -> Path:
+    """A BERT with random weights and a WordPiece tokenizer of the rows' words, as a Hugging Face folder."""
+    import torch
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *FILLER, *(word for topic in TOPICS.values() for word in topic)]
+    words += list("abcdefghijklmnopqrstuvwxyz") + [f"##{letter}" for letter in "abcdefghijklmnopqrstuvwxyz"]
+    tokenizer = Tokenizer(models.WordPiece({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        mask_token="[MASK]",
+        model_max_length=64,
+    )
+    fast.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(words),
+        hidden_size=hidden_size,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        intermediate_size=2 * hidden_size,
+        max_position_embeddings=64,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        initializer_range=0.1,
+    )
+    BertModel(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_model(tmp_path_factory.mktemp("tiny-bert"))
+
+
+@pytest.fixture(scope="session")
+def topic_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """train.csv (180 rows) and test.csv (60 rows)."""
+    import pandas
+
+    folder = tmp_path_factory.mktemp("topics")
+    for name, number, seed in (("train", 180, 1), ("test", 60, 2)):
+        pandas.DataFrame(make_rows(number, seed)).to_csv(folder / f"{name}.csv", index=False)
+    return {name: str(folder / f"{name}.csv") for name in ("train", "test")}
+
+
+@pytest.fixture(scope="session")
+def ray_local() -> Iterator[object]:
+    """One Ray of our own for the whole session."""
+    import ray
+
+    os.environ.setdefault("RAY_worker_niceness", "0")
+    os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+    context = ray.init(address="local", num_cpus=4, include_dashboard=True, dashboard_port=0, log_to_driver=False)
+    yield context
+    ray.shutdown()

@@ -1,0 +1,95 @@
+"""The house rules of the layout: who may import what, and what must not exist."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+HEAVY = {"torch", "transformers", "peft", "deepspeed", "bitsandbytes", "ray", "sklearn", "pandas", "pyarrow", "datasets", "numpy", "kubernetes"}
+
+MAY_IMPORT = {
+    "danlu.errors": set(),
+    "danlu.spec.train": set(),
+    "danlu.spec.serve": set(),
+    "danlu.spec.files": set(),
+    "danlu.spec.schema": set(),
+    "danlu.metrics.catalog": set(),
+    "danlu.artifact.bundle": set(),
+    "danlu.artifact.store": set(),
+    "danlu.artifact.runs": set(),
+    "danlu.artifact.pretrained": set(),
+    "danlu.serve.openai": set(),
+    "danlu.serve.engine": set(),
+    "danlu.plan": set(),
+    "danlu.generate": set(),
+    "danlu.cli": set(),
+    "danlu.sdk": set(),
+    "danlu.train.loop": HEAVY - {"ray", "deepspeed", "bitsandbytes", "kubernetes"},
+    "danlu.train.strategies.deepspeed": HEAVY - {"ray", "bitsandbytes", "kubernetes"},
+    "danlu.tasks.classification": HEAVY - {"ray", "deepspeed", "bitsandbytes", "kubernetes"},
+    "danlu.compress.load": HEAVY - {"ray", "deepspeed", "kubernetes"},
+    "danlu.serve.engines.encoder": HEAVY - {"ray", "deepspeed", "bitsandbytes", "kubernetes"},
+}
+
+
+def test_platform_is_a_source_root_and_not_a_package() -> None:
+    assert not (ROOT / "platform" / "__init__.py").exists(), "it would shadow the standard library's platform module"
+
+
+@pytest.mark.parametrize("module", MAY_IMPORT)
+def test_a_module_imports_no_heavier_library_than_its_row_allows(module: str) -> None:
+    code = f"import {module}, sys; print(*(name for name in {sorted(HEAVY)!r} if name in sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert set(done.stdout.split()) <= MAY_IMPORT[module]
+
+
+def test_layers_point_downwards() -> None:
+    done = subprocess.run([str(Path(sys.executable).parent / "lint-imports"), "--no-cache"], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_ruff_and_its_ban_on_heavy_imports() -> None:
+    for command in (["check", "."], ["format", "--check", "."]):
+        done = subprocess.run([sys.executable, "-m", "ruff", *command], capture_output=True, text=True, cwd=ROOT)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_types() -> None:
+    done = subprocess.run([sys.executable, "-m", "mypy"], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_generated_files_are_fresh() -> None:
+    done = subprocess.run([sys.executable, "-m", "danlu.generate", "--check"], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_no_file_is_longer_than_a_reader_holds() -> None:
+    long = [
+        (path.name, lines)
+        for path in (ROOT / "platform").rglob("*.py")
+        if (lines := len(path.read_text(encoding="utf-8").splitlines())) > 400
+    ]
+    assert not long
+
+
+def test_help_comes_at_once() -> None:
+    """0.4 s on an idle core: processor time is what is asked, since the machine may be busy. Best of three."""
+    danlu = Path(sys.executable).parent / "danlu"
+    subprocess.run([danlu, "--help"], check=True, capture_output=True)
+
+    def seconds() -> float:
+        before, began = os.times(), time.perf_counter()
+        subprocess.run([danlu, "--help"], check=True, capture_output=True)
+        after = os.times()
+        used = after.children_user + after.children_system - before.children_user - before.children_system
+        return min(time.perf_counter() - began, used)
+
+    assert min(seconds() for _ in range(3)) < 0.4

@@ -1,0 +1,70 @@
+"""Runs training cases on a process group of gloo ranks and writes the losses and gradient norms as JSON.
+
+python ranks.py WORLD MODEL TRAIN_CSV OUT CASE.json   (CASE.json: {name: {overrides of the TrainJob}})
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from danlu.spec.train import TrainJob
+from danlu.tasks import classification
+from danlu.train.loop import train
+from danlu.train.run import LocalRun, RayRun, StepRecord
+
+
+def job_of(model: str, train_file: str, overrides: dict[str, Any]) -> TrainJob:
+    """A small deterministic float32 job; `overrides` replace its fields."""
+    fields: dict[str, Any] = {
+        "name": "parity",
+        "model": {"model_name_or_path": model, "max_length": 32},
+        "data": {"train": train_file, "cache_dir": str(Path(train_file).parent / "cache")},
+        "optim": {"learning_rate": 2e-3, "head_learning_rate_multiplier": 3.0, "max_grad_norm": 0.5, "schedule": {"kind": "cosine"}},
+        "precision": "fp32",
+        "global_batch_size": 16,
+        "micro_batch_size": 4,
+        "max_steps": 4,
+        "storage": "unused",
+    }
+    return TrainJob.model_validate(fields | overrides)
+
+
+def curve(job: TrainJob, run: LocalRun | RayRun, records: list[Any], run_uri: str) -> list[tuple[float, float]]:
+    """(loss, gradient norm) of each step."""
+    folder = Path(job.model.model_name_or_path)
+    tokenizer = classification.load_tokenizer(folder)
+    data = classification.splits(job.data, job.task, tokenizer, max_length=job.model.max_length, seed=job.seed)
+    train(job, data, folder, tokenizer, run, run_uri)
+    return [(record.loss, record.grad_norm) for record in records if isinstance(record, StepRecord)]
+
+
+def _rank(rank: int, world: int, port: int, model: str, train_file: str, out: str, cases: str) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    dist.init_process_group("gloo", rank=rank, world_size=world)
+    curves = {}
+    for name, overrides in json.loads(Path(cases).read_text()).items():
+        records: list[Any] = []
+        run_uri = overrides.pop("run_uri", None) or f"{out}.{name}"
+        job = job_of(model, train_file, overrides)
+        curves[name] = curve(job, RayRun(torch.device("cpu"), records.append), records, run_uri)
+    if rank == 0:
+        Path(out).write_text(json.dumps(curves))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    world, arguments = int(sys.argv[1]), sys.argv[2:]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        free_port = probe.getsockname()[1]
+    mp.spawn(_rank, (world, free_port, *arguments), nprocs=world)

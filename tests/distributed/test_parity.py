@@ -1,0 +1,110 @@
+"""Every strategy, any number of workers and any accumulation give the losses and gradient norms of a plain PyTorch loop."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForSequenceClassification
+
+from danlu.tasks import classification
+
+sys.path.insert(0, str(Path(__file__).parent))
+from ranks import curve, job_of
+
+STRATEGIES: dict[str, dict[str, Any]] = {
+    "ddp": {"kind": "ddp"},
+    "zero1": {"kind": "deepspeed", "zero_stage": 1},
+    "zero2": {"kind": "deepspeed", "zero_stage": 2},
+    "zero3": {"kind": "deepspeed", "zero_stage": 3},
+}
+PLACES = 5
+
+
+def plain_curve(model_folder: Path, train_file: str) -> list[tuple[float, float]]:
+    """The same job written by hand: padded batches, one process, no accumulation, nothing of Danlu but the rows and their order."""
+    job = job_of(str(model_folder), train_file, {})
+    tokenizer = classification.load_tokenizer(model_folder)
+    data = classification.splits(job.data, job.task, tokenizer, max_length=32, seed=job.seed)
+    torch.manual_seed(job.seed)
+    config = AutoConfig.from_pretrained(model_folder, num_labels=3)
+    model = AutoModelForSequenceClassification.from_pretrained(model_folder, config=config)
+    head = ["classifier.weight", "classifier.bias", "bert.pooler.dense.weight", "bert.pooler.dense.bias"]
+    groups = [
+        {"params": [p], "lr": 0.0, "scale": 3.0 if name in head else 1.0, "weight_decay": 0.01 if p.ndim > 1 else 0.0}
+        for name, p in model.named_parameters()
+    ]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8)
+    order = torch.from_numpy(__import__("numpy").random.default_rng((job.seed, 0)).permutation(len(data.train.labels)))
+    found = []
+    for step in range(4):
+        rows = order[step * 16 : (step + 1) * 16].tolist()
+        batch = tokenizer([data.train.texts.texts[i] for i in rows], padding=True, truncation=True, max_length=32, return_tensors="pt")
+        labels = torch.tensor([int(data.train.labels[i]) for i in rows])
+        loss = model(**batch, labels=labels).loss
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        warm = math.ceil(0.1 * 4)
+        rate = 2e-3 * (step / warm if step < warm else 0.5 * (1 + math.cos(math.pi * (step - warm) / (4 - warm))))
+        for group in optimizer.param_groups:
+            group["lr"] = rate * group["scale"]
+        optimizer.step()
+        found.append((float(loss.detach()), float(norm)))
+    return found
+
+
+@pytest.fixture(scope="module")
+def plain(tiny_model: Path, topic_files: dict[str, str]) -> list[tuple[float, float]]:
+    return plain_curve(tiny_model, topic_files["train"])
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tiny_model: Path, topic_files: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[tuple[float, float]]]:
+    """Curves of every strategy and accumulation on two gloo ranks, in one pair of processes."""
+    folder = tmp_path_factory.mktemp("two-ranks")
+    cases = {
+        f"{name}-{accumulation}": {"parallel": parallel, "workers": {"num_workers": 2}, "micro_batch_size": 8 // accumulation}
+        for name, parallel in STRATEGIES.items()
+        for accumulation in (1, 2)
+    }
+    (folder / "cases.json").write_text(json.dumps(cases))
+    command = [sys.executable, str(Path(__file__).parent / "ranks.py"), "2", str(tiny_model), topic_files["train"]]
+    done = subprocess.run([*command, str(folder / "out.json"), str(folder / "cases.json")], capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads((folder / "out.json").read_text())
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_one_worker_equals_the_plain_loop(
+    strategy: str, accumulation: int, plain: list[tuple[float, float]], tiny_model: Path, topic_files: dict[str, str], tmp_path: Path
+) -> None:
+    from danlu.train.run import LocalRun
+
+    overrides = {"parallel": STRATEGIES[strategy], "micro_batch_size": 16 // accumulation}
+    run = LocalRun(torch.device("cpu"))
+    found = curve(job_of(str(tiny_model), topic_files["train"], overrides), run, run.records, str(tmp_path))
+    _assert_equal(found, plain)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_two_workers_equal_the_plain_loop(
+    strategy: str, accumulation: int, plain: list[tuple[float, float]], two_ranks: dict[str, list[tuple[float, float]]]
+) -> None:
+    _assert_equal(two_ranks[f"{strategy}-{accumulation}"], plain)
+
+
+def _assert_equal(found: list[Any], plain: list[tuple[float, float]]) -> None:
+    assert len(found) == len(plain) == 4
+    for (loss, norm), (plain_loss, plain_norm) in zip(found, plain, strict=True):
+        assert round(abs(loss - plain_loss), PLACES) == 0, (found, plain)
+        assert round(abs(norm - plain_norm), PLACES) == 0, (found, plain)
+    assert plain[-1][0] < plain[0][0]
