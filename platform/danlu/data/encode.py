@@ -1,1 +1,172 @@
-class Encoded: pass
+"""Texts to token ids: in parallel, cached by content."""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from zipfile import BadZipFile
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
+
+FORMAT = 1
+CHUNK = 4096
+CHARACTERS_PER_TOKEN = 64
+"""No tokenizer makes so few tokens of ordinary text; the cut is checked, and a row whose cut text falls short is tokenised whole."""
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Token ids of rows, end to end. input_ids: int32 [tokens]; offsets: int64 [rows + 1]; truncated: bool [rows];
+    token_type_ids: int8 [tokens], or None where the texts are not pairs."""
+
+    input_ids: np.ndarray
+    offsets: np.ndarray
+    truncated: np.ndarray
+    token_type_ids: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each row, int64 [rows]."""
+        return np.diff(self.offsets)
+
+    def row(self, index: int) -> np.ndarray:
+        """Token ids of a row."""
+        return self.input_ids[self.offsets[index] : self.offsets[index + 1]]
+
+    def token_types(self, index: int) -> np.ndarray:
+        """Segment ids of a row: 0 for the text, 1 for its pair."""
+        assert self.token_type_ids is not None
+        return self.token_type_ids[self.offsets[index] : self.offsets[index + 1]]
+
+    def take(self, rows: Sequence[int] | np.ndarray) -> Encoded:
+        """The named rows, in that order."""
+        indices = [int(row) for row in rows]
+        offsets = np.concatenate([[0], np.cumsum(self.lengths[indices])]).astype(np.int64)
+        ids = np.concatenate([self.row(i) for i in indices]) if indices else self.input_ids[:0]
+        types = None if self.token_type_ids is None else np.concatenate([self.token_types(i) for i in indices] or [self.token_type_ids[:0]])
+        return Encoded(ids, offsets, self.truncated[indices], types)
+
+
+def encode(
+    texts: Sequence[str],
+    pairs: Sequence[str] | None,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int,
+    cache_dir: str | Path | None,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> Encoded:
+    """Tokenise with special tokens, each row cut to `max_length`; read from `cache_dir` if the same was done before."""
+    path = None if cache_dir is None else Path(cache_dir) / "tokens" / f"{_digest(texts, pairs, tokenizer, max_length)}.npz"
+    if path is not None and (found := _read(path)) is not None and len(found) == len(texts):
+        return found
+    encoded = _encode(texts, pairs, tokenizer, max_length, on_progress)
+    if path is not None:
+        _write(path, encoded)
+    return encoded
+
+
+def _encode(
+    texts: Sequence[str],
+    pairs: Sequence[str] | None,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    on_progress: Callable[[int, int], None] | None,
+) -> Encoded:
+    ids: list[np.ndarray] = []
+    types: list[np.ndarray] = []
+    truncated: list[bool] = []
+    for start in range(0, len(texts), CHUNK):
+        some = list(texts[start : start + CHUNK])
+        others = None if pairs is None else list(pairs[start : start + CHUNK])
+        for i, (row_ids, row_types, was_cut) in enumerate(_tokenise(tokenizer, *_cut(some, others, max_length), max_length)):
+            if len(row_ids) < max_length and not was_cut and _was_long(some, others, i, max_length):
+                # The cut text made fewer tokens than fit (say, a megabyte of spaces): only the whole one tells.
+                row_ids, row_types, was_cut = _tokenise(tokenizer, [some[i]], None if others is None else [others[i]], max_length)[0]
+            ids.append(row_ids)
+            types.append(row_types)
+            truncated.append(was_cut or (_was_long(some, others, i, max_length) and len(row_ids) >= max_length))
+        if on_progress is not None:
+            on_progress(min(start + CHUNK, len(texts)), len(texts))
+    offsets = np.concatenate([[0], np.cumsum([len(row) for row in ids])]).astype(np.int64)
+    flat = np.concatenate(ids) if ids else np.empty(0, dtype=np.int32)
+    kinds = None if pairs is None else np.concatenate(types) if types else np.empty(0, dtype=np.int8)
+    return Encoded(flat, offsets, np.asarray(truncated, dtype=bool), kinds)
+
+
+def _tokenise(
+    tokenizer: PreTrainedTokenizerBase, texts: list[str], pairs: list[str] | None, max_length: int
+) -> list[tuple[np.ndarray, np.ndarray, bool]]:
+    """(ids, segment ids, cut?) of each text, by the Rust tokenizer, which uses all cores it is allowed."""
+    batch = tokenizer(texts, pairs, truncation=True, max_length=max_length)
+    return [
+        (np.asarray(one.ids, dtype=np.int32), np.asarray(one.type_ids, dtype=np.int8), bool(one.overflowing)) for one in batch.encodings or ()
+    ]
+
+
+def _cut(texts: list[str], pairs: list[str] | None, max_length: int) -> tuple[list[str], list[str] | None]:
+    """A 3 MB line must not be tokenised whole for its first 64 tokens."""
+    limit = max_length * CHARACTERS_PER_TOKEN
+    return [text[:limit] for text in texts], None if pairs is None else [pair[:limit] for pair in pairs]
+
+
+def _was_long(texts: list[str], pairs: list[str] | None, index: int, max_length: int) -> bool:
+    limit = max_length * CHARACTERS_PER_TOKEN
+    return len(texts[index]) > limit or (pairs is not None and len(pairs[index]) > limit)
+
+
+def _digest(texts: Sequence[str], pairs: Sequence[str] | None, tokenizer: PreTrainedTokenizerBase, max_length: int) -> str:
+    digest = sha256(f"{FORMAT} {max_length} {len(texts)} {pairs is not None}".encode())
+    # Taken apart by lengths, so that no two lists of texts share a digest.
+    for column in (texts, pairs or ()):
+        for text in column:
+            raw = text.encode("utf-8", "surrogatepass")
+            digest.update(len(raw).to_bytes(8, "little"))
+            digest.update(raw)
+    backend = tokenizer.backend_tokenizer
+    digest.update(backend.to_str().encode())
+    return digest.hexdigest()
+
+
+def _read(path: Path) -> Encoded | None:
+    if not path.exists():
+        return None
+    try:
+        with np.load(path) as arrays:
+            types = arrays["token_type_ids"] if "token_type_ids" in arrays else None
+            found = Encoded(arrays["input_ids"], arrays["offsets"], arrays["truncated"], types)
+        if found.offsets[-1] != len(found.input_ids) or len(found.truncated) != len(found):
+            raise ValueError("its arrays do not fit together")
+        return found
+    except (OSError, ValueError, KeyError, EOFError, BadZipFile, IndexError) as error:
+        log.warning("the cached tokens in %s are damaged (%s): tokenising again", path, error)
+        return None
+
+
+def _write(path: Path, encoded: Encoded) -> None:
+    arrays = {"input_ids": encoded.input_ids, "offsets": encoded.offsets, "truncated": encoded.truncated}
+    if encoded.token_type_ids is not None:
+        arrays["token_type_ids"] = encoded.token_type_ids
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".partial", delete=False) as file:
+            temporary = file.name
+            np.savez(file, **arrays)  # type: ignore[arg-type]
+        os.replace(temporary, path)
+    except OSError as error:
+        # A cache only saves time: a full or read-only disk must not stop the job.
+        log.warning("the tokens could not be cached in %s: %s", path.parent, error)
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)

@@ -61,9 +61,7 @@ def splits(
         if source is not None:
             rows[name] = read_rows(source, format=data.format, max_rows=data.max_rows, where=f"data.{name}")
     texts = {name: labelled(table, data.columns, where=f"data.{name}") for name, table in rows.items()}
-    label_names = check_labels(
-        texts["train"].labels or [], {name: split.labels or [] for name, split in texts.items() if name != "train"}, task.labels
-    )
+    label_names = check_labels(texts["train"].labels or [], {name: split for name, split in texts.items() if name != "train"}, task.labels)
     index = {name: i for i, name in enumerate(label_names)}
     labels = {name: np.asarray([index[label] for label in split.labels or []], dtype=np.int64) for name, split in texts.items()}
     encoded = {
@@ -75,6 +73,17 @@ def splits(
         train_rows, dev_rows = stratified_split(labels["train"], data.dev_size, seed)
         whole["dev"], whole["train"] = _take(whole["train"], dev_rows), _take(whole["train"], train_rows)
     return Splits(whole["train"], whole["dev"], whole.get("test"), label_names, report)
+
+
+def labelled_split(
+    source: str | Sequence[str], data: Data, tokenizer: PreTrainedTokenizerBase, label_names: Sequence[str], *, max_length: int
+) -> Split:
+    """Labelled rows of other files than the job's, for scoring a model that knows `label_names`."""
+    texts = labelled(read_rows(source, format=data.format, max_rows=data.max_rows, where="--data"), data.columns, where="--data")
+    check_labels(list(label_names), {"test": texts}, label_names)
+    index = {name: i for i, name in enumerate(label_names)}
+    labels = np.asarray([index[label] for label in texts.labels or []], dtype=np.int64)
+    return Split(encode(texts.texts, texts.pairs, tokenizer, max_length=max_length, cache_dir=data.cache_dir), labels, texts)
 
 
 def _take(split: Split, rows: np.ndarray) -> Split:

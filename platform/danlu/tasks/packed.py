@@ -155,20 +155,23 @@ def _first_tokens(stack: nn.Module, args: Any, kwargs: dict[str, Any], output: A
 
 @torch.no_grad()
 def _answers_are_the_same(classifier: PackedClassifier) -> bool:
-    """Three short rows, packed and padded. Different lengths, so that a leak between rows or a wrong position shows."""
+    """Packed beside padded: rows of different lengths, so that a leak between them or a wrong position shows, and more tokens in all
+    than a short position table has."""
     model, before = classifier.model, classifier.model.config._attn_implementation
     was_training = model.training
     model.eval()
     generator = torch.Generator().manual_seed(0)
-    lengths = [5, 3, 7]
+    table = int(getattr(model.config, "max_position_embeddings", 0) or 0) - classifier.first_position
+    lengths = [5, 3, 7] + [min(64, table)] * (table // 64 + 1 if 0 < table <= 1024 else 0)
     ids = torch.randint(3, model.config.vocab_size, (sum(lengths),), generator=generator).to(model.device)
     positions = torch.cat([torch.arange(n) for n in lengths]).to(model.device)
-    cu_seqlens = torch.tensor([0, 5, 8, 15], dtype=torch.int32)
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
     try:
         padded = classifier._forward_padded(ids, positions, cu_seqlens, None)
         model.set_attn_implementation(ATTENTION)
         packed = classifier._forward_packed(ids, positions, cu_seqlens, None)
-        same = bool(torch.allclose(padded.float(), packed.float(), rtol=1e-2 if packed.dtype != torch.float32 else 1e-4, atol=1e-2 if packed.dtype != torch.float32 else 1e-4))
+        tolerance = 1e-4 if packed.dtype == torch.float32 else 1e-2
+        same = torch.allclose(padded.float(), packed.float(), rtol=tolerance, atol=tolerance)
     except (TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
         log.info("packing is not possible for %s: %s", type(model).__name__, error)
         same = False

@@ -1,0 +1,124 @@
+"""Which column holds the text and which the label; rows without one are dropped and counted."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from danlu.data.formats import Rows
+from danlu.errors import DataError
+from danlu.spec.data import Columns
+
+USUAL = {
+    "text": ("text", "sentence", "sentence1", "text_a", "premise", "content", "document", "review", "comment", "body", "query", "question", "title"),
+    "text_pair": ("text_pair", "sentence2", "text_b", "hypothesis", "pair", "answer_text"),
+    "label": ("label", "labels", "class", "category", "target", "intent", "sentiment", "topic", "y"),
+}
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Texts and labels of the rows that have both. `row_numbers` are 1-based in the source; `chosen` is role -> column."""
+
+    texts: list[str]
+    pairs: list[str] | None
+    labels: list[str] | None
+    row_numbers: list[int]
+    chosen: Mapping[str, str]
+    dropped_empty: int = 0
+    dropped_unlabelled: int = 0
+
+    def take(self, rows: Sequence[int] | np.ndarray) -> Labelled:
+        """The named rows, in that order; what was dropped stays counted with the whole."""
+        indices = [int(row) for row in rows]
+        return Labelled(
+            [self.texts[i] for i in indices],
+            None if self.pairs is None else [self.pairs[i] for i in indices],
+            None if self.labels is None else [self.labels[i] for i in indices],
+            [self.row_numbers[i] for i in indices],
+            self.chosen,
+        )
+
+
+def labelled(rows: Rows, columns: Columns, *, where: str, need_label: bool = True) -> Labelled:
+    """Find the columns, turn labels into strings, drop rows without text or label. DataError if too little is left."""
+    chosen = _choose(rows, columns, where, need_label)
+    texts = [_text(value) for value in rows.columns[chosen["text"]]]
+    pairs = [_text(value) for value in rows.columns[chosen["text_pair"]]] if "text_pair" in chosen else None
+    labels = [_label(value) for value in rows.columns[chosen["label"]]] if "label" in chosen else None
+    empty = [not text.strip() or (pairs is not None and not pairs[i].strip()) for i, text in enumerate(texts)]
+    unlabelled = [labels is not None and not labels[i] and not empty[i] for i in range(len(texts))]
+    kept = [i for i in range(len(texts)) if not empty[i] and not unlabelled[i]]
+    if len(kept) <= len(texts) / 2:
+        raise DataError(
+            f"{sum(empty)} of {len(texts)} rows have no text and {sum(unlabelled)} no label: too few are left",
+            where=where,
+            fix=f"check that {chosen} are the right columns; data.columns.text and data.columns.label set them",
+        )
+    return Labelled(
+        [texts[i] for i in kept],
+        None if pairs is None else [pairs[i] for i in kept],
+        None if labels is None else [labels[i] for i in kept],
+        [i + 1 for i in kept],
+        chosen,
+        sum(empty),
+        sum(unlabelled),
+    )
+
+
+def _choose(rows: Rows, columns: Columns, where: str, need_label: bool) -> dict[str, str]:
+    named = {role: name for role in USUAL if (name := getattr(columns, role)) is not None}
+    for role, name in named.items():
+        if name not in rows.columns:
+            near = difflib.get_close_matches(name, list(rows.columns), n=1)
+            raise DataError(
+                f"{where} has no column {name!r}; it has {', '.join(map(repr, rows.columns))}",
+                where=f"data.columns.{role}",
+                fix=f"did you mean {near[0]!r}?" if near else "one of those",
+            )
+    chosen = dict(named)
+    free = [name for name in rows.columns if name not in chosen.values()]
+    if "label" not in chosen and rows.label_column is not None:
+        chosen["label"] = rows.label_column
+        free = [name for name in free if name != rows.label_column]
+    for role, usual in USUAL.items():
+        if role not in chosen and (found := _usual(free, usual)) is not None:
+            chosen[role] = found
+            free.remove(found)
+    if "text" not in chosen and len(free) == 1:
+        chosen["text"] = free.pop()
+    if "label" not in chosen and need_label and len(free) == 1 and len(rows.columns) == 2:
+        chosen["label"] = free.pop()
+    for role in ("text", "label") if need_label else ("text",):
+        if role not in chosen:
+            raise DataError(
+                f"{where}: which of the columns {', '.join(map(repr, rows.columns))} is the {role}?",
+                where=f"data.columns.{role}",
+                fix=f"data.columns: {{{role}: NAME}}",
+            )
+    return {role: chosen[role] for role in USUAL if role in chosen and (need_label or role != "label" or role in named)}
+
+
+def _usual(names: Sequence[str], usual: Sequence[str]) -> str | None:
+    lowered = {name.lower(): name for name in names}
+    return next((lowered[name] for name in usual if name in lowered), None)
+
+
+def _is_missing(value: object) -> bool:
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+def _text(value: object) -> str:
+    return "" if _is_missing(value) else str(value)
+
+
+def _label(value: object) -> str:
+    if _is_missing(value):
+        return ""
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))  # 3.0 where a missing value made a column of integers floating
+    return str(value).strip()

@@ -1,0 +1,312 @@
+"""Files, globs, storage URIs and hub ids as rows. What cannot be read is said with the file and the line."""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import importlib.util
+import io
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import fsspec
+
+from danlu.errors import DataError
+
+EXTENSIONS = {
+    ".csv": "csv", ".tsv": "tsv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".parquet": "parquet", ".tab": "tab",
+}  # fmt: skip
+HUB_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?(:[\w.-]+)?(@[\w.\[\]:%-]+)?$")
+ORANGE_TYPES = {"d", "discrete", "c", "continuous", "s", "string", "t", "time"}
+ORANGE_FLAGS = {"class", "meta", "ignore", "i", "m", "c", "weight", ""}
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A table. `label_column` is the one a format itself marks as the class (Orange does), if any."""
+
+    columns: Mapping[str, Sequence[object]]
+    sources: tuple[str, ...]
+    format: str
+    label_column: str | None = None
+
+    def __len__(self) -> int:
+        return len(next(iter(self.columns.values()), ()))
+
+
+def read_rows(source: str | Sequence[str], *, format: str = "auto", max_rows: int | None = None, where: str = "data.train") -> Rows:
+    """All rows of a source or of several with the same columns. Raises DataError, naming `where`, the file and the line."""
+    sources = [source] if isinstance(source, str) else list(source)
+    tables = [table for one in sources for table in _tables(one, format, max_rows, where)]
+    first = tables[0]
+    for table in tables[1:]:
+        if set(table.columns) != set(first.columns):
+            raise DataError(
+                f"{first.sources[0]} has the columns {', '.join(first.columns)}, but {table.sources[0]} has {', '.join(table.columns)}",
+                where=where,
+                fix="files that are read together need the same columns",
+            )
+    columns = {name: [value for table in tables for value in table.columns[name]][:max_rows] for name in first.columns}
+    formats = dict.fromkeys(table.format for table in tables)
+    names = tuple(name for table in tables for name in table.sources)
+    return Rows(columns, names, "+".join(formats), first.label_column)
+
+
+def _tables(source: str, format: str, max_rows: int | None, where: str) -> Iterator[Rows]:
+    if format == "hub" or (format == "auto" and _is_hub_id(source)):
+        yield _hub(source, max_rows, where)
+        return
+    for path in _paths(source, where):
+        yield _file(path, format, max_rows, where)
+
+
+def _is_hub_id(source: str) -> bool:
+    if "://" in source or Path(source).expanduser().exists() or Path(source).suffix.lower() in {*EXTENSIONS, ".gz", ".txt"}:
+        return False
+    return bool(HUB_ID.match(source)) and source.count("/") == 1 and not source.startswith(".")
+
+
+def _paths(source: str, where: str) -> list[str]:
+    """The files a path, glob or URI stands for."""
+    if source.startswith("pkg://"):
+        package, _, inside = source.removeprefix("pkg://").partition("/")
+        spec = importlib.util.find_spec(package) if package.isidentifier() else None
+        if spec is None or not spec.submodule_search_locations:
+            raise DataError(f"the Python package {package!r} is not installed", where=where, fix=f"pip install {package}")
+        source = str(Path(spec.submodule_search_locations[0]) / inside)
+    if "://" not in source:
+        source = str(Path(source).expanduser())
+    try:
+        filesystem, path = fsspec.core.url_to_fs(source)
+        prefix = source.partition("://")[0] + "://" if "://" in source else ""
+        if any(mark in source for mark in "*?[") and not filesystem.exists(path):
+            found = sorted(file for file in filesystem.glob(path) if filesystem.isfile(file))
+            if not found:
+                raise DataError(f"no file matches {source!r}", where=where, fix="check the pattern and the working directory")
+            return [prefix + file.removeprefix(prefix) if prefix else file for file in found]
+        if filesystem.isdir(path):
+            raise DataError(f"{source} is a folder", where=where, fix=f"name its files: {source.rstrip('/')}/*.jsonl")
+        if not filesystem.exists(path):
+            raise _missing(source, where)
+    except (ImportError, ValueError) as error:
+        raise DataError(f"{source}: {error}", where=where, fix="pip install 'danlu[s3]' or 'danlu[gcs]' for object stores") from error
+    return [source]
+
+
+def _missing(source: str, where: str) -> DataError:
+    near: list[str] = []
+    if "://" not in source and Path(source).parent.is_dir():
+        names = [path.name for path in Path(source).parent.iterdir()]
+        near = [str(Path(source).parent / name) for name in difflib.get_close_matches(Path(source).name, names, n=3)]
+    fix = f"did you mean {' or '.join(near)}?" if near else "check the path; it is looked up from the directory the command runs in"
+    return DataError(f"the file {source} does not exist", where=where, fix=fix)
+
+
+def _file(path: str, format: str, max_rows: int | None, where: str) -> Rows:
+    try:
+        with fsspec.open(path, "rb", compression="infer") as file:
+            raw: bytes = file.read()
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error}", where=where) from error
+    if not raw.strip():
+        raise DataError(f"{path} is empty", where=where, fix="a file with at least a header and some rows")
+    suffix = Path(path.removesuffix(".gz")).suffix.lower()
+    kind = format if format != "auto" else "parquet" if raw[:4] == b"PAR1" else EXTENSIONS.get(suffix) or _sniffed(raw, path, where)
+    if kind == "parquet":
+        table, label = _parquet(raw, path, where), None
+    else:
+        text = _decoded(raw, path, where)
+        match kind:
+            case "csv" | "tsv":
+                table, label = _delimited(text, "," if kind == "csv" else "\t", path, where), None
+            case "tab":
+                table, label = _orange(text, path, where)
+            case "jsonl":
+                table, label = _jsonl(text, path, where), None
+            case "json":
+                table, label = _json(text, path, where), None
+            case _:
+                raise DataError(f"unknown format {kind!r}", where="data.format", fix="auto, csv, tsv, jsonl, json, parquet, tab or hub")
+    columns = {name: values[:max_rows] for name, values in table.items()}
+    if not columns or not len(next(iter(columns.values()))):
+        raise DataError(f"{path} has a header but no rows", where=where, fix="a file with at least one row")
+    return Rows(columns, (path,), kind, label)
+
+
+def _sniffed(raw: bytes, path: str, where: str) -> str:
+    start = raw.lstrip()[:1]
+    first_line = raw.split(b"\n", 1)[0]
+    if start == b"[":
+        return "json"
+    if start == b"{":
+        try:
+            json.loads(first_line)
+            return "jsonl"
+        except ValueError:
+            return "json"
+    if b"\t" in first_line:
+        return "tsv"
+    if b"," in first_line:
+        return "csv"
+    raise DataError(
+        f"{path}: the format cannot be told from its name or its first line", where=where, fix="data.format: csv, tsv, jsonl, json, parquet or tab"
+    )
+
+
+def _decoded(raw: bytes, path: str, where: str) -> str:
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        try:
+            raw.decode("gb18030")
+            guess = "GB18030"
+        except UnicodeDecodeError:
+            guess = "LATIN1"
+        raise DataError(
+            f"{path}, line {line}: byte {raw[error.start]:#04x} at offset {error.start} is not UTF-8",
+            where=where,
+            fix=f"convert it, for instance from {guess}: iconv -f {guess} -t UTF-8 {path} > {path}.utf8",
+        ) from error
+
+
+def _delimited(text: str, delimiter: str, path: str, where: str) -> dict[str, list[Any]]:
+    header, rows = _cells(text, delimiter)
+    _check_header(header, path, where)
+    columns: dict[str, list[Any]] = {name: [] for name in header}
+    for line, row in rows:
+        if len(row) != len(header):
+            raise _ragged(path, line, len(row), len(header), where)
+        for name, value in zip(header, row, strict=True):
+            columns[name].append(value)
+    return columns
+
+
+def _cells(text: str, delimiter: str, *, quoted: bool = True) -> tuple[list[str], Iterator[tuple[int, list[str]]]]:
+    # One text may be megabytes long; the limit is the csv module's own, for the whole process.
+    csv.field_size_limit(1 << 30)
+    # Tab-separated text is not quoted: an inch mark in it opens nothing.
+    quoting = csv.QUOTE_MINIMAL if quoted and delimiter == "," else csv.QUOTE_NONE
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, quoting=quoting)
+    header = [name.strip() for name in next(reader, [])]
+    return header, ((reader.line_num, row) for row in reader if row)
+
+
+def _check_header(header: Sequence[str], path: str, where: str) -> None:
+    twice = sorted({name for name in header if header.count(name) > 1})
+    if twice:
+        raise DataError(f"{path}: the column {twice[0]!r} stands twice in the header", where=where, fix="give each column its own name")
+
+
+def _ragged(path: str, line: int, cells: int, expected: int, where: str) -> DataError:
+    return DataError(
+        f"{path}, line {line}: {cells} cells, but the header has {expected}",
+        where=where,
+        fix="quote texts that hold the separator or a line break, or use jsonl",
+    )
+
+
+def _orange(text: str, path: str, where: str) -> tuple[dict[str, list[Any]], str | None]:
+    """Orange's tab files: names, types, flags (https://orange3.readthedocs.io/projects/orange-data-mining-library/en/latest/reference/data.io.html);
+    or one header row whose names carry flags before a #."""
+    header, rows = _cells(text, "\t")
+    body = list(rows)
+    label = None
+    if any("#" in name for name in header):
+        marks = [name.split("#", 1) if "#" in name else ("", name) for name in header]
+        header = [name for _, name in marks]
+        label = next((name for flags, name in marks if "c" in flags), None)
+    elif len(body) >= 2 and _fits(body[0][1], ORANGE_TYPES, len(header)):
+        flags = [*body[1][1], *[""] * len(header)] if _fits(body[1][1], ORANGE_FLAGS, len(header)) else [""] * len(header)
+        label = next((name for name, flag in zip(header, flags, strict=False) if flag.strip() in ("class", "c")), None)
+        body = body[2:]
+    _check_header(header, path, where)
+    columns: dict[str, list[Any]] = {name: [] for name in header}
+    for line, row in body:
+        if len(row) != len(header):
+            raise _ragged(path, line, len(row), len(header), where)
+        for name, value in zip(header, row, strict=True):
+            columns[name].append(value)
+    return columns, label
+
+
+def _fits(cells: Sequence[str], allowed: set[str], number: int) -> bool:
+    return len(cells) <= number and all(cell.strip().split(" ")[0].lower() in allowed or "=" in cell for cell in cells)
+
+
+def _jsonl(text: str, path: str, where: str) -> dict[str, list[Any]]:
+    records = []
+    # Only \n ends a line of JSON: str.splitlines would also break at U+2028, which JSON allows inside a string.
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise DataError(f"{path}, line {number}: not JSON ({error}): {line[:80]!r}", where=where) from error
+        if not isinstance(record, dict):
+            raise DataError(f"{path}, line {number}: an object is needed, not {type(record).__name__}", where=where, fix='{"text": "...", "label": "..."}')
+        records.append(record)
+    return _by_column(records)
+
+
+def _json(text: str, path: str, where: str) -> dict[str, list[Any]]:
+    try:
+        document = json.loads(text)
+    except ValueError as error:
+        raise DataError(f"{path}: not JSON: {error}", where=where, fix="one object a line is jsonl: data.format=jsonl") from error
+    if isinstance(document, dict) and isinstance(document.get("data"), list):
+        document = document["data"]
+    if isinstance(document, list) and all(isinstance(record, dict) for record in document):
+        return _by_column(document)
+    if isinstance(document, dict) and all(isinstance(column, list) for column in document.values()):
+        lengths = {name: len(column) for name, column in document.items()}
+        if len(set(lengths.values())) > 1:
+            raise DataError(f"{path}: its columns have different lengths: {lengths}", where=where)
+        return document
+    raise DataError(f"{path}: rows are needed", where=where, fix='a list of objects, {"data": [objects]}, or {"column": [values]}')
+
+
+def _by_column(records: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    names = dict.fromkeys(name for record in records for name in record)
+    return {name: [record.get(name) for record in records] for name in names}
+
+
+def _parquet(raw: bytes, path: str, where: str) -> dict[str, list[Any]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        columns: dict[str, list[Any]] = pyarrow.parquet.read_table(io.BytesIO(raw)).to_pydict()
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"{path} is not a whole parquet file: {error}", where=where) from error
+    return columns
+
+
+def _hub(source: str, max_rows: int | None, where: str) -> Rows:
+    """`org/name[:config][@split]` through the datasets library."""
+    try:
+        import datasets
+    except ImportError as error:
+        raise DataError(f"{source!r} is no file, and reading it from a hub needs the datasets library", where=where, fix="pip install 'danlu[hub]'") from error
+    rest, _, split = source.partition("@")
+    name, _, config = rest.partition(":")
+    try:
+        table = datasets.load_dataset(name, config or None, split=split or "train")
+    except Exception as error:  # noqa: BLE001  # the library raises anything, from ValueError to its network client's own
+        raise DataError(
+            f"{source!r} is no file here, and the hub did not give it: {type(error).__name__}: {str(error)[:200]}",
+            where=where,
+            fix="check the spelling and the network (HF_ENDPOINT sets a mirror), or name a local file",
+        ) from error
+    table = table if max_rows is None else table.select(range(min(max_rows, len(table))))
+    columns = {}
+    for column, feature in table.features.items():
+        values = table[column]
+        names = getattr(feature, "names", None)
+        columns[column] = [names[value] if value is not None and value >= 0 else None for value in values] if names else list(values)
+    return Rows(columns, (source,), "hub")

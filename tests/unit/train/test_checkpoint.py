@@ -1,0 +1,123 @@
+"""A checkpoint is whole or not there; damage is found; nothing that was saved is lost."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+
+import pytest
+import torch
+
+from danlu.errors import CheckpointError, StorageError
+from danlu.train.checkpoint import MANIFEST, Checkpoints, Progress
+from danlu.train.run import EventRecord, LocalRun
+
+
+class Numbers:
+    """A state of one tensor."""
+
+    def __init__(self, value: float = 0.0) -> None:
+        self.value = value
+
+    def save(self, folder: Path) -> None:
+        torch.save(torch.full((1000,), self.value), folder / "numbers.pt")
+
+    def load(self, folder: Path) -> None:
+        self.value = float(torch.load(folder / "numbers.pt")[0])
+
+    def weights(self, names: object) -> dict[str, torch.Tensor]:
+        return {}
+
+
+@pytest.fixture(params=["folder", "memory"])
+def uri(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """A local folder, and an object store that cannot rename."""
+    return str(tmp_path / "checkpoints") if request.param == "folder" else f"memory://{tmp_path.name}/checkpoints"
+
+
+def checkpoints(uri: str, run: LocalRun | None = None, shape: str = "ddp") -> Checkpoints:
+    return Checkpoints(run or LocalRun(torch.device("cpu")), uri, shape=shape, keep=2)
+
+
+def test_the_newest_one_is_restored_and_old_ones_are_dropped(uri: str) -> None:
+    ours = checkpoints(uri)
+    for step in (10, 20, 30):
+        ours.save(Progress(step=step, best_step=10, best_value=0.5), Numbers(float(step)).save)
+    assert ours.steps() == [30, 20]
+    state = Numbers()
+    assert checkpoints(uri).restore(state) == Progress(step=30, best_step=10, best_value=0.5)
+    assert state.value == 30.0
+
+
+def test_without_any_there_is_nothing_to_restore(uri: str) -> None:
+    assert checkpoints(uri).restore(Numbers()) is None
+
+
+def test_one_without_a_manifest_is_never_read(uri: str) -> None:
+    ours = checkpoints(uri)
+    ours.save(Progress(step=10), Numbers(10.0).save)
+    ours.save(Progress(step=20), Numbers(20.0).save)
+    ours.filesystem.rm_file(str(ours._folder(20) / MANIFEST))
+    state = Numbers()
+    restored = checkpoints(uri).restore(state)
+    assert restored is not None
+    assert (restored.step, state.value) == (10, 10.0)
+
+
+@pytest.mark.parametrize("damage", ["cut", "changed", "missing"])
+def test_a_damaged_one_falls_back_to_the_one_before_and_says_so(damage: str, tmp_path: Path) -> None:
+    ours = checkpoints(str(tmp_path))
+    ours.save(Progress(step=10), Numbers(10.0).save)
+    ours.save(Progress(step=20), Numbers(20.0).save)
+    file = tmp_path / "step-000020" / "numbers.pt"
+    contents = file.read_bytes()
+    match damage:
+        case "cut":
+            file.write_bytes(contents[:100])
+        case "changed":
+            file.write_bytes(contents[:500] + bytes([contents[500] ^ 1]) + contents[501:])
+        case "missing":
+            file.unlink()
+    run, state = LocalRun(torch.device("cpu")), Numbers()
+    restored = checkpoints(str(tmp_path), run).restore(state)
+    assert restored is not None
+    assert (restored.step, state.value) == (10, 10.0)
+    (event,) = run.records
+    assert isinstance(event, EventRecord)
+    assert event.event == "checkpoint damaged"
+    assert "numbers.pt" in event.detail
+
+
+def test_a_full_disk_is_one_clear_error_and_the_one_before_stays(tmp_path: Path) -> None:
+    ours = checkpoints(str(tmp_path))
+    ours.save(Progress(step=10), Numbers(10.0).save)
+
+    def full(folder: Path) -> None:
+        (folder / "part").write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(StorageError, match="step 20 could not be saved.*No space left.*step 10 is whole") as raised:
+        ours.save(Progress(step=20), full)
+    assert "free some space" in str(raised.value)
+    assert not (tmp_path / "step-000020").exists()
+    assert checkpoints(str(tmp_path)).restore(Numbers()) == Progress(step=10)
+
+
+def test_a_really_full_disk_is_the_same_error() -> None:
+    """/dev/full fails each write with ENOSPC, inside torch.save."""
+    if not Path("/dev/full").exists():
+        pytest.skip("this system has no /dev/full")
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        ours = checkpoints(folder)
+        with pytest.raises(StorageError, match="could not be saved"):
+            ours.save(Progress(step=1), lambda _: torch.save(torch.zeros(10**6), "/dev/full"))
+        assert ours.steps() == []
+
+
+def test_another_shape_is_refused_with_both_named(tmp_path: Path) -> None:
+    checkpoints(str(tmp_path), shape="deepspeed-zero2").save(Progress(step=5), Numbers().save)
+    with pytest.raises(CheckpointError, match="deepspeed-zero2 on 1 workers; this job is ddp on 1") as raised:
+        checkpoints(str(tmp_path)).restore(Numbers())
+    assert "--fresh" in str(raised.value)

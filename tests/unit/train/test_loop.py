@@ -1,0 +1,210 @@
+"""The loop: it learns, stops, resumes exactly, and writes weights that anybody can load."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, TaskType, get_peft_model
+from transformers import AutoConfig, AutoModelForSequenceClassification, get_scheduler
+
+from danlu.data.pack import Batches, pack_rows
+from danlu.errors import DanluError, SpecError
+from danlu.spec.train import Optim, Schedule, TrainJob
+from danlu.tasks import classification
+from danlu.tasks.classification import Splits
+from danlu.train.loop import Outcome, train
+from danlu.train.optim import learning_rate_at
+from danlu.train.run import EvalRecord, EventRecord, LocalRun, StepRecord
+
+CPU = torch.device("cpu")
+
+
+class Setting:
+    """A job's fields, and what a run of it gave."""
+
+    def __init__(self, model: Path, files: dict[str, str], folder: Path) -> None:
+        self.model, self.files, self.folder = model, files, folder
+
+    def job(self, **overrides: Any) -> TrainJob:
+        fields: dict[str, Any] = {
+            "name": "loop",
+            "model": {"model_name_or_path": str(self.model), "max_length": 32},
+            "data": {"train": self.files["train"], "test": self.files["test"], "cache_dir": str(self.folder / "cache")},
+            "optim": {"learning_rate": 3e-3, "schedule": {"kind": "constant"}},
+            "precision": "fp32",
+            "global_batch_size": 16,
+            "micro_batch_size": 8,
+            "max_steps": 8,
+        }
+        return TrainJob.model_validate(fields | overrides)
+
+    def data(self, job: TrainJob) -> Splits:
+        tokenizer = classification.load_tokenizer(self.model)
+        return classification.splits(job.data, job.task, tokenizer, max_length=32, seed=job.seed)
+
+    def run(self, job: TrainJob, name: str = "run", run: LocalRun | None = None) -> tuple[Outcome, LocalRun]:
+        run = run or LocalRun(CPU)
+        outcome = train(job, self.data(job), self.model, classification.load_tokenizer(self.model), run, str(self.folder / name))
+        return outcome, run
+
+
+@pytest.fixture
+def setting(tiny_model: Path, topic_files: dict[str, str], tmp_path: Path) -> Setting:
+    return Setting(tiny_model, topic_files, tmp_path)
+
+
+def losses(run: LocalRun) -> dict[int, float]:
+    return {record.step: record.loss for record in run.records if isinstance(record, StepRecord)}
+
+
+class Killed(Exception):
+    pass
+
+
+def killed_at(step: int) -> LocalRun:
+    """A run that dies when `step` is reported."""
+
+    def listener(record: object) -> None:
+        if isinstance(record, StepRecord) and record.step == step:
+            raise Killed
+
+    return LocalRun(CPU, listener)
+
+
+@pytest.mark.parametrize("parallel", [{"kind": "ddp"}, {"kind": "deepspeed", "zero_stage": 2}, {"kind": "deepspeed", "zero_stage": 3}])
+def test_a_killed_run_resumes_to_the_losses_of_the_uninterrupted_one(setting: Setting, parallel: dict[str, Any]) -> None:
+    job = setting.job(
+        parallel=parallel,
+        checkpoint={"save_steps": 3},
+        model={"model_name_or_path": str(setting.model), "max_length": 32, "hidden_dropout": 0.2},
+    )
+    _, whole = setting.run(job, "whole")
+    with pytest.raises(Killed):
+        setting.run(job, "broken", killed_at(5))
+    outcome, rest = setting.run(job, "broken")
+    assert [record.event for record in rest.records if isinstance(record, EventRecord)][0] == "resumed"
+    resumed = losses(rest)
+    assert min(resumed) == 4
+    assert resumed == pytest.approx({step: loss for step, loss in losses(whole).items() if step >= 4}, abs=1e-6)
+    assert outcome.steps == 8
+
+
+def test_a_finished_run_is_not_trained_further(setting: Setting) -> None:
+    job = setting.job()
+    first, _ = setting.run(job)
+    again, run = setting.run(job)
+    assert again == first
+    assert not losses(run)
+
+
+def test_it_learns_and_the_best_weights_load_in_plain_transformers_with_the_reported_scores(setting: Setting) -> None:
+    job = setting.job(max_steps=60)
+    outcome, run = setting.run(job)
+    assert outcome.best_value > 0.9
+    data = setting.data(job)
+    model = AutoModelForSequenceClassification.from_pretrained(setting.folder / "run" / "best" / f"step-{outcome.best_step:06d}").eval()
+    tokenizer = classification.load_tokenizer(setting.model)
+    with torch.no_grad():
+        batch = tokenizer(data.dev.texts.texts, padding=True, truncation=True, max_length=32, return_tensors="pt")
+        predicted = model(**batch).logits.argmax(-1).numpy()
+    assert (predicted == data.dev.labels).mean() == pytest.approx(outcome.best_value)
+    assert model.config.id2label == dict(enumerate(data.label_names))
+    best = [record for record in run.records if isinstance(record, EvalRecord) and record.is_best][-1]
+    assert best.step == outcome.best_step
+
+
+def test_early_stopping_stops_after_patience_evaluations_without_a_best(setting: Setting) -> None:
+    job = setting.job(
+        max_steps=40, optim={"learning_rate": 1e-12}, evaluation={"eval_steps": 2, "early_stopping_patience": 3, "metric_for_best_model": "accuracy"}
+    )
+    outcome, _ = setting.run(job)
+    assert outcome.stopped_early
+    assert outcome.steps == 8
+    assert outcome.best_step == 2
+
+
+def test_divergence_is_said_instead_of_trained_on(setting: Setting) -> None:
+    with pytest.raises(DanluError, match=r"optim.learning_rate: the loss of step \d+ is (nan|inf|[0-9.e+]+)"):
+        setting.run(setting.job(optim={"learning_rate": 1e30, "max_grad_norm": None, "schedule": {"kind": "constant", "warmup_ratio": 0.0}}))
+
+
+def test_lora_gives_the_losses_of_peft_by_hand(setting: Setting) -> None:
+    job = setting.job(tuning={"kind": "lora", "r": 4, "lora_alpha": 8.0}, micro_batch_size=16, max_steps=4)
+    _, run = setting.run(job)
+    data = setting.data(job)
+    torch.manual_seed(job.seed)
+    model = AutoModelForSequenceClassification.from_pretrained(setting.model, config=AutoConfig.from_pretrained(setting.model, num_labels=3))
+    model = get_peft_model(model, LoraConfig(task_type=TaskType.SEQ_CLS, r=4, lora_alpha=8.0, target_modules="all-linear"))
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(
+        [{"params": [p], "weight_decay": 0.01 if p.ndim > 1 else 0.0} for p in trained], lr=3e-3, betas=(0.9, 0.999), eps=1e-8
+    )
+    rows = Batches(data.train.encoded, data.train.labels, global_batch_size=16, micro_batch_size=16, rank=0, world_size=1, seed=job.seed)
+    expected = {}
+    for step in range(4):
+        indices = rows.rows_of(step)
+        length = int(data.train.encoded.lengths[indices].max())
+        ids, mask = np.zeros((16, length), dtype=np.int64), np.zeros((16, length), dtype=np.int64)
+        for i, index in enumerate(indices):
+            row = data.train.encoded.row(int(index))
+            ids[i, : len(row)], mask[i, : len(row)] = row, 1
+        loss = model(
+            input_ids=torch.from_numpy(ids), attention_mask=torch.from_numpy(mask), labels=torch.from_numpy(data.train.labels[indices])
+        ).loss
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        warm = 1
+        optimizer.param_groups[0]["lr"] = 0.0
+        for group in optimizer.param_groups:
+            group["lr"] = 0.0 if step < warm else 3e-3
+        optimizer.step()
+        expected[step + 1] = float(loss.detach())
+    assert losses(run) == pytest.approx(expected, abs=1e-5)
+    assert expected[4] != pytest.approx(expected[1], abs=1e-3)
+
+
+def test_an_adapter_that_names_no_module_of_the_model_is_refused(setting: Setting) -> None:
+    with pytest.raises(SpecError, match="no module named 'q_proj'") as raised:
+        setting.run(setting.job(tuning={"kind": "lora", "target_modules": ["q_proj"]}))
+    assert "query" in str(raised.value)
+
+
+def test_frozen_embeddings_do_not_move(setting: Setting) -> None:
+    job = setting.job(tuning={"kind": "full", "freeze_embeddings": True}, parallel={"kind": "deepspeed", "zero_stage": 2})
+    outcome, _ = setting.run(job)
+    load = AutoModelForSequenceClassification.from_pretrained
+    before = load(setting.model, num_labels=3).bert
+    after = load(setting.folder / "run" / "best" / f"step-{outcome.best_step:06d}").bert
+    assert torch.equal(before.embeddings.word_embeddings.weight, after.embeddings.word_embeddings.weight)
+    assert not torch.equal(before.encoder.layer[0].output.dense.weight, after.encoder.layer[0].output.dense.weight)
+
+
+@pytest.mark.parametrize("kind", ["linear", "cosine", "constant"])
+def test_learning_rates_are_those_of_transformers(kind: str) -> None:
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([parameter], lr=0.5)
+    name = "constant_with_warmup" if kind == "constant" else kind
+    scheduler = get_scheduler(name, optimizer, num_warmup_steps=3, num_training_steps=20)
+    ours = learning_rate_at(Optim(learning_rate=0.5, schedule=Schedule(kind=kind, warmup_ratio=0.15)), 20)
+    for step in range(20):
+        assert ours(step) == pytest.approx(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+
+
+def test_bf16_stays_near_float32(setting: Setting) -> None:
+    fp32, bf16 = (losses(setting.run(setting.job(precision=precision), precision)[1]) for precision in ("fp32", "bf16"))
+    assert bf16 == pytest.approx(fp32, rel=0.03)
+    assert bf16 != fp32
+
+
+def test_pack_rows_takes_labels_along(setting: Setting) -> None:
+    data = setting.data(setting.job())
+    batch = pack_rows(data.train.encoded, [3, 1], data.train.labels)
+    assert batch.labels is not None
+    assert batch.labels.tolist() == data.train.labels[[3, 1]].tolist()
