@@ -1,0 +1,65 @@
+"""Engine: what answers texts inside a replica; and the one place where it is chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from danlu.spec.serve import Echo, Encoder, Service
+
+if TYPE_CHECKING:
+    from danlu.artifact.bundle import Bundle
+
+
+@dataclass(frozen=True)
+class Input:
+    """A text, or a pair of texts."""
+
+    text: str
+    text_pair: str | None = None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The most probable label, every label's probability in the order of the model's outputs, and the tokens that were read."""
+
+    label: str
+    probabilities: list[float]
+    num_tokens: int
+
+
+class Engine(Protocol):
+    """start once; classify from any number of coroutines at a time; stop once. `labels` are the model's, in the order of its outputs."""
+
+    labels: list[str]
+
+    async def start(self) -> None:
+        """Load, and answer the bundle's probes as the evaluation did; QualityError if the answers differ."""
+        ...
+
+    async def classify(self, inputs: Sequence[Input]) -> list[Answer]:
+        """An answer for each input. Being cancelled takes what has not begun out of the queue."""
+        ...
+
+    def check_health(self) -> None:
+        """Raises if no answer can be expected any more."""
+        ...
+
+    async def stop(self) -> None:
+        """Finish what has begun, then end the engine's thread."""
+        ...
+
+
+def make_engine(service: Service, bundle: Bundle | None) -> Engine:
+    """The engine of a service's `engine:`."""
+    match service.engine:
+        case Encoder():
+            from danlu.serve.engines.encoder import EncoderEngine
+
+            assert bundle is not None, "the spec asks for a bundle wherever the engine is an encoder"
+            return EncoderEngine(service.engine, bundle)
+        case Echo():
+            from danlu.serve.engines.echo import EchoEngine
+
+            return EchoEngine(service.engine)
