@@ -149,8 +149,13 @@ def evaluate(reference: str | Bundle, *, storage: str = "runs", data: Sequence[s
     return score(predictor, split), split
 
 
-def quantize(job: TrainJob, reference: str | Bundle | None = None, *, run: RunFolder | None = None) -> Quantized:
-    """The quantized version of a bundle that `job.compress` asks for, kept and promoted only within its budget."""
+def quantize(
+    job: TrainJob, reference: str | Bundle | None = None, *, run: RunFolder | None = None, before: Evaluation | None = None
+) -> Quantized:
+    """The quantized version of a bundle that `job.compress` asks for, kept and promoted only within its budget.
+
+    `before` is the original's evaluation on the test (else dev) split, where it has just been made.
+    """
     from danlu.compress.load import load_predictor
     from danlu.compress.quantize import quantize as write_quantized
     from danlu.compress.quantize import weight_bytes
@@ -176,6 +181,7 @@ def quantize(job: TrainJob, reference: str | Bundle | None = None, *, run: RunFo
             split_name=split_name,
             bytes_original=weight_bytes(original.path / "model"),
             bytes_compressed=weight_bytes(folder / "model"),
+            before=before,
         )
         kept, verdict = _within_budget(job, delta)
         result = Quantized(delta, kept, verdict, None, None)

@@ -78,7 +78,8 @@ def run(spec: Path, overrides: Sequence[str], *, fresh: bool, keep: bool | None)
     reference = trained.reference
     if job.compress is not None:
         heading("Compressing")
-        quantized = sdk.quantize(job, trained.bundle, run=trained.run)
+        before = trained.evaluations.get("test", trained.evaluations["dev"])
+        quantized = sdk.quantize(job, trained.bundle, run=trained.run, before=before)
         _show_quantized(quantized)
         reference = quantized.reference or reference
     heading(f"Serving {reference}")

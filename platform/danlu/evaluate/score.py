@@ -85,7 +85,7 @@ def compare(
     bytes_original: int,
     bytes_compressed: int,
     before: Evaluation | None = None,
-    speed_rows: int = 512,
+    speed_rows: int = 256,
     runs: int = 5,
     batch_tokens: int = 4096,
 ) -> Delta:

@@ -1,0 +1,209 @@
+"""Engines: answers in order for any number of requests at once; nothing waits for ever; what is served is what was evaluated."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import make_rows
+from transformers import AutoModelForSequenceClassification
+
+from danlu.artifact.bundle import Bundle, BundleMeta, Lineage, Probe
+from danlu.data.pack import Packed
+from danlu.errors import QualityError, ResourceError
+from danlu.serve.engine import Answer, Engine, Input
+from danlu.serve.engines.echo import EchoEngine
+from danlu.serve.engines.encoder import BatchRecord, EncoderEngine
+from danlu.spec.serve import Echo, Encoder
+from danlu.spec.task import Classification
+from danlu.tasks.classification import Predictor, load_predictor
+
+LABELS = ["grain", "ship", "trade"]
+TEXTS = [row["text"] for row in make_rows(40, 9)]
+
+
+@pytest.fixture
+def predictor(tiny_model: Path) -> Predictor:
+    import torch
+
+    torch.manual_seed(3)
+    model = AutoModelForSequenceClassification.from_pretrained(tiny_model, num_labels=3).eval()
+    torch.nn.init.normal_(model.classifier.weight, std=1.0)
+    return load_predictor(tiny_model, LABELS, max_length=32, model=model)
+
+
+def bundle(probes: list[Probe] | None = None) -> Bundle:
+    lineage = Lineage(spec={}, spec_digest="", data_digests={}, code_version="", library_versions={}, seed=0, created="")
+    meta = BundleMeta(
+        name="topics", task=Classification(), labels=LABELS, max_length=32, precision="fp32", probes=probes or [], lineage=lineage
+    )
+    return Bundle(Path("nowhere"), meta)
+
+
+def encoder(predictor: Predictor, *, probes: list[Probe] | None = None, **spec: Any) -> EncoderEngine:
+    return EncoderEngine(Encoder(**spec), bundle(probes), predictor=predictor)
+
+
+@pytest.fixture(params=["encoder", "echo"])
+def engine(request: pytest.FixtureRequest) -> Engine:
+    if request.param == "echo":
+        return EchoEngine(Echo(labels=LABELS))
+    return encoder(request.getfixturevalue("predictor"))
+
+
+# Conformance: what holds for every engine.
+
+
+def test_requests_at_once_get_the_answers_they_get_alone(engine: Engine) -> None:
+    async def life() -> tuple[list[list[Answer]], list[list[Answer]]]:
+        await engine.start()
+        requests = [[Input(text) for text in TEXTS[i : i + 1 + i % 3]] for i in range(0, 36, 2)]
+        alone = [await engine.classify(request) for request in requests]
+        together = await asyncio.gather(*(engine.classify(request) for request in requests))
+        await engine.stop()
+        return alone, list(together)
+
+    alone, together = asyncio.run(life())
+    for one, other in zip(alone, together, strict=True):
+        assert [answer.label for answer in one] == [answer.label for answer in other]
+        np.testing.assert_allclose([a.probabilities for a in one], [a.probabilities for a in other], atol=1e-6)
+        assert [answer.num_tokens for answer in one] == [answer.num_tokens for answer in other]
+
+
+def test_probabilities_are_in_the_order_of_the_labels_and_sum_to_one(engine: Engine) -> None:
+    async def life() -> list[Answer]:
+        await engine.start()
+        answers = await engine.classify([Input(text) for text in TEXTS])
+        await engine.stop()
+        return answers
+
+    for answer in asyncio.run(life()):
+        assert sum(answer.probabilities) == pytest.approx(1.0, abs=1e-5)
+        assert engine.labels[int(np.argmax(answer.probabilities))] == answer.label
+
+
+def test_health_follows_the_engines_life(engine: Engine) -> None:
+    async def life() -> None:
+        with pytest.raises(ResourceError):
+            engine.check_health()
+        await engine.start()
+        engine.check_health()
+        await engine.stop()
+        with pytest.raises(ResourceError):
+            engine.check_health()
+
+    asyncio.run(life())
+
+
+# The encoder engine.
+
+
+def test_answers_are_the_predictors(predictor: Predictor) -> None:
+    async def life() -> list[Answer]:
+        engine = encoder(predictor)
+        await engine.start()
+        answers = await engine.classify([Input(text) for text in TEXTS])
+        await engine.stop()
+        return answers
+
+    expected = predictor.predict(TEXTS)
+    for answer, one in zip(asyncio.run(life()), expected, strict=True):
+        assert answer.label == one.label
+        np.testing.assert_allclose(answer.probabilities, one.probabilities, atol=1e-6)
+
+
+def test_a_request_larger_than_a_batch_takes_several_and_batches_keep_the_limit(predictor: Predictor) -> None:
+    batches: list[BatchRecord] = []
+
+    async def life() -> list[Answer]:
+        engine = encoder(predictor, max_batch_tokens=60)
+        engine.on_batch = batches.append
+        await engine.start()
+        answers = await engine.classify([Input(text) for text in TEXTS])
+        await engine.stop()
+        return answers
+
+    answers = asyncio.run(life())
+    assert [answer.label for answer in answers] == [one.label for one in predictor.predict(TEXTS)]
+    assert len(batches) > 5
+    assert all(batch.tokens <= 60 for batch in batches)
+    assert sum(batch.rows for batch in batches) == len(TEXTS)
+
+
+def test_requests_that_come_while_a_forward_runs_share_the_next_one(predictor: Predictor) -> None:
+    batches: list[BatchRecord] = []
+
+    async def life() -> None:
+        engine = encoder(predictor)
+        engine.on_batch = batches.append
+        await engine.start()
+        await asyncio.gather(*(engine.classify([Input(text)]) for text in TEXTS))
+        await engine.stop()
+
+    asyncio.run(life())
+    assert max(batch.rows for batch in batches) > 4
+    assert len(batches) < len(TEXTS) / 2
+
+
+def test_a_cancelled_request_leaves_the_queue(predictor: Predictor) -> None:
+    batches: list[BatchRecord] = []
+
+    async def life() -> None:
+        engine = encoder(predictor, batch_wait_ms=100)
+        engine.on_batch = batches.append
+        await engine.start()
+        gone = asyncio.create_task(engine.classify([Input(text) for text in TEXTS]))
+        kept = asyncio.create_task(engine.classify([Input(TEXTS[0])]))
+        await asyncio.sleep(0.01)
+        gone.cancel()
+        await kept
+        await engine.stop()
+
+    asyncio.run(life())
+    assert sum(batch.rows for batch in batches) == 1
+
+
+def test_a_forward_that_breaks_fails_its_requests_and_no_other(predictor: Predictor, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = predictor.forward
+
+    def broken(batch: Packed) -> np.ndarray:
+        raise RuntimeError("out of memory")
+
+    async def life() -> list[Answer]:
+        engine = encoder(predictor)
+        await engine.start()
+        monkeypatch.setattr(predictor, "forward", broken)
+        results = await asyncio.gather(*(engine.classify([Input(text)]) for text in TEXTS[:5]), return_exceptions=True)
+        assert all(isinstance(result, RuntimeError) for result in results)
+        monkeypatch.setattr(predictor, "forward", whole)
+        engine.check_health()
+        answers = await engine.classify([Input(TEXTS[0])])
+        await engine.stop()
+        return answers
+
+    assert asyncio.run(life())[0].label == predictor.predict(TEXTS[:1])[0].label
+
+
+def test_an_engine_whose_answers_are_not_the_evaluations_does_not_start(predictor: Predictor) -> None:
+    (answer,) = predictor.predict(TEXTS[:1])
+    shifted = [answer.probabilities[1], answer.probabilities[2], answer.probabilities[0]]
+    good = Probe(text=TEXTS[0], label=answer.label, probabilities=answer.probabilities)
+    asyncio.run(encoder(predictor, probes=[good]).start())
+    wrong = Probe(text=TEXTS[0], label=LABELS[int(np.argmax(shifted))], probabilities=shifted)
+    with pytest.raises(QualityError, match="where its evaluation answered"):
+        asyncio.run(encoder(predictor, probes=[wrong]).start())
+
+
+def test_stopping_answers_what_was_asked_before(predictor: Predictor) -> None:
+    async def life() -> list[Any]:
+        engine = encoder(predictor, batch_wait_ms=50)
+        await engine.start()
+        asked = [asyncio.create_task(engine.classify([Input(text)])) for text in TEXTS[:6]]
+        await asyncio.sleep(0)
+        await engine.stop()
+        return await asyncio.gather(*asked, return_exceptions=True)
+
+    assert all(isinstance(result, list) for result in asyncio.run(life()))
