@@ -198,7 +198,9 @@ def _warnings(job: TrainJob, bf16: bool, note: str, steps: int) -> tuple[str, ..
     if bf16 and "no native" in note:
         found.append("precision: bf16 is several times slower than fp32 on this machine; precision: auto takes the faster one")
     if job.evaluation.eval_steps and job.evaluation.eval_steps > steps:
-        found.append(f"evaluation.eval_steps={job.evaluation.eval_steps} is more than the {steps} steps: the dev split is scored only at the end")
+        found.append(
+            f"evaluation.eval_steps={job.evaluation.eval_steps} is more than the {steps} steps: the dev split is scored only at the end"
+        )
     if job.checkpoint.save_steps and job.checkpoint.save_steps > steps:
         found.append(f"checkpoint.save_steps={job.checkpoint.save_steps} is more than the {steps} steps: one checkpoint, at the end")
     return tuple(found)

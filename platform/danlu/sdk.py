@@ -6,52 +6,37 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from danlu.artifact.bundle import Bundle, BundleMeta, Lineage, Probe, canonical_json, read_bundle, text_digest, write_bundle
+from danlu.artifact.bundle import Bundle, canonical_json, text_digest, write_bundle
 from danlu.artifact.pretrained import model_folder
 from danlu.artifact.runs import REPORT, SPEC, RunFolder, latest_run, open_run
 from danlu.artifact.store import Store, ensure_writable
 from danlu.errors import DanluError, DataError, ModelError, QualityError, ResourceError
+from danlu.handover import (
+    LATEST,
+    PRODUCTION,
+    Prepared,
+    Trained,
+    absolute,
+    make_bundle,
+    make_probes,
+    now,
+    open_bundle,
+    split_for,
+    surest_errors,
+    within_budget,
+)
 from danlu.spec.files import dump
 from danlu.spec.serve import Service
 from danlu.spec.train import TrainJob
-from danlu.spec.tuning import Lora
 
 if TYPE_CHECKING:
     from danlu.evaluate.score import Delta, Evaluation
-    from danlu.plan import Plan
     from danlu.serve.app import Endpoint
-    from danlu.tasks.classification import Prediction, Predictor, Split, Splits
+    from danlu.tasks.classification import Prediction, Split
     from danlu.train.run import Record
-
-LATEST, PRODUCTION = "latest", "production"
-"""Aliases of a job's bundles: what was trained last, and what is to be served."""
-
-NUM_PROBES = 8
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A job whose model and rows were found and checked: nothing has started yet."""
-
-    job: TrainJob
-    folder: Path
-    splits: Splits
-    plan: Plan
-
-
-@dataclass(frozen=True)
-class Trained:
-    """A finished run: its folder, its bundle and how that scored."""
-
-    run: RunFolder
-    bundle: Bundle
-    reference: str
-    evaluations: dict[str, Evaluation]
-    outcome: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -128,7 +113,7 @@ def train(
     run.set_status("running", spec_digest=digest)
     try:
         outcome = _fit(_portable(job), run.uri, prepared, listen)
-        trained = _bundle(prepared, run, outcome, digest)
+        trained = make_bundle(prepared, run, outcome, digest)
     except BaseException as error:
         reason = str(error) if isinstance(error, DanluError) else repr(error)
         run.set_status("failed", spec_digest=digest, reason=reason or type(error).__name__)
@@ -145,7 +130,7 @@ def evaluate(reference: str | Bundle, *, storage: str = "runs", data: Sequence[s
 
     bundle = open_bundle(reference, storage)
     predictor = load_predictor(bundle)
-    split, _ = _split_for(bundle, predictor, data)
+    split, _ = split_for(bundle, predictor, data)
     return score(predictor, split), split
 
 
@@ -165,7 +150,7 @@ def quantize(
     budget = job.compress or Compress()
     original = open_bundle(reference or f"{job.name}@{LATEST}", job.storage)
     predictor = load_predictor(original)
-    split, split_name = _split_for(original, predictor, None)
+    split, split_name = split_for(original, predictor, None)
     with tempfile.TemporaryDirectory(prefix="danlu-quantize-") as temporary:
         folder = Path(temporary)
         write_quantized(original, budget.quantization, folder / "model")
@@ -183,14 +168,14 @@ def quantize(
             bytes_compressed=weight_bytes(folder / "model"),
             before=before,
         )
-        kept, verdict = _within_budget(job, delta)
+        kept, verdict = within_budget(job, delta)
         result = Quantized(delta, kept, verdict, None, None)
         if kept:
             meta = draft.meta.model_copy(
                 update={
-                    "probes": _probes(smaller, split),
+                    "probes": make_probes(smaller, split),
                     "scores": {split_name: delta.compressed},
-                    "lineage": original.meta.lineage.model_copy(update={"parent": original.meta.digest, "created": _now()}),
+                    "lineage": original.meta.lineage.model_copy(update={"parent": original.meta.digest, "created": now()}),
                 }
             )
             write_bundle(folder, meta)
@@ -200,7 +185,9 @@ def quantize(
             stored = f"{job.name}@v{kept_as.version}"
             result = Quantized(delta, kept, verdict, stored, open_bundle(stored, job.storage))
     if run := run or latest_run(absolute(job.storage), job.name):
-        run.record({"kind": "quantized", "step": 10**9, "delta": delta.to_dict(), "kept": kept, "verdict": verdict, "bundle": result.reference})
+        run.record(
+            {"kind": "quantized", "step": 10**9, "delta": delta.to_dict(), "kept": kept, "verdict": verdict, "bundle": result.reference}
+        )
     return result
 
 
@@ -216,12 +203,16 @@ def serving(service: Service) -> Iterator[Endpoint]:
         app.stop()
 
 
-def predict(reference: str | Bundle, texts: Sequence[str], pairs: Sequence[str] | None = None, *, storage: str = "runs") -> list[Prediction]:
+def predict(
+    reference: str | Bundle, texts: Sequence[str], pairs: Sequence[str] | None = None, *, storage: str = "runs"
+) -> list[Prediction]:
     """Labels and probabilities of texts, in this process."""
     from danlu.compress.load import load_predictor
 
     if not texts or not all(text.strip() for text in texts):
-        raise DataError("there is no text to classify, or one of the texts is empty", where="texts", fix="give at least one text with words")
+        raise DataError(
+            "there is no text to classify, or one of the texts is empty", where="texts", fix="give at least one text with words"
+        )
     return load_predictor(open_bundle(reference, storage)).predict(texts, pairs)
 
 
@@ -286,21 +277,11 @@ def report(prepared: Prepared, trained: Trained, quantized: Quantized | None = N
         delta=None if quantized is None else quantized.delta.to_dict(),
         delta_verdict="" if quantized is None else quantized.verdict,
         served=served,
-        errors=_surest_errors(prepared, trained),
+        errors=surest_errors(prepared, trained),
         lineage=facts,
         spec=dump(prepared.job),
     )
     return trained.run.write(REPORT, render(data))
-
-
-def open_bundle(reference: str | Bundle, storage: str = "runs") -> Bundle:
-    """A bundle by `name@alias`, `name@v1`, folder or URI."""
-    return reference if isinstance(reference, Bundle) else read_bundle(Store(absolute(storage)).resolve(reference))
-
-
-def absolute(uri: str) -> str:
-    """A storage URI that means the same in any working directory."""
-    return uri if "://" in uri else str(Path(uri).expanduser().resolve())
 
 
 def _fit(job: TrainJob, run_uri: str, prepared: Prepared, listener: Callable[[Record], None]) -> dict[str, Any]:
@@ -335,133 +316,6 @@ def _absolute_paths(source: str | list[str]) -> str | list[str]:
         return [str(_absolute_paths(item)) for item in source]
     is_glob = any(mark in source for mark in "*?[") and "://" not in source
     return str(Path(source).expanduser().resolve()) if is_glob or ("://" not in source and Path(source).expanduser().exists()) else source
-
-
-def _bundle(prepared: Prepared, run: RunFolder, outcome: dict[str, Any], spec_digest: str) -> Trained:
-    """Score the best weights on dev and test, and store them with everything that says where they came from."""
-    import shutil
-
-    from danlu.compress.load import load_predictor
-    from danlu.evaluate.score import evaluate as score
-
-    job, splits = prepared.job, prepared.splits
-    with tempfile.TemporaryDirectory(prefix="danlu-bundle-") as temporary:
-        folder = Path(temporary)
-        _fetch(f"{run.uri}/best/step-{outcome['best_step']:06d}", folder / "model")
-        for leftover in (*folder.glob("model/rank-*.json"), folder / "model" / "manifest.json"):
-            leftover.unlink()
-        meta = BundleMeta(
-            name=job.name,
-            task=job.task,
-            labels=splits.label_names,
-            max_length=job.model.max_length,
-            precision="bf16" if outcome["bf16"] else "fp32",
-            weights="adapter" if isinstance(job.tuning, Lora) else "full",
-            base_model=job.model.model_name_or_path if isinstance(job.tuning, Lora) else None,
-            lineage=_lineage(job, splits, run, spec_digest),
-        )
-        draft = write_bundle(folder, meta)
-        predictor = load_predictor(draft)
-        parts = {"dev": splits.dev} | ({"test": splits.test} if splits.test is not None else {})
-        evaluations = {name: score(predictor, split) for name, split in parts.items()}
-        scores = {name: evaluation.scores.metrics() for name, evaluation in evaluations.items()}
-        probes = _probes(predictor, splits.test or splits.dev)
-        write_bundle(folder, draft.meta.model_copy(update={"scores": scores, "probes": probes}))
-        store = Store(absolute(job.storage))
-        stored = store.put(folder, job.name)
-        shutil.rmtree(folder / "model", ignore_errors=True)
-    store.set_alias(job.name, LATEST, stored.version)
-    store.set_alias(job.name, PRODUCTION, stored.version)
-    reference = f"{job.name}@v{stored.version}"
-    return Trained(run, open_bundle(reference, job.storage), reference, evaluations, outcome)
-
-
-def _fetch(uri: str, target: Path) -> None:
-    import fsspec
-
-    filesystem, path = fsspec.core.url_to_fs(uri)
-    filesystem.get(f"{path}/", f"{target}/", recursive=True)
-
-
-def _lineage(job: TrainJob, splits: Splits, run: RunFolder, spec_digest: str) -> Lineage:
-    from importlib.metadata import version
-
-    from danlu import __version__
-
-    digests = {
-        name: text_digest(canonical_json([split.texts.texts, split.texts.pairs, split.labels.tolist()]))
-        for name, split in (("train", splits.train), ("dev", splits.dev), ("test", splits.test))
-        if split is not None
-    }
-    libraries = ("torch", "transformers", "peft", "deepspeed", "ray")
-    return Lineage(
-        spec=job.model_dump(mode="json"),
-        spec_digest=spec_digest,
-        data_digests=digests,
-        code_version=f"danlu {__version__}",
-        library_versions={name: version(name) for name in libraries},
-        seed=job.seed,
-        created=_now(),
-        parent=None,
-        run=run.uri,
-    )
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def _probes(predictor: Predictor, split: Split) -> list[Probe]:
-    """A few rows with the answers that whoever serves this bundle must give."""
-    import numpy as np
-
-    rows = np.linspace(0, len(split.labels) - 1, min(NUM_PROBES, len(split.labels))).astype(int)
-    texts = [split.texts.texts[i] for i in rows]
-    pairs = [split.texts.pairs[i] for i in rows] if split.texts.pairs else None
-    found = predictor.predict(texts, pairs)
-    return [
-        Probe(text=text, text_pair=pairs[i] if pairs else None, label=answer.label, probabilities=answer.probabilities)
-        for i, (text, answer) in enumerate(zip(texts, found, strict=True))
-    ]
-
-
-def _split_for(bundle: Bundle, predictor: Predictor, data: Sequence[str] | str | None) -> tuple[Split, str]:
-    """Rows to score a bundle on: the files given, or the test (else dev) rows of its own job."""
-    from danlu.tasks import classification
-
-    job = TrainJob.model_validate(bundle.meta.lineage.spec)
-    if data is None:
-        splits = classification.splits(job.data, job.task, predictor.tokenizer, max_length=bundle.meta.max_length, seed=job.seed)
-        return (splits.test, "test") if splits.test is not None else (splits.dev, "dev")
-    return classification.labelled_split(data, job.data, predictor.tokenizer, bundle.meta.labels, max_length=bundle.meta.max_length), "given"
-
-
-def _within_budget(job: TrainJob, delta: Delta) -> tuple[bool, str]:
-    from danlu.spec.compress import Compress
-
-    budget = job.compress or Compress()
-    metric = job.evaluation.metric_for_best_model
-    drop = delta.original[metric] - delta.compressed[metric] if metric != "loss" else delta.compressed[metric] - delta.original[metric]
-    told = f"{metric} falls by {drop:.4f} (budget {budget.max_quality_drop}), {delta.speedup:.2f}x the speed (at least {budget.min_speedup})"
-    if drop > budget.max_quality_drop:
-        return False, f"not kept: {told}; the original is served"
-    if delta.speedup < budget.min_speedup:
-        return False, f"not kept: {told}; the original is served"
-    return True, f"kept: {told}"
-
-
-def _surest_errors(prepared: Prepared, trained: Trained, number: int = 12) -> list[tuple[str, str, str, float]]:
-    from danlu.tasks.classification import predictions
-
-    name = "test" if prepared.splits.test is not None else "dev"
-    split = prepared.splits.test or prepared.splits.dev
-    names = prepared.splits.label_names
-    wrong = [
-        (split.texts.texts[i], names[int(split.labels[i])], found.label, max(found.probabilities))
-        for i, found in enumerate(predictions(trained.evaluations[name].logits, names))
-        if found.label != names[int(split.labels[i])]
-    ]
-    return sorted(wrong, key=lambda row: -row[3])[:number]
 
 
 __all__ = [

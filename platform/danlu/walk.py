@@ -7,13 +7,18 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from danlu import sdk
 from danlu.errors import SpecError
+from danlu.spec.base import Spec
 from danlu.spec.files import load
 from danlu.spec.serve import Service
 from danlu.spec.train import TrainJob
 from danlu.terminal import TrainingView, console, heading, show
+
+if TYPE_CHECKING:
+    from danlu.serve.app import Endpoint
 
 
 def plan(spec: Path, overrides: Sequence[str], *, as_json: bool) -> None:
@@ -85,7 +90,7 @@ def run(spec: Path, overrides: Sequence[str], *, fresh: bool, keep: bool | None)
     heading(f"Serving {reference}")
     with sdk.serving(job.service(reference)) as endpoint:
         split = prepared.splits.test or prepared.splits.dev
-        _show_answers(endpoint.url, job.name, [text for text in split.texts.texts[:200:67]])
+        _show_answers(endpoint.url, job.name, split.texts.texts[:200:67])
         served = sdk.check_served(endpoint.url, sdk.open_bundle(reference, job.storage), split)
         show(f"  checked: {served}")
         report = sdk.report(prepared, trained, quantized, served)
@@ -102,7 +107,7 @@ def schema(kind: str) -> None:
     """Print a spec's JSON Schema."""
     from danlu.spec.schema import schema as schema_of
 
-    kinds = {"train": TrainJob, "serve": Service}
+    kinds: dict[str, type[Spec]] = {"train": TrainJob, "serve": Service}
     if kind not in kinds:
         raise SpecError(f"there is no schema named {kind!r}", where="danlu schema", fix=" or ".join(kinds))
     show(json.dumps(schema_of(kinds[kind]), indent=2, ensure_ascii=False))
@@ -148,7 +153,7 @@ def _show_quantized(quantized: sdk.Quantized) -> None:
         show(f"  stored as {quantized.reference}, now @{sdk.PRODUCTION}")
 
 
-def _show_endpoint(endpoint: sdk.Endpoint) -> None:
+def _show_endpoint(endpoint: Endpoint) -> None:
     for name, value in endpoint.where_to_look().items():
         show(f"  {name:<13} {value}")
 

@@ -11,7 +11,20 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-HEAVY = {"torch", "transformers", "peft", "deepspeed", "bitsandbytes", "ray", "sklearn", "pandas", "pyarrow", "datasets", "numpy", "kubernetes"}
+HEAVY = {
+    "torch",
+    "transformers",
+    "peft",
+    "deepspeed",
+    "bitsandbytes",
+    "ray",
+    "sklearn",
+    "pandas",
+    "pyarrow",
+    "datasets",
+    "numpy",
+    "kubernetes",
+}
 
 MAY_IMPORT = {
     "danlu.errors": set(),

@@ -11,12 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+from ranks import curve, job_of
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from danlu.tasks import classification
-
-sys.path.insert(0, str(Path(__file__).parent))
-from ranks import curve, job_of
 
 STRATEGIES: dict[str, dict[str, Any]] = {
     "ddp": {"kind": "ddp"},
@@ -66,7 +64,9 @@ def plain(tiny_model: Path, topic_files: dict[str, str]) -> list[tuple[float, fl
 
 
 @pytest.fixture(scope="module")
-def two_ranks(tiny_model: Path, topic_files: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[tuple[float, float]]]:
+def two_ranks(
+    tiny_model: Path, topic_files: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, list[tuple[float, float]]]:
     """Curves of every strategy and accumulation on two gloo ranks, in one pair of processes."""
     folder = tmp_path_factory.mktemp("two-ranks")
     cases = {

@@ -132,7 +132,7 @@ class Store:
         return str(document["digest"])
 
     def _claim(self, name: str) -> int:
-        """A version number nobody else has: making the folder is what decides (object stores have no such thing, so there the last one wins)."""
+        """A version number nobody else has: making the folder decides (object stores have no such thing, so there the last one wins)."""
         taken = [int(found[1]) for entry in self._ls(self.root / name) if (found := VERSION.match(entry))]
         version = max(taken, default=0) + 1
         while self.is_local:

@@ -13,7 +13,8 @@ from danlu.artifact.pretrained import model_folder
 from danlu.errors import ModelError
 from danlu.spec.compress import BnbInt8, BnbNf4, Int8
 from danlu.spec.model import Model
-from danlu.tasks.classification import Predictor, build_model, load_predictor as load_from_folder
+from danlu.tasks.classification import Predictor, build_model
+from danlu.tasks.classification import load_predictor as load_from_folder
 
 INT8_FILE = "model.int8.safetensors"
 

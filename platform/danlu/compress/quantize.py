@@ -21,7 +21,9 @@ def quantize(bundle: Bundle, quantization: Quantization, folder: Path) -> None:
     """Write a quantized version of `bundle`'s model, with its config and tokenizer, into an empty `folder`."""
     if bundle.meta.quantization is not None:
         raise ModelError(
-            f"{bundle.meta.name} is quantized already ({bundle.meta.quantization.kind})", where=str(bundle.path), fix="the original's version"
+            f"{bundle.meta.name} is quantized already ({bundle.meta.quantization.kind})",
+            where=str(bundle.path),
+            fix="the original's version",
         )
     model = load_model(bundle)
     folder.mkdir(parents=True, exist_ok=True)
@@ -42,7 +44,7 @@ def _write_int8(model: PreTrainedModel, folder: Path) -> None:
     from danlu.compress.int8 import quantize_int8
 
     quantized = quantize_int8(model, skip=HEADS)
-    quantized.config.save_pretrained(folder)
+    model.config.save_pretrained(folder)
     save_file({name: tensor.contiguous() for name, tensor in quantized.state_dict().items()}, folder / INT8_FILE)
 
 

@@ -14,7 +14,21 @@ from danlu.errors import DataError
 from danlu.spec.data import Columns
 
 USUAL = {
-    "text": ("text", "sentence", "sentence1", "text_a", "premise", "content", "document", "review", "comment", "body", "query", "question", "title"),
+    "text": (
+        "text",
+        "sentence",
+        "sentence1",
+        "text_a",
+        "premise",
+        "content",
+        "document",
+        "review",
+        "comment",
+        "body",
+        "query",
+        "question",
+        "title",
+    ),
     "text_pair": ("text_pair", "sentence2", "text_b", "hypothesis", "pair", "answer_text"),
     "label": ("label", "labels", "class", "category", "target", "intent", "sentiment", "topic", "y"),
 }

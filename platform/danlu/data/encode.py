@@ -111,7 +111,8 @@ def _tokenise(
     """(ids, segment ids, cut?) of each text, by the Rust tokenizer, which uses all cores it is allowed."""
     batch = tokenizer(texts, pairs, truncation=True, max_length=max_length)
     return [
-        (np.asarray(one.ids, dtype=np.int32), np.asarray(one.type_ids, dtype=np.int8), bool(one.overflowing)) for one in batch.encodings or ()
+        (np.asarray(one.ids, dtype=np.int32), np.asarray(one.type_ids, dtype=np.int8), bool(one.overflowing))
+        for one in batch.encodings or ()
     ]
 
 
@@ -144,7 +145,7 @@ def _read(path: Path) -> Encoded | None:
         return None
     try:
         with np.load(path) as arrays:
-            types = arrays["token_type_ids"] if "token_type_ids" in arrays else None
+            types = arrays.get("token_type_ids")
             found = Encoded(arrays["input_ids"], arrays["offsets"], arrays["truncated"], types)
         if found.offsets[-1] != len(found.input_ids) or len(found.truncated) != len(found):
             raise ValueError("its arrays do not fit together")

@@ -153,7 +153,9 @@ def _sniffed(raw: bytes, path: str, where: str) -> str:
     if b"," in first_line:
         return "csv"
     raise DataError(
-        f"{path}: the format cannot be told from its name or its first line", where=where, fix="data.format: csv, tsv, jsonl, json, parquet or tab"
+        f"{path}: the format cannot be told from its name or its first line",
+        where=where,
+        fix="data.format: csv, tsv, jsonl, json, parquet or tab",
     )
 
 
@@ -186,12 +188,12 @@ def _delimited(text: str, delimiter: str, path: str, where: str) -> dict[str, li
     return columns
 
 
-def _cells(text: str, delimiter: str, *, quoted: bool = True) -> tuple[list[str], Iterator[tuple[int, list[str]]]]:
+def _cells(text: str, delimiter: str) -> tuple[list[str], Iterator[tuple[int, list[str]]]]:
     # One text may be megabytes long; the limit is the csv module's own, for the whole process.
     csv.field_size_limit(1 << 30)
     # Tab-separated text is not quoted: an inch mark in it opens nothing.
-    quoting = csv.QUOTE_MINIMAL if quoted and delimiter == "," else csv.QUOTE_NONE
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, quoting=quoting)
+    lines = io.StringIO(text, newline="")
+    reader = csv.reader(lines) if delimiter == "," else csv.reader(lines, delimiter=delimiter, quoting=csv.QUOTE_NONE)
     header = [name.strip() for name in next(reader, [])]
     return header, ((reader.line_num, row) for row in reader if row)
 
@@ -249,7 +251,11 @@ def _jsonl(text: str, path: str, where: str) -> dict[str, list[Any]]:
         except ValueError as error:
             raise DataError(f"{path}, line {number}: not JSON ({error}): {line[:80]!r}", where=where) from error
         if not isinstance(record, dict):
-            raise DataError(f"{path}, line {number}: an object is needed, not {type(record).__name__}", where=where, fix='{"text": "...", "label": "..."}')
+            raise DataError(
+                f"{path}, line {number}: an object is needed, not {type(record).__name__}",
+                where=where,
+                fix='{"text": "...", "label": "..."}',
+            )
         records.append(record)
     return _by_column(records)
 
@@ -292,12 +298,14 @@ def _hub(source: str, max_rows: int | None, where: str) -> Rows:
     try:
         import datasets
     except ImportError as error:
-        raise DataError(f"{source!r} is no file, and reading it from a hub needs the datasets library", where=where, fix="pip install 'danlu[hub]'") from error
+        raise DataError(
+            f"{source!r} is no file, and reading it from a hub needs the datasets library", where=where, fix="pip install 'danlu[hub]'"
+        ) from error
     rest, _, split = source.partition("@")
     name, _, config = rest.partition(":")
     try:
         table = datasets.load_dataset(name, config or None, split=split or "train")
-    except Exception as error:  # noqa: BLE001  # the library raises anything, from ValueError to its network client's own
+    except Exception as error:  # the library raises anything, from ValueError to its network client's own
         raise DataError(
             f"{source!r} is no file here, and the hub did not give it: {type(error).__name__}: {str(error)[:200]}",
             where=where,

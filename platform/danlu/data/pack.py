@@ -1,4 +1,4 @@
-"""Padding-free batches: rows laid end to end with the offsets that keep them apart, drawn so that a step number is all the state there is."""
+"""Padding-free batches: rows laid end to end with their offsets, drawn so that a step number is all the state there is."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from danlu.data.encode import Encoded  # noqa
+from danlu.data.encode import Encoded
 
 
 @dataclass(frozen=True)
@@ -34,9 +34,10 @@ class Packed:
 
     def to(self, device: torch.device) -> Packed:
         """The same batch on `device`; cu_seqlens stays on the host, where attention splits by it."""
-        move = lambda tensor: None if tensor is None else tensor.to(device, non_blocking=True)  # noqa: E731
-        input_ids, position_ids = self.input_ids.to(device, non_blocking=True), self.position_ids.to(device, non_blocking=True)
-        return Packed(input_ids, position_ids, move(self.token_type_ids), self.cu_seqlens, move(self.labels))
+        types = None if self.token_type_ids is None else self.token_type_ids.to(device, non_blocking=True)
+        labels = None if self.labels is None else self.labels.to(device, non_blocking=True)
+        ids, positions = self.input_ids.to(device, non_blocking=True), self.position_ids.to(device, non_blocking=True)
+        return Packed(ids, positions, types, self.cu_seqlens, labels)
 
 
 def pack(

@@ -48,7 +48,9 @@ def render(data: ReportData) -> str:
     """The page."""
     parts = [f"<h1>{escape(data.title)}</h1>", _subtitle(data), _tiles(data), _curves(data.records)]
     for split, found in data.scores.items():
-        parts.append(f"<h2>Scores on the {escape(split)} split</h2>{_per_class(found)}<h2>Confusion matrix, {escape(split)}</h2>{_confusion(found)}")
+        parts.append(
+            f"<h2>Scores on the {escape(split)} split</h2>{_per_class(found)}<h2>Confusion matrix, {escape(split)}</h2>{_confusion(found)}"
+        )
     if data.delta is not None:
         parts.append(f"<h2>Compressed beside the original</h2>{_delta(data.delta)}<p>{escape(data.delta_verdict)}</p>")
     if data.served:
@@ -169,7 +171,12 @@ def _delta(delta: Mapping[str, Any]) -> str:
     before, after = delta["rows_per_second_original"], delta["rows_per_second"]
     rows += [
         ("rows a second", f"{before:.0f}", f"{after:.0f}", f"{delta['speedup']:.2f}x ({spread})"),
-        ("MB of weights", f"{delta['bytes_original'] / 1e6:.1f}", f"{delta['bytes'] / 1e6:.1f}", f"{delta['bytes_original'] / delta['bytes']:.2f}x"),
+        (
+            "MB of weights",
+            f"{delta['bytes_original'] / 1e6:.1f}",
+            f"{delta['bytes'] / 1e6:.1f}",
+            f"{delta['bytes_original'] / delta['bytes']:.2f}x",
+        ),
         ("same label", "", f"{delta['agreement']:.2%}", ""),
         ("largest probability change", "", f"{delta['largest_probability_change']:.4f}", ""),
     ]

@@ -31,17 +31,25 @@ TRAIN_LOSS = Metric("danlu_train_loss", "gauge", "nats", "Mean loss of the last 
 TRAIN_LEARNING_RATE = Metric("danlu_train_learning_rate", "gauge", "", "Learning rate of the last step.", "train", ("job",))
 TRAIN_GRAD_NORM = Metric("danlu_train_grad_norm", "gauge", "", "Global gradient norm before clipping.", "train", ("job",))
 TRAIN_STEP = Metric("danlu_train_step", "gauge", "steps", "Optimizer steps done.", "train", ("job",))
-TRAIN_TOKENS = Metric("danlu_train_tokens", "counter", "tokens", "Tokens trained on, padding not counted, replayed ones included.", "train", ("job",))
+TRAIN_TOKENS = Metric(
+    "danlu_train_tokens", "counter", "tokens", "Tokens trained on, padding not counted, replayed ones included.", "train", ("job",)
+)
 TRAIN_TOKENS_PER_SECOND = Metric("danlu_train_tokens_per_second", "gauge", "tokens/s", "Over the last 20 steps.", "train", ("job",))
 TRAIN_STEP_SECONDS = Metric("danlu_train_step_seconds", "histogram", "s", "Wall time of an optimizer step.", "train", ("job",), SECONDS)
 TRAIN_ETA = Metric("danlu_train_eta_seconds", "gauge", "s", "Time left at the speed of the last 20 steps.", "train", ("job",))
 TRAIN_EVAL = Metric("danlu_train_eval", "gauge", "", "Score of the dev split.", "train", ("job", "metric"))
-TRAIN_CHECKPOINT_SECONDS = Metric("danlu_train_checkpoint_seconds", "histogram", "s", "Time to save a checkpoint.", "train", ("job",), SECONDS)
+TRAIN_CHECKPOINT_SECONDS = Metric(
+    "danlu_train_checkpoint_seconds", "histogram", "s", "Time to save a checkpoint.", "train", ("job",), SECONDS
+)
 TRAIN_RESUMED = Metric("danlu_train_resumed", "counter", "", "Times a run went on from a checkpoint.", "train", ("job",))
 
 SERVE_REQUESTS = Metric("danlu_serve_requests", "counter", "requests", "Requests answered.", "serve", ("model", "route", "status"))
-SERVE_SECONDS = Metric("danlu_serve_request_seconds", "histogram", "s", "From the request's arrival to its answer.", "serve", ("model", "route"), SECONDS)
-SERVE_QUEUE_SECONDS = Metric("danlu_serve_queue_seconds", "histogram", "s", "How long a text waited for its batch.", "serve", ("model",), SECONDS)
+SERVE_SECONDS = Metric(
+    "danlu_serve_request_seconds", "histogram", "s", "From the request's arrival to its answer.", "serve", ("model", "route"), SECONDS
+)
+SERVE_QUEUE_SECONDS = Metric(
+    "danlu_serve_queue_seconds", "histogram", "s", "How long a text waited for its batch.", "serve", ("model",), SECONDS
+)
 SERVE_BATCH_ROWS = Metric("danlu_serve_batch_rows", "histogram", "rows", "Texts in one forward.", "serve", ("model",), SIZES)
 SERVE_BATCH_SECONDS = Metric("danlu_serve_batch_seconds", "histogram", "s", "Time of one forward.", "serve", ("model",), SECONDS)
 SERVE_INPUTS = Metric("danlu_serve_inputs", "counter", "texts", "Texts answered.", "serve", ("model",))

@@ -1,4 +1,4 @@
-"""A Service as a Ray Serve application: one deployment whose replica is ingress, gateway and engine in one. The only file here that imports ray."""
+"""A Service as a Ray Serve application: one deployment, each replica ingress, gateway and engine in one. Only this file imports ray."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ START_TIMEOUT_S = 180.0
 class Replica:
     """One process of a service. Serve calls it; the ASGI app that it builds answers."""
 
-    async def __init__(self, spec: str) -> None:
+    async def __init__(self, spec: str) -> None:  # type: ignore[misc]  # Serve awaits it
         import torch
 
         # OpenMP keeps a team of threads per caller: one here would slow the engine's own down.
@@ -165,7 +165,9 @@ def _from_arguments(arguments: Mapping[str, Any]) -> Service:
     if set(arguments) == {"spec"}:
         return load(Service, arguments["spec"])
     if not arguments:
-        raise SpecError("the application needs arguments", where="args", fix='args: {spec: "/path/service.yaml"}, or the fields of a Service')
+        raise SpecError(
+            "the application needs arguments", where="args", fix='args: {spec: "/path/service.yaml"}, or the fields of a Service'
+        )
     return Service.model_validate(dict(arguments))
 
 
@@ -177,7 +179,9 @@ def _free_port(host: str, port: int) -> int:
             probe.bind((host, port))
         except OSError as error:
             raise ResourceError(
-                f"{host}:{port} cannot be listened on: {error.strerror}", where="http.port", fix="http.port: 0 takes a free one; or stop what listens there"
+                f"{host}:{port} cannot be listened on: {error.strerror}",
+                where="http.port",
+                fix="http.port: 0 takes a free one; or stop what listens there",
             ) from error
         return int(probe.getsockname()[1])
 

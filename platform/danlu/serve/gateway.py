@@ -97,7 +97,11 @@ class Gateway:
         self._count(catalog.SERVE_SECONDS, time.perf_counter() - began, route=route)
         raw = body if isinstance(body, bytes) else json.dumps(body, ensure_ascii=False).encode()
         extra |= {"content-type": content_type, "content-length": str(len(raw)), "x-request-id": request_id}
-        start = {"type": "http.response.start", "status": status, "headers": [(k.encode(), v.encode("latin-1", "replace")) for k, v in extra.items()]}
+        start = {
+            "type": "http.response.start",
+            "status": status,
+            "headers": [(k.encode(), v.encode("latin-1", "replace")) for k, v in extra.items()],
+        }
         await send(start)
         await send({"type": "http.response.body", "body": raw})
 
@@ -132,7 +136,9 @@ class Gateway:
         body = await self._body(headers, receive)
         request = parse_classify(body, max_inputs=self.limits.max_inputs)
         if request.model not in (None, self.model):
-            raise RequestError(f"there is no model {request.model!r} here", status=404, kind="not_found_error", param="model", fix=repr(self.model))
+            raise RequestError(
+                f"there is no model {request.model!r} here", status=404, kind="not_found_error", param="model", fix=repr(self.model)
+            )
         room = self.limits.max_ongoing_requests + self.limits.max_queued_requests
         if self.in_flight >= room or self.draining:
             raise RequestError(

@@ -44,7 +44,10 @@ def parse_classify(body: bytes, *, max_inputs: int) -> ClassifyRequest:
         raise RequestError("`input` is an empty list: there is no text to classify", param="input", fix=EXAMPLE)
     if len(items) > max_inputs:
         raise RequestError(
-            f"{len(items)} texts in one request; the limit is {max_inputs}", status=413, param="input", fix=f"send them {max_inputs} at a time"
+            f"{len(items)} texts in one request; the limit is {max_inputs}",
+            status=413,
+            param="input",
+            fix=f"send them {max_inputs} at a time",
         )
     return ClassifyRequest(model, [_input(item, "input" if item is given else f"input[{i}]") for i, item in enumerate(items)])
 
@@ -58,7 +61,8 @@ def classify_response(model: str, answers: Sequence[Answer], labels: Sequence[st
         "created": int(time.time()),
         "model": model,
         "data": [
-            {"index": i, "label": answer.label, "probs": answer.probabilities, "num_classes": len(labels)} for i, answer in enumerate(answers)
+            {"index": i, "label": answer.label, "probs": answer.probabilities, "num_classes": len(labels)}
+            for i, answer in enumerate(answers)
         ],
         "labels": list(labels),
         "usage": {"prompt_tokens": tokens, "total_tokens": tokens, "completion_tokens": 0},

@@ -40,13 +40,19 @@ class _Loader(yaml.SafeLoader):
 
 
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag not in ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:float", "tag:yaml.org,2002:timestamp")]
+    first: [
+        (tag, pattern)
+        for tag, pattern in resolvers
+        if tag not in ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:float", "tag:yaml.org,2002:timestamp")
+    ]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 _Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)$|^[-+]?(?:\.[0-9]+|[0-9]+\.[0-9]*)$|^[-+]?\.(?:inf|Inf|INF)$|^\.(?:nan|NaN|NAN)$"),
+    re.compile(
+        r"^[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)$|^[-+]?(?:\.[0-9]+|[0-9]+\.[0-9]*)$|^[-+]?\.(?:inf|Inf|INF)$|^\.(?:nan|NaN|NAN)$"
+    ),
     list("-+0123456789."),
 )
 
@@ -57,7 +63,10 @@ def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
     for key_node, _ in node.value:
         key = loader.construct_object(key_node, deep=True)
         if key in seen:
-            raise SpecError(f"{key!r} stands twice, in lines {seen[key]} and {key_node.start_mark.line + 1}", where=f"line {key_node.start_mark.line + 1}")
+            raise SpecError(
+                f"{key!r} stands twice, in lines {seen[key]} and {key_node.start_mark.line + 1}",
+                where=f"line {key_node.start_mark.line + 1}",
+            )
         seen[key] = key_node.start_mark.line + 1
     return loader.construct_mapping(node, deep=True)
 
@@ -73,7 +82,9 @@ def load(kind: type[S], path: str | Path, overrides: Sequence[str] = ()) -> S:
     except FileNotFoundError as error:
         names = [str(other) for pattern in ("*.yaml", "*.yml") for other in path.parent.glob(pattern)] if path.parent.is_dir() else []
         near = difflib.get_close_matches(str(path), names, n=1)
-        raise SpecError(f"{path} does not exist", where="spec", fix=f"did you mean {near[0]}?" if near else "the path of a YAML file") from error
+        raise SpecError(
+            f"{path} does not exist", where="spec", fix=f"did you mean {near[0]}?" if near else "the path of a YAML file"
+        ) from error
     except IsADirectoryError as error:
         raise SpecError(f"{path} is a folder", where="spec", fix="the path of a YAML file") from error
     except UnicodeDecodeError as error:
@@ -87,7 +98,7 @@ def parse(kind: type[S], text: str, overrides: Sequence[str] = (), *, source: st
     """The spec in a YAML text, with overrides applied; SpecError says everything that is wrong with it."""
     try:
         # Safe: _Loader is SafeLoader with other numbers.
-        document = yaml.load(text, Loader=_Loader)  # noqa: S506
+        document = yaml.load(text, Loader=_Loader)
         tree = yaml.compose(text, Loader=_Loader)
     except SpecError as error:
         raise SpecError(error.problem, where=f"{source}, {error.where}", fix="keep one of them") from error
@@ -140,7 +151,7 @@ def _apply(document: dict[str, Any], override: str) -> None:
     if not equals or not path.strip():
         raise SpecError(f"{override!r} is not of the form a.b=c", where="--set", fix="--set optim.learning_rate=1e-4")
     try:
-        value = yaml.load(text, Loader=_Loader)  # noqa: S506
+        value = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
         raise SpecError(f"the value of {override!r} is not YAML", where="--set", fix="quote it: --set 'name=\"a: b\"'") from error
     *parents, last = path.strip().split(".")
@@ -153,7 +164,11 @@ def _apply(document: dict[str, Any], override: str) -> None:
             place[part] = {}
         place = place[part]
         if not isinstance(place, dict | list):
-            raise SpecError(f"{override!r}: {part!r} holds {place!r}, which has no fields", where="--set", fix=f"--set {path.partition('.' + last)[0]}=...")
+            raise SpecError(
+                f"{override!r}: {part!r} holds {place!r}, which has no fields",
+                where="--set",
+                fix=f"--set {path.partition('.' + last)[0]}=...",
+            )
     if isinstance(place, list):
         place[_index(place, last, override)] = value
     else:
@@ -162,7 +177,9 @@ def _apply(document: dict[str, Any], override: str) -> None:
 
 def _index(place: list[Any], part: str, override: str) -> int:
     if not part.isdigit() or int(part) >= len(place):
-        raise SpecError(f"{override!r}: the list has {len(place)} items, and {part!r} is none of them", where="--set", fix=f"0 to {len(place) - 1}")
+        raise SpecError(
+            f"{override!r}: the list has {len(place)} items, and {part!r} is none of them", where="--set", fix=f"0 to {len(place) - 1}"
+        )
     return int(part)
 
 
@@ -220,12 +237,9 @@ def _yaml_path(location: tuple[int | str, ...], document: Any) -> list[int | str
     place = document
     for i, part in enumerate(location):
         last = i + 1 == len(location)
-        if isinstance(place, Mapping) and part in place:
+        if (isinstance(place, Mapping) and part in place) or (isinstance(place, list) and isinstance(part, int) and part < len(place)):
             path.append(part)
-            place = place[part]
-        elif isinstance(place, list) and isinstance(part, int) and part < len(place):
-            path.append(part)
-            place = place[part]
+            place = _inside(place, part)
         elif last and isinstance(place, Mapping) and "[" not in str(part):
             path.append(part)
     return path
@@ -250,13 +264,23 @@ def _model_at(kind: type[BaseModel], path: Sequence[int | str], document: Any) -
     model: type[BaseModel] | None = kind
     place = document
     for part in path:
-        place = place[part] if isinstance(place, Mapping | list) and (isinstance(place, list) or part in place) else None
+        place = _inside(place, part)
         if model is None or isinstance(part, int) or part not in model.model_fields:
             return None
         variants = _models_in(model.model_fields[part].annotation)
-        tagged = [v for v in variants if isinstance(place, Mapping) and "kind" in v.model_fields and v.model_fields["kind"].default == place.get("kind")]
+        tagged = [
+            v
+            for v in variants
+            if isinstance(place, Mapping) and "kind" in v.model_fields and v.model_fields["kind"].default == place.get("kind")
+        ]
         model = (tagged or variants or [None])[0]  # type: ignore[list-item]
     return model
+
+
+def _inside(place: Any, part: int | str) -> Any:
+    if isinstance(place, Mapping):
+        return place.get(part)
+    return place[part] if isinstance(place, list) and isinstance(part, int) and part < len(place) else None
 
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:

@@ -13,7 +13,7 @@ class Model(Spec):
     """A pretrained model and how much of a text it reads."""
 
     model_name_or_path: Annotated[str, Field(min_length=1)]
-    """A local folder, a hub id (`org/name`), a storage URI (`s3://...`), or `pkg://package/folder` for a folder inside an installed Python package."""
+    """A local folder, a hub id (`org/name`), a storage URI (`s3://...`), or `pkg://package/folder`: a folder in an installed package."""
 
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
@@ -29,5 +29,3 @@ class Model(Spec):
         """True if the name can only be meant for a model hub (no scheme, one slash, not a path)."""
         name = self.model_name_or_path
         return "://" not in name and not name.startswith((".", "/", "~")) and name.count("/") <= 1
-
-

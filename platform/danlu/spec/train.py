@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
-from typing_extensions import Self
 
 from danlu.spec.base import DnsLabel, Fraction, NonNegativeInt, PositiveFloat, PositiveInt, Spec
 from danlu.spec.compress import Compress
@@ -78,7 +77,7 @@ class TrainJob(Spec):
     checkpoint: Checkpointing = Checkpointing()
 
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """`auto`: bf16 if every worker's hardware multiplies it natively (a GPU since Ampere, AVX512-BF16, AMX), else fp32; the plan says which."""
+    """`auto`: bf16 if every worker's hardware multiplies it natively (GPUs since Ampere, AVX512-BF16, AMX), else fp32; see the plan."""
 
     global_batch_size: PositiveInt = 32
     """Examples per optimizer step, over all workers and accumulation passes."""

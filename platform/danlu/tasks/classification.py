@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 
 from danlu.data.columns import Labelled, labelled
 from danlu.data.encode import Encoded, encode
-from danlu.data.formats import Rows, read_rows
+from danlu.data.formats import read_rows
 from danlu.data.pack import Packed, by_length, pack_rows
 from danlu.data.report import DataReport, check_labels, data_report
 from danlu.data.split import stratified_split
@@ -52,9 +52,7 @@ class Splits:
 # rows
 
 
-def splits(
-    data: Data, task: Classification, tokenizer: PreTrainedTokenizerBase, *, max_length: int, seed: int
-) -> Splits:
+def splits(data: Data, task: Classification, tokenizer: PreTrainedTokenizerBase, *, max_length: int, seed: int) -> Splits:
     """Read, check, split and tokenise; raises DataError for anything that could not be learned from."""
     rows = {"train": read_rows(data.train, format=data.format, max_rows=data.max_rows, where="data.train")}
     for name, source in (("dev", data.dev), ("test", data.test)):
@@ -112,11 +110,7 @@ def head_parameters(model: PreTrainedModel) -> set[str]:
     """Names of the parameters that stand on top of the encoder: they start from nothing, or nearly so."""
     prefix = model.base_model_prefix
     layers = (".encoder.", ".embeddings.", ".transformer.", ".layers.", ".embed_tokens.", "embeddings.", "encoder.")
-    return {
-        name
-        for name, _ in model.named_parameters()
-        if not name.startswith(f"{prefix}.") or not any(part in name for part in layers)
-    }
+    return {name for name, _ in model.named_parameters() if not name.startswith(f"{prefix}.") or not any(part in name for part in layers)}
 
 
 # loss
@@ -248,5 +242,3 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
             fix="save a fast one beside it: AutoTokenizer.from_pretrained(folder, use_fast=True).save_pretrained(folder)",
         )
     return tokenizer
-
-

@@ -15,7 +15,7 @@ def pick_device(num_gpus: int) -> torch.device:
 def has_native_bf16(device: torch.device) -> bool:
     """True if the hardware multiplies bf16 itself: a GPU since Ampere, AVX512-BF16, AMX. Elsewhere bf16 is slower than float32."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return any(probe() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported") if (probe := getattr(torch.cpu, name, None)))
 
 

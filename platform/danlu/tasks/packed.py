@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from typing import Any
 
@@ -52,7 +53,7 @@ def _rows(tensor: torch.Tensor, rows: int) -> torch.Tensor:
 def _runs(cu: list[int]) -> list[tuple[int, int, int]]:
     """(start, stop, number of rows) of each run of neighbours of one length."""
     runs: list[tuple[int, int, int]] = []
-    for start, stop in zip(cu, cu[1:], strict=False):
+    for start, stop in itertools.pairwise(cu):
         if runs and (runs[-1][1] - runs[-1][0]) == (stop - start) * runs[-1][2]:
             runs[-1] = (runs[-1][0], stop, runs[-1][2] + 1)
         else:
@@ -118,7 +119,7 @@ class PackedClassifier(nn.Module):
         lengths = cu_seqlens.diff().tolist()
 
         def padded(tensor: torch.Tensor, value: int) -> torch.Tensor:
-            return nn.utils.rnn.pad_sequence(list(tensor.split(lengths)), batch_first=True, padding_value=value)
+            return nn.utils.rnn.pad_sequence(list(torch.split(tensor, lengths)), batch_first=True, padding_value=value)
 
         types = {} if token_type_ids is None else {"token_type_ids": padded(token_type_ids, 0)}
         mask = padded(torch.ones_like(input_ids), 0)
@@ -140,7 +141,8 @@ def _layer_stack(model: PreTrainedModel) -> nn.Module | None:
 def _first_position(model: PreTrainedModel) -> int:
     embeddings = getattr(model.base_model, "embeddings", None)
     table = getattr(embeddings, "position_embeddings", None)
-    return 0 if getattr(table, "padding_idx", None) is None else int(table.padding_idx) + 1
+    padding: int | None = getattr(table, "padding_idx", None)
+    return 0 if padding is None else padding + 1
 
 
 def _first_tokens(stack: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:

@@ -13,13 +13,13 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from danlu.data.pack import Batches, by_length, pack_rows
 from danlu.errors import DanluError
 from danlu.spec.parallel import Ddp
 from danlu.spec.train import TrainJob
 from danlu.tasks import classification as task
 from danlu.tasks.classification import Split, Splits
 from danlu.tasks.device import has_native_bf16
-from danlu.data.pack import Batches, by_length, pack_rows
 from danlu.train.checkpoint import Checkpoints, Progress, after_eval, improved
 from danlu.train.model import Trainee, build, export
 from danlu.train.optim import learning_rate_at, param_groups
@@ -167,9 +167,7 @@ def _evaluate(
     """Score the dev split; keep the weights if they are the best so far."""
     started = time.perf_counter()
     autocast = bf16 and isinstance(job.parallel, Ddp)
-    logits = score_rows(
-        model, data.dev, run, batch_tokens=job.evaluation.batch_tokens, num_labels=len(data.label_names), autocast=autocast
-    )
+    logits = score_rows(model, data.dev, run, batch_tokens=job.evaluation.batch_tokens, num_labels=len(data.label_names), autocast=autocast)
     metrics = task.scores(logits, data.dev.labels, data.label_names).metrics()
     name = job.evaluation.metric_for_best_model
     is_best = improved(progress, metrics[name], higher_is_better=name != "loss")

@@ -7,14 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from danlu.errors import ModelError
 from danlu.spec.train import TrainJob
+from danlu.spec.tuning import Full, Lora
 from danlu.tasks import classification
 from danlu.tasks.packed import PackedClassifier
-from danlu.train.peft import apply_tuning
 
 PREFIX = "model."
 """PackedClassifier holds the Hugging Face model as `.model`."""
@@ -38,13 +37,20 @@ def build(job: TrainJob, folder: Path, label_names: list[str]) -> Trainee:
         raise ModelError(f"{folder} could not be loaded: {error}", where="model.model_name_or_path") from error
     module = PackedClassifier(model)
     head = {PREFIX + name for name in classification.head_parameters(model)}
-    module.model = apply_tuning(model, job.tuning)
-    if isinstance(module.model, PeftModel):
-        # What PEFT copied for training whole is the head; the adapters take the body's rate.
-        head = {name for name, p in module.named_parameters() if p.requires_grad and ".modules_to_save." in name}
-        exported = {name for name, p in module.named_parameters() if p.requires_grad}
-    else:
-        exported = set(module.state_dict())
+    exported = set(module.state_dict())
+    match job.tuning:
+        case Full():
+            if job.tuning.freeze_embeddings:
+                for name, parameter in model.base_model.named_parameters():
+                    if name.startswith("embeddings.") or name == "embed_tokens.weight":
+                        parameter.requires_grad_(False)
+        case Lora():
+            from danlu.train.peft import with_lora
+
+            module.model = with_lora(model, job.tuning)
+            # What PEFT copied for training whole is the head; the adapters take the body's rate.
+            head = {name for name, p in module.named_parameters() if p.requires_grad and ".modules_to_save." in name}
+            exported = {name for name, p in module.named_parameters() if p.requires_grad}
     return Trainee(module, frozenset(head), frozenset(exported))
 
 

@@ -31,9 +31,7 @@ def param_groups(model: nn.Module, optim: Optim, head: Collection[str]) -> list[
 
 def adamw(groups: list[dict[str, Any]], optim: Optim) -> torch.optim.AdamW:
     """torch's AdamW, fused."""
-    return torch.optim.AdamW(
-        groups, lr=optim.learning_rate, betas=(optim.adam_beta1, optim.adam_beta2), eps=optim.adam_epsilon, fused=True
-    )
+    return torch.optim.AdamW(groups, lr=optim.learning_rate, betas=(optim.adam_beta1, optim.adam_beta2), eps=optim.adam_epsilon, fused=True)
 
 
 def set_learning_rate(groups: list[dict[str, Any]], learning_rate: float) -> None:

@@ -1,4 +1,4 @@
-"""Which weights are trained: `tuning:` applied to a model."""
+"""Adapters through PEFT. Imported only where one is asked for: the library takes seconds."""
 
 from __future__ import annotations
 
@@ -8,33 +8,21 @@ from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from transformers import PreTrainedModel
 
 from danlu.errors import SpecError
-from danlu.spec.tuning import Full, Lora, Tuning
+from danlu.spec.tuning import Lora
 
 
-def apply_tuning(model: PreTrainedModel, tuning: Tuning) -> PreTrainedModel | PeftModel:
-    """The model with exactly the weights set trainable that `tuning` asks for."""
-    match tuning:
-        case Full():
-            if tuning.freeze_embeddings:
-                for name, parameter in model.base_model.named_parameters():
-                    if name.startswith("embeddings.") or name == "embed_tokens.weight":
-                        parameter.requires_grad_(False)
-            return model
-        case Lora():
-            return get_peft_model(model, lora_config(model, tuning))
-
-
-def lora_config(model: PreTrainedModel, tuning: Lora) -> LoraConfig:
-    """PEFT's configuration; SpecError if a named module is not there."""
+def with_lora(model: PreTrainedModel, tuning: Lora) -> PeftModel:
+    """The model with low-rank adapters; they and the head are trainable. SpecError if a named module is not there."""
     if tuning.target_modules != "all-linear":
         _check_targets(model, tuning.target_modules)
-    return LoraConfig(
+    config = LoraConfig(
         task_type=TaskType.SEQ_CLS,
         r=tuning.r,
         lora_alpha=tuning.lora_alpha,
         lora_dropout=tuning.lora_dropout,
         target_modules=tuning.target_modules,
     )
+    return get_peft_model(model, config)
 
 
 def _check_targets(model: PreTrainedModel, targets: Collection[str]) -> None:
@@ -43,5 +31,7 @@ def _check_targets(model: PreTrainedModel, targets: Collection[str]) -> None:
         if not any(name == target or name.endswith(f".{target}") for name in names):
             there = sorted({name.rpartition(".")[2] for name, module in model.named_modules() if type(module).__name__ == "Linear"})
             raise SpecError(
-                f"the model has no module named {target!r}", where="tuning.target_modules", fix=f"all-linear, or some of: {', '.join(there)}"
+                f"the model has no module named {target!r}",
+                where="tuning.target_modules",
+                fix=f"all-linear, or some of: {', '.join(there)}",
             )

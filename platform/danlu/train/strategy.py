@@ -29,7 +29,7 @@ class Setup:
 
 
 class Strategy(Protocol):
-    """prepare once; then per optimizer step micro_step + backward for each pass, and step; state is saved and loaded by all ranks together."""
+    """prepare once; then per optimizer step micro_step + backward for each pass, and step; state is for all ranks together."""
 
     def prepare(self, model: nn.Module, setup: Setup) -> nn.Module:
         """The module to call instead of `model`."""

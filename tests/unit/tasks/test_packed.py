@@ -89,7 +89,9 @@ def test_a_pair_keeps_its_segment_ids() -> None:
     types = [np.asarray([0] * (len(row) // 2) + [1] * (len(row) - len(row) // 2)) for row in ROWS]
     expected = torch.cat(
         [
-            alone(input_ids=torch.tensor(row)[None], token_type_ids=torch.tensor(kinds)[None], attention_mask=torch.ones(1, len(row))).logits
+            alone(
+                input_ids=torch.tensor(row)[None], token_type_ids=torch.tensor(kinds)[None], attention_mask=torch.ones(1, len(row))
+            ).logits
             for row, kinds in zip(ROWS, types, strict=True)
         ]
     )

@@ -39,7 +39,10 @@ def test_epochs_have_different_orders(encoded: Encoded) -> None:
 @pytest.mark.parametrize(("world", "micro"), [(1, 16), (1, 4), (2, 8), (2, 2), (4, 4)])
 def test_the_rows_of_a_step_do_not_depend_on_workers_or_accumulation(encoded: Encoded, world: int, micro: int) -> None:
     labels = [
-        int(label) for rank in range(world) for batch in batches(encoded, rank=rank, world=world, micro=micro).at(7) for label in batch.labels
+        int(label)
+        for rank in range(world)
+        for batch in batches(encoded, rank=rank, world=world, micro=micro).at(7)
+        for label in batch.labels
     ]
     assert sorted(labels) == sorted(batches(encoded).rows_of(7).tolist())
     assert len(batches(encoded, world=world, micro=micro).at(7)) == 16 // (world * micro)

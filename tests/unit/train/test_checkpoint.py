@@ -96,7 +96,7 @@ def test_a_full_disk_is_one_clear_error_and_the_one_before_stays(tmp_path: Path)
         (folder / "part").write_bytes(b"half")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    with pytest.raises(StorageError, match="step 20 could not be saved.*No space left.*step 10 is whole") as raised:
+    with pytest.raises(StorageError, match=r"step 20 could not be saved.*No space left.*step 10 is whole") as raised:
         ours.save(Progress(step=20), full)
     assert "free some space" in str(raised.value)
     assert not (tmp_path / "step-000020").exists()

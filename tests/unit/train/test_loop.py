@@ -86,7 +86,7 @@ def test_a_killed_run_resumes_to_the_losses_of_the_uninterrupted_one(setting: Se
     with pytest.raises(Killed):
         setting.run(job, "broken", killed_at(5))
     outcome, rest = setting.run(job, "broken")
-    assert [record.event for record in rest.records if isinstance(record, EventRecord)][0] == "resumed"
+    assert next(record.event for record in rest.records if isinstance(record, EventRecord)) == "resumed"
     resumed = losses(rest)
     assert min(resumed) == 4
     assert resumed == pytest.approx({step: loss for step, loss in losses(whole).items() if step >= 4}, abs=1e-6)
@@ -119,7 +119,9 @@ def test_it_learns_and_the_best_weights_load_in_plain_transformers_with_the_repo
 
 def test_early_stopping_stops_after_patience_evaluations_without_a_best(setting: Setting) -> None:
     job = setting.job(
-        max_steps=40, optim={"learning_rate": 1e-12}, evaluation={"eval_steps": 2, "early_stopping_patience": 3, "metric_for_best_model": "accuracy"}
+        max_steps=40,
+        optim={"learning_rate": 1e-12},
+        evaluation={"eval_steps": 2, "early_stopping_patience": 3, "metric_for_best_model": "accuracy"},
     )
     outcome, _ = setting.run(job)
     assert outcome.stopped_early
@@ -129,7 +131,9 @@ def test_early_stopping_stops_after_patience_evaluations_without_a_best(setting:
 
 def test_divergence_is_said_instead_of_trained_on(setting: Setting) -> None:
     with pytest.raises(DanluError, match=r"optim.learning_rate: the loss of step \d+ is (nan|inf|[0-9.e+]+)"):
-        setting.run(setting.job(optim={"learning_rate": 1e30, "max_grad_norm": None, "schedule": {"kind": "constant", "warmup_ratio": 0.0}}))
+        setting.run(
+            setting.job(optim={"learning_rate": 1e30, "max_grad_norm": None, "schedule": {"kind": "constant", "warmup_ratio": 0.0}})
+        )
 
 
 def test_lora_gives_the_losses_of_peft_by_hand(setting: Setting) -> None:
@@ -137,7 +141,9 @@ def test_lora_gives_the_losses_of_peft_by_hand(setting: Setting) -> None:
     _, run = setting.run(job)
     data = setting.data(job)
     torch.manual_seed(job.seed)
-    model = AutoModelForSequenceClassification.from_pretrained(setting.model, config=AutoConfig.from_pretrained(setting.model, num_labels=3))
+    model = AutoModelForSequenceClassification.from_pretrained(
+        setting.model, config=AutoConfig.from_pretrained(setting.model, num_labels=3)
+    )
     model = get_peft_model(model, LoraConfig(task_type=TaskType.SEQ_CLS, r=4, lora_alpha=8.0, target_modules="all-linear"))
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(

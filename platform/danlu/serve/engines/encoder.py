@@ -197,7 +197,8 @@ class EncoderEngine:
             change = float(np.abs(np.subtract(found.probabilities, probe.probabilities)).max())
             if change > tolerance or (found.label != probe.label and _is_clear(probe.probabilities, tolerance)):
                 raise QualityError(
-                    f"the bundle answers {found.label!r} {found.probabilities} where its evaluation answered {probe.label!r} {probe.probabilities}",
+                    f"the bundle answers {found.label!r} {found.probabilities} "
+                    f"where its evaluation answered {probe.label!r} {probe.probabilities}",
                     where=f"{meta.name}: probe {probe.text[:60]!r}",
                     fix="the same library versions as in the bundle's lineage, or evaluate and store it again",
                 )

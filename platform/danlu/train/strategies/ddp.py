@@ -37,7 +37,7 @@ class DdpStrategy:
             yield
 
     def backward(self, loss: torch.Tensor) -> None:
-        loss.backward()
+        torch.autograd.backward(loss)
 
     def step(self, learning_rate: float) -> float:
         limit = self.setup.optim.max_grad_norm

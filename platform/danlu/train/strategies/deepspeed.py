@@ -96,8 +96,8 @@ class DeepSpeedState:
         self.engine.load_checkpoint(str(folder), tag=TAG, load_module_strict=False, load_lr_scheduler_states=False)
 
     def weights(self, names: Collection[str]) -> dict[str, torch.Tensor]:
-        from deepspeed.utils import safe_get_full_fp32_param
         from deepspeed.runtime.zero.partition_parameters import GatheredParameters
+        from deepspeed.utils import safe_get_full_fp32_param
 
         whole: dict[str, torch.Tensor] = {}
         for name, parameter in self.engine.module.named_parameters():

@@ -1,0 +1,188 @@
+"""The hand-overs: trained weights become a scored bundle; a bundle finds its rows again; a budget decides what is kept."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from danlu.artifact.bundle import Bundle, BundleMeta, Lineage, Probe, canonical_json, read_bundle, text_digest, write_bundle
+from danlu.artifact.runs import RunFolder
+from danlu.artifact.store import Store
+from danlu.spec.train import TrainJob
+from danlu.spec.tuning import Lora
+
+if TYPE_CHECKING:
+    from danlu.evaluate.score import Delta, Evaluation
+    from danlu.plan import Plan
+    from danlu.tasks.classification import Predictor, Split, Splits
+
+LATEST, PRODUCTION = "latest", "production"
+"""Aliases of a job's bundles: what was trained last, and what is to be served."""
+
+NUM_PROBES = 8
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A job whose model and rows were found and checked: nothing has started yet."""
+
+    job: TrainJob
+    folder: Path
+    splits: Splits
+    plan: Plan
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A finished run: its folder, its bundle and how that scored."""
+
+    run: RunFolder
+    bundle: Bundle
+    reference: str
+    evaluations: dict[str, Evaluation]
+    outcome: dict[str, Any]
+
+
+def open_bundle(reference: str | Bundle, storage: str = "runs") -> Bundle:
+    """A bundle by `name@alias`, `name@v1`, folder or URI."""
+    return reference if isinstance(reference, Bundle) else read_bundle(Store(absolute(storage)).resolve(reference))
+
+
+def absolute(uri: str) -> str:
+    """A storage URI that means the same in any working directory."""
+    return uri if "://" in uri else str(Path(uri).expanduser().resolve())
+
+
+def make_bundle(prepared: Prepared, run: RunFolder, outcome: dict[str, Any], spec_digest: str) -> Trained:
+    """Score the best weights on dev and test, and store them with everything that says where they came from."""
+    import shutil
+
+    from danlu.compress.load import load_predictor
+    from danlu.evaluate.score import evaluate as score
+
+    job, splits = prepared.job, prepared.splits
+    with tempfile.TemporaryDirectory(prefix="danlu-bundle-") as temporary:
+        folder = Path(temporary)
+        _fetch(f"{run.uri}/best/step-{outcome['best_step']:06d}", folder / "model")
+        for leftover in (*folder.glob("model/rank-*.json"), folder / "model" / "manifest.json"):
+            leftover.unlink()
+        meta = BundleMeta(
+            name=job.name,
+            task=job.task,
+            labels=splits.label_names,
+            max_length=job.model.max_length,
+            precision="bf16" if outcome["bf16"] else "fp32",
+            weights="adapter" if isinstance(job.tuning, Lora) else "full",
+            base_model=job.model.model_name_or_path if isinstance(job.tuning, Lora) else None,
+            lineage=make_lineage(job, splits, run, spec_digest),
+        )
+        draft = write_bundle(folder, meta)
+        predictor = load_predictor(draft)
+        parts = {"dev": splits.dev} | ({"test": splits.test} if splits.test is not None else {})
+        evaluations = {name: score(predictor, split) for name, split in parts.items()}
+        scores = {name: evaluation.scores.metrics() for name, evaluation in evaluations.items()}
+        probes = make_probes(predictor, splits.test or splits.dev)
+        write_bundle(folder, draft.meta.model_copy(update={"scores": scores, "probes": probes}))
+        store = Store(absolute(job.storage))
+        stored = store.put(folder, job.name)
+        shutil.rmtree(folder / "model", ignore_errors=True)
+    store.set_alias(job.name, LATEST, stored.version)
+    store.set_alias(job.name, PRODUCTION, stored.version)
+    reference = f"{job.name}@v{stored.version}"
+    return Trained(run, open_bundle(reference, job.storage), reference, evaluations, outcome)
+
+
+def _fetch(uri: str, target: Path) -> None:
+    import fsspec
+
+    filesystem, path = fsspec.core.url_to_fs(uri)
+    filesystem.get(f"{path}/", f"{target}/", recursive=True)
+
+
+def make_lineage(job: TrainJob, splits: Splits, run: RunFolder, spec_digest: str) -> Lineage:
+    from importlib.metadata import version
+
+    from danlu import __version__
+
+    digests = {
+        name: text_digest(canonical_json([split.texts.texts, split.texts.pairs, split.labels.tolist()]))
+        for name, split in (("train", splits.train), ("dev", splits.dev), ("test", splits.test))
+        if split is not None
+    }
+    libraries = ("torch", "transformers", "peft", "deepspeed", "ray")
+    return Lineage(
+        spec=job.model_dump(mode="json"),
+        spec_digest=spec_digest,
+        data_digests=digests,
+        code_version=f"danlu {__version__}",
+        library_versions={name: version(name) for name in libraries},
+        seed=job.seed,
+        created=now(),
+        parent=None,
+        run=run.uri,
+    )
+
+
+def now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def make_probes(predictor: Predictor, split: Split) -> list[Probe]:
+    """A few rows with the answers that whoever serves this bundle must give."""
+    import numpy as np
+
+    rows = np.linspace(0, len(split.labels) - 1, min(NUM_PROBES, len(split.labels))).astype(int)
+    texts = [split.texts.texts[i] for i in rows]
+    pairs = [split.texts.pairs[i] for i in rows] if split.texts.pairs else None
+    found = predictor.predict(texts, pairs)
+    return [
+        Probe(text=text, text_pair=pairs[i] if pairs else None, label=answer.label, probabilities=answer.probabilities)
+        for i, (text, answer) in enumerate(zip(texts, found, strict=True))
+    ]
+
+
+def split_for(bundle: Bundle, predictor: Predictor, data: Sequence[str] | str | None) -> tuple[Split, str]:
+    """Rows to score a bundle on: the files given, or the test (else dev) rows of its own job."""
+    from danlu.tasks import classification
+
+    job = TrainJob.model_validate(bundle.meta.lineage.spec)
+    if data is None:
+        splits = classification.splits(job.data, job.task, predictor.tokenizer, max_length=bundle.meta.max_length, seed=job.seed)
+        return (splits.test, "test") if splits.test is not None else (splits.dev, "dev")
+    return classification.labelled_split(
+        data, job.data, predictor.tokenizer, bundle.meta.labels, max_length=bundle.meta.max_length
+    ), "given"
+
+
+def within_budget(job: TrainJob, delta: Delta) -> tuple[bool, str]:
+    from danlu.spec.compress import Compress
+
+    budget = job.compress or Compress()
+    metric = job.evaluation.metric_for_best_model
+    drop = delta.original[metric] - delta.compressed[metric] if metric != "loss" else delta.compressed[metric] - delta.original[metric]
+    told = (
+        f"{metric} falls by {drop:.4f} (budget {budget.max_quality_drop}), {delta.speedup:.2f}x the speed (at least {budget.min_speedup})"
+    )
+    if drop > budget.max_quality_drop:
+        return False, f"not kept: {told}; the original is served"
+    if delta.speedup < budget.min_speedup:
+        return False, f"not kept: {told}; the original is served"
+    return True, f"kept: {told}"
+
+
+def surest_errors(prepared: Prepared, trained: Trained, number: int = 12) -> list[tuple[str, str, str, float]]:
+    from danlu.tasks.classification import predictions
+
+    name = "test" if prepared.splits.test is not None else "dev"
+    split = prepared.splits.test or prepared.splits.dev
+    names = prepared.splits.label_names
+    wrong = [
+        (split.texts.texts[i], names[int(split.labels[i])], found.label, max(found.probabilities))
+        for i, found in enumerate(predictions(trained.evaluations[name].logits, names))
+        if found.label != names[int(split.labels[i])]
+    ]
+    return sorted(wrong, key=lambda row: -row[3])[:number]
