@@ -25,7 +25,7 @@ STRATEGIES: dict[str, dict[str, Any]] = {
 PLACES = 5
 
 
-def plain_curve(model_folder: Path, train_file: str) -> list[tuple[float, float]]:
+def plain_curve(model_folder: Path, train_file: str, learning_rate: float = 2e-3) -> list[tuple[float, float]]:
     """The same job written by hand: padded batches, one process, no accumulation, nothing of Danlu but the rows and their order."""
     job = job_of(str(model_folder), train_file, {})
     tokenizer = classification.load_tokenizer(model_folder)
@@ -50,7 +50,7 @@ def plain_curve(model_folder: Path, train_file: str) -> list[tuple[float, float]
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
         warm = math.ceil(0.1 * 4)
-        rate = 2e-3 * (step / warm if step < warm else 0.5 * (1 + math.cos(math.pi * (step - warm) / (4 - warm))))
+        rate = learning_rate * (step / warm if step < warm else 0.5 * (1 + math.cos(math.pi * (step - warm) / (4 - warm))))
         for group in optimizer.param_groups:
             group["lr"] = rate * group["scale"]
         optimizer.step()
@@ -107,4 +107,12 @@ def _assert_equal(found: list[Any], plain: list[tuple[float, float]]) -> None:
     for (loss, norm), (plain_loss, plain_norm) in zip(found, plain, strict=True):
         assert round(abs(loss - plain_loss), PLACES) == 0, (found, plain)
         assert round(abs(norm - plain_norm), PLACES) == 0, (found, plain)
-    assert plain[-1][0] < plain[0][0]
+
+
+def test_the_plain_losses_are_those_of_weights_that_move(
+    plain: list[tuple[float, float]], tiny_model: Path, topic_files: dict[str, str]
+) -> None:
+    """Otherwise a strategy whose step does nothing would pass. The first step has a learning rate of zero."""
+    still = plain_curve(tiny_model, topic_files["train"], learning_rate=0.0)
+    assert [loss for loss, _ in plain[:2]] == [loss for loss, _ in still[:2]]
+    assert all(abs(loss - before) > 10 ** -(PLACES - 2) for (loss, _), (before, _) in zip(plain[2:], still[2:], strict=True))
