@@ -34,11 +34,10 @@ def make_rows(number: int, seed: int) -> list[dict[str, str]]:
     return rows
 
 
-def write_tiny_model(folder: Path, *, hidden_size: int = 32, layers: int = 2) -> Path:
-    """A BERT with random weights and a WordPiece tokenizer of the rows' words, as a Hugging Face folder."""
-    import torch
+def write_tokenizer(folder: Path) -> int:
+    """A WordPiece tokenizer of the rows' words; its number of entries."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *FILLER, *(word for topic in TOPICS.values() for word in topic)]
     words += list("abcdefghijklmnopqrstuvwxyz") + [f"##{letter}" for letter in "abcdefghijklmnopqrstuvwxyz"]
@@ -58,9 +57,44 @@ def write_tiny_model(folder: Path, *, hidden_size: int = 32, layers: int = 2) ->
         model_max_length=64,
     )
     fast.save_pretrained(folder)
+    return len(words)
+
+
+def write_tiny_decoder(folder: Path, *, hidden_size: int = 32, layers: int = 2) -> Path:
+    """A Qwen3 with random weights and tied embeddings, as a Hugging Face folder; its texts end with [SEP]."""
+    import torch
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    vocabulary = write_tokenizer(folder)
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=vocabulary,
+        hidden_size=hidden_size,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=hidden_size // 4,
+        intermediate_size=2 * hidden_size,
+        max_position_embeddings=128,
+        tie_word_embeddings=True,
+        initializer_range=0.1,
+        pad_token_id=0,
+        eos_token_id=3,
+        bos_token_id=2,
+    )
+    Qwen3ForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def write_tiny_model(folder: Path, *, hidden_size: int = 32, layers: int = 2) -> Path:
+    """A BERT with random weights, as a Hugging Face folder."""
+    import torch
+    from transformers import BertConfig, BertModel
+
+    vocabulary = write_tokenizer(folder)
     torch.manual_seed(0)
     config = BertConfig(
-        vocab_size=len(words),
+        vocab_size=vocabulary,
         hidden_size=hidden_size,
         num_hidden_layers=layers,
         num_attention_heads=2,
@@ -77,6 +111,11 @@ def write_tiny_model(folder: Path, *, hidden_size: int = 32, layers: int = 2) ->
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_model(tmp_path_factory.mktemp("tiny-bert"))
+
+
+@pytest.fixture(scope="session")
+def tiny_decoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_decoder(tmp_path_factory.mktemp("tiny-qwen3"))
 
 
 @pytest.fixture(scope="session")

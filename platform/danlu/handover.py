@@ -18,7 +18,9 @@ from danlu.spec.tuning import Lora
 if TYPE_CHECKING:
     from danlu.evaluate.score import Delta, Evaluation
     from danlu.plan import Plan
-    from danlu.tasks.classification import Predictor, Split, Splits
+    from danlu.tasks.classification import Predictor
+    from danlu.tasks.pretrain import Scorer
+    from danlu.tasks.rows import Split, Splits
 
 LATEST, PRODUCTION = "latest", "production"
 """Aliases of a job's bundles: what was trained last, and what is to be served."""
@@ -61,7 +63,7 @@ def make_bundle(prepared: Prepared, run: RunFolder, outcome: dict[str, Any], spe
     """Score the best weights on dev and test, and store them with everything that says where they came from."""
     import shutil
 
-    from danlu.compress.load import load_predictor
+    from danlu.compress.load import load_judge
     from danlu.evaluate.score import evaluate as score
 
     job, splits = prepared.job, prepared.splits
@@ -81,11 +83,11 @@ def make_bundle(prepared: Prepared, run: RunFolder, outcome: dict[str, Any], spe
             lineage=make_lineage(job, splits, run, spec_digest),
         )
         draft = write_bundle(folder, meta)
-        predictor = load_predictor(draft)
+        judge = load_judge(draft)
         parts = {"dev": splits.dev} | ({"test": splits.test} if splits.test is not None else {})
-        evaluations = {name: score(predictor, split) for name, split in parts.items()}
+        evaluations = {name: score(judge, split) for name, split in parts.items()}
         scores = {name: evaluation.scores.metrics() for name, evaluation in evaluations.items()}
-        probes = make_probes(predictor, splits.test or splits.dev)
+        probes = make_probes(judge, splits.test or splits.dev)
         write_bundle(folder, draft.meta.model_copy(update={"scores": scores, "probes": probes}))
         store = Store(absolute(job.storage))
         stored = store.put(folder, job.name)
@@ -109,7 +111,7 @@ def make_lineage(job: TrainJob, splits: Splits, run: RunFolder, spec_digest: str
     from danlu import __version__
 
     digests = {
-        name: text_digest(canonical_json([split.texts.texts, split.texts.pairs, split.labels.tolist()]))
+        name: text_digest(canonical_json([split.texts.texts, split.texts.pairs, split.texts.labels]))
         for name, split in (("train", splits.train), ("dev", splits.dev), ("test", splits.test))
         if split is not None
     }
@@ -131,38 +133,41 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def make_probes(predictor: Predictor, split: Split) -> list[Probe]:
+def make_probes(judge: Predictor | Scorer, split: Split) -> list[Probe]:
     """A few rows with the answers that whoever serves this bundle must give."""
     import numpy as np
 
-    rows = np.linspace(0, len(split.labels) - 1, min(NUM_PROBES, len(split.labels))).astype(int)
+    from danlu.tasks.pretrain import Scorer
+
+    rows = np.linspace(0, len(split.texts.texts) - 1, min(NUM_PROBES, len(split.texts.texts))).astype(int)
     texts = [split.texts.texts[i] for i in rows]
+    if isinstance(judge, Scorer):
+        return [Probe(text=text, loss=loss) for text, loss in zip(texts, judge.losses(texts), strict=True)]
     pairs = [split.texts.pairs[i] for i in rows] if split.texts.pairs else None
-    found = predictor.predict(texts, pairs)
+    found = judge.predict(texts, pairs)
     return [
         Probe(text=text, text_pair=pairs[i] if pairs else None, label=answer.label, probabilities=answer.probabilities)
         for i, (text, answer) in enumerate(zip(texts, found, strict=True))
     ]
 
 
-def split_for(bundle: Bundle, predictor: Predictor, data: Sequence[str] | str | None) -> tuple[Split, str]:
+def split_for(bundle: Bundle, judge: Predictor | Scorer, data: Sequence[str] | str | None) -> tuple[Split, str]:
     """Rows to score a bundle on: the files given, or the test (else dev) rows of its own job."""
-    from danlu.tasks import classification
+    from danlu.tasks.task import task_file
 
     job = TrainJob.model_validate(bundle.meta.lineage.spec)
+    task, tokenizer, max_length = task_file(job.task), judge.tokenizer, bundle.meta.max_length
     if data is None:
-        splits = classification.splits(job.data, job.task, predictor.tokenizer, max_length=bundle.meta.max_length, seed=job.seed)
+        splits = task.splits(job.data, job.task, tokenizer, max_length=max_length, seed=job.seed)
         return (splits.test, "test") if splits.test is not None else (splits.dev, "dev")
-    return classification.labelled_split(
-        data, job.data, predictor.tokenizer, bundle.meta.labels, max_length=bundle.meta.max_length
-    ), "given"
+    return task.given_split(data, job.data, tokenizer, bundle.meta.labels, max_length=max_length), "given"
 
 
 def within_budget(job: TrainJob, delta: Delta) -> tuple[bool, str]:
     from danlu.spec.compress import Compress
 
     budget = job.compress or Compress()
-    metric = job.evaluation.metric_for_best_model
+    metric = job.metric_for_best_model
     drop = delta.original[metric] - delta.compressed[metric] if metric != "loss" else delta.compressed[metric] - delta.original[metric]
     told = (
         f"{metric} falls by {drop:.4f} (budget {budget.max_quality_drop}), {delta.speedup:.2f}x the speed (at least {budget.min_speedup})"
@@ -180,9 +185,11 @@ def surest_errors(prepared: Prepared, trained: Trained, number: int = 12) -> lis
     name = "test" if prepared.splits.test is not None else "dev"
     split = prepared.splits.test or prepared.splits.dev
     names = prepared.splits.label_names
+    if split.labels is None:
+        return []
     wrong = [
         (split.texts.texts[i], names[int(split.labels[i])], found.label, max(found.probabilities))
-        for i, found in enumerate(predictions(trained.evaluations[name].logits, names))
+        for i, found in enumerate(predictions(trained.evaluations[name].outputs, names))
         if found.label != names[int(split.labels[i])]
     ]
     return sorted(wrong, key=lambda row: -row[3])[:number]

@@ -35,7 +35,8 @@ from danlu.spec.train import TrainJob
 if TYPE_CHECKING:
     from danlu.evaluate.score import Delta, Evaluation
     from danlu.serve.app import Endpoint
-    from danlu.tasks.classification import Prediction, Split
+    from danlu.tasks.classification import Prediction
+    from danlu.tasks.rows import Split
     from danlu.train.run import Record
 
 
@@ -53,13 +54,14 @@ class Quantized:
 def prepare(job: TrainJob, *, calibrate: bool = True) -> Prepared:
     """Find and check everything a job needs, and plan it. Raises a DanluError for what would fail later."""
     from danlu.plan import make_plan
-    from danlu.tasks import classification
+    from danlu.tasks.task import task_file
+    from danlu.tasks.tokenizer import load_tokenizer
 
     ensure_writable(job.storage)
     check_machine(job)
     folder = model_folder(job.model)
-    tokenizer = classification.load_tokenizer(folder)
-    splits = classification.splits(job.data, job.task, tokenizer, max_length=job.model.max_length, seed=job.seed)
+    tokenizer = load_tokenizer(folder)
+    splits = task_file(job.task).splits(job.data, job.task, tokenizer, max_length=job.model.max_length, seed=job.seed)
     lengths = splits.train.encoded.lengths
     plan = make_plan(
         job, folder, num_rows=len(lengths), mean_tokens=float(lengths.mean()), num_labels=len(splits.label_names), calibrate=calibrate
@@ -125,13 +127,13 @@ def train(
 
 def evaluate(reference: str | Bundle, *, storage: str = "runs", data: Sequence[str] | str | None = None) -> tuple[Evaluation, Split]:
     """Score a bundle on files, or on the test rows of the job it came from (its dev rows if there are none)."""
-    from danlu.compress.load import load_predictor
+    from danlu.compress.load import load_judge
     from danlu.evaluate.score import evaluate as score
 
     bundle = open_bundle(reference, storage)
-    predictor = load_predictor(bundle)
-    split, _ = split_for(bundle, predictor, data)
-    return score(predictor, split), split
+    judge = load_judge(bundle)
+    split, _ = split_for(bundle, judge, data)
+    return score(judge, split), split
 
 
 def quantize(
@@ -223,13 +225,13 @@ def check_served(url: str, bundle: Bundle, split: Split, *, num_rows: int = 64) 
 
     from danlu.compress.load import load_predictor
 
-    rows = np.linspace(0, len(split.labels) - 1, min(num_rows, len(split.labels))).astype(int)
+    rows = np.linspace(0, len(split) - 1, min(num_rows, len(split))).astype(int)
     asked = [(split.texts.texts[i], split.texts.pairs[i] if split.texts.pairs else None) for i in rows]
     asked += [(probe.text, probe.text_pair) for probe in bundle.meta.probes]
     predictor = load_predictor(bundle)
     pairs = [pair or "" for _, pair in asked] if split.texts.pairs else None
     expected = [(found.label, found.probabilities) for found in predictor.predict([text for text, _ in asked], pairs)]
-    expected[len(rows) :] = [(probe.label, probe.probabilities) for probe in bundle.meta.probes]
+    expected[len(rows) :] = [(str(probe.label), probe.probabilities) for probe in bundle.meta.probes]
     largest = 0.0
     with httpx.Client(timeout=60) as client:
         for (text, pair), (label, probabilities) in zip(asked, expected, strict=True):

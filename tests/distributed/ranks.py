@@ -1,6 +1,6 @@
 """Runs training cases on a process group of gloo ranks and writes the losses and gradient norms as JSON.
 
-python ranks.py WORLD MODEL TRAIN_CSV OUT CASE.json   (CASE.json: {name: {overrides of the TrainJob}})
+python ranks.py WORLD MODEL TRAIN_CSV OUT CASE.json   (CASE.json: {name: {overrides of the TrainJob}}; "folder" there is another model)
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from danlu.spec.train import TrainJob
-from danlu.tasks import classification
+from danlu.tasks.task import task_file
+from danlu.tasks.tokenizer import load_tokenizer
 from danlu.train.loop import train
 from danlu.train.run import LocalRun, RayRun, StepRecord
 
@@ -41,8 +42,8 @@ def job_of(model: str, train_file: str, overrides: dict[str, Any]) -> TrainJob:
 def curve(job: TrainJob, run: LocalRun | RayRun, records: list[Any], run_uri: str) -> list[tuple[float, float]]:
     """(loss, gradient norm) of each step."""
     folder = Path(job.model.model_name_or_path)
-    tokenizer = classification.load_tokenizer(folder)
-    data = classification.splits(job.data, job.task, tokenizer, max_length=job.model.max_length, seed=job.seed)
+    tokenizer = load_tokenizer(folder)
+    data = task_file(job.task).splits(job.data, job.task, tokenizer, max_length=job.model.max_length, seed=job.seed)
     train(job, data, folder, tokenizer, run, run_uri)
     return [(record.loss, record.grad_norm) for record in records if isinstance(record, StepRecord)]
 
@@ -55,7 +56,7 @@ def _rank(rank: int, world: int, port: int, model: str, train_file: str, out: st
     for name, overrides in json.loads(Path(cases).read_text()).items():
         records: list[Any] = []
         run_uri = overrides.pop("run_uri", None) or f"{out}.{name}"
-        job = job_of(model, train_file, overrides)
+        job = job_of(overrides.pop("folder", model), train_file, overrides)
         curves[name] = curve(job, RayRun(torch.device("cpu"), records.append), records, run_uri)
     if rank == 0:
         Path(out).write_text(json.dumps(curves))

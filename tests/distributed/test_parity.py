@@ -9,12 +9,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from ranks import curve, job_of
-from transformers import AutoConfig, AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from danlu.tasks import classification
+from danlu.tasks import classification, pretrain
+from danlu.tasks.tokenizer import load_tokenizer
 
 STRATEGIES: dict[str, dict[str, Any]] = {
     "ddp": {"kind": "ddp"},
@@ -39,7 +41,7 @@ def plain_curve(model_folder: Path, train_file: str, learning_rate: float = 2e-3
         for name, p in model.named_parameters()
     ]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8)
-    order = torch.from_numpy(__import__("numpy").random.default_rng((job.seed, 0)).permutation(len(data.train.labels)))
+    order = torch.from_numpy(np.random.default_rng((job.seed, 0)).permutation(len(data.train.labels)))
     found = []
     for step in range(4):
         rows = order[step * 16 : (step + 1) * 16].tolist()
@@ -58,14 +60,48 @@ def plain_curve(model_folder: Path, train_file: str, learning_rate: float = 2e-3
     return found
 
 
+def decoder_case(folder: Path, **overrides: Any) -> dict[str, Any]:
+    return {"task": {"kind": "pretrain"}, "model": {"model_name_or_path": str(folder), "max_length": 12}, **overrides}
+
+
+def plain_decoder_curve(model_folder: Path, train_file: str) -> list[tuple[float, float]]:
+    """A language model by hand: padded batches, one process; each token of the batch weighs the same."""
+    job = job_of(str(model_folder), train_file, decoder_case(model_folder))
+    tokenizer = load_tokenizer(model_folder)
+    data = pretrain.splits(job.data, job.task, tokenizer, max_length=12, seed=job.seed)
+    model = AutoModelForCausalLM.from_pretrained(model_folder).train()
+    groups = [{"params": [p], "weight_decay": 0.01 if p.ndim > 1 else 0.0} for p in model.parameters()]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8)
+    order = np.random.default_rng((job.seed, 0)).permutation(len(data.train))
+    found = []
+    for step in range(4):
+        rows = [torch.from_numpy(data.train.encoded.row(int(i)).astype(np.int64)) for i in order[step * 16 : (step + 1) * 16]]
+        ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+        loss = model(input_ids=ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100)).loss
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        for group in optimizer.param_groups:
+            group["lr"] = 2e-3 * (step if step < 1 else 0.5 * (1 + math.cos(math.pi * (step - 1) / 3)))
+        optimizer.step()
+        found.append((float(loss.detach()), float(norm)))
+    return found
+
+
 @pytest.fixture(scope="module")
 def plain(tiny_model: Path, topic_files: dict[str, str]) -> list[tuple[float, float]]:
     return plain_curve(tiny_model, topic_files["train"])
 
 
 @pytest.fixture(scope="module")
+def plain_decoder(tiny_decoder: Path, topic_files: dict[str, str]) -> list[tuple[float, float]]:
+    return plain_decoder_curve(tiny_decoder, topic_files["train"])
+
+
+@pytest.fixture(scope="module")
 def two_ranks(
-    tiny_model: Path, topic_files: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+    tiny_model: Path, tiny_decoder: Path, topic_files: dict[str, str], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, list[tuple[float, float]]]:
     """Curves of every strategy and accumulation on two gloo ranks, in one pair of processes."""
     folder = tmp_path_factory.mktemp("two-ranks")
@@ -74,6 +110,9 @@ def two_ranks(
         for name, parallel in STRATEGIES.items()
         for accumulation in (1, 2)
     }
+    for name, parallel in STRATEGIES.items():
+        shape = {"parallel": parallel, "workers": {"num_workers": 2}, "micro_batch_size": 4}
+        cases[f"decoder-{name}"] = {"folder": str(tiny_decoder)} | decoder_case(tiny_decoder, **shape)
     (folder / "cases.json").write_text(json.dumps(cases))
     command = [sys.executable, str(Path(__file__).parent / "ranks.py"), "2", str(tiny_model), topic_files["train"]]
     done = subprocess.run([*command, str(folder / "out.json"), str(folder / "cases.json")], capture_output=True, text=True, timeout=400)
@@ -100,6 +139,13 @@ def test_two_workers_equal_the_plain_loop(
     strategy: str, accumulation: int, plain: list[tuple[float, float]], two_ranks: dict[str, list[tuple[float, float]]]
 ) -> None:
     _assert_equal(two_ranks[f"{strategy}-{accumulation}"], plain)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_decoder_on_two_workers_equals_the_plain_loop(
+    strategy: str, plain_decoder: list[tuple[float, float]], two_ranks: dict[str, list[tuple[float, float]]]
+) -> None:
+    _assert_equal(two_ranks[f"decoder-{strategy}"], plain_decoder)
 
 
 def _assert_equal(found: list[Any], plain: list[tuple[float, float]]) -> None:

@@ -21,12 +21,14 @@ FILE = "bundle.json"
 
 
 class Probe(Spec):
-    """A text and the answer that whoever serves the bundle must give."""
+    """A text and the answer that whoever serves the bundle must give: label and probabilities, or a language model's loss."""
 
     text: str
     text_pair: str | None = None
-    label: str
-    probabilities: list[float]
+    label: str | None = None
+    probabilities: list[float] = Field(default_factory=list)
+    loss: float | None = None
+    """Nats a token of the text, cut at the bundle's max_length."""
 
 
 class Lineage(Spec):
@@ -62,7 +64,7 @@ class BundleMeta(Spec):
     version: int | None = None
     task: Task
     labels: list[str]
-    """In the order of the model's outputs."""
+    """In the order of the model's outputs; empty for a language model."""
     max_length: int
     precision: Literal["fp32", "bf16"]
     """What the model was evaluated in."""

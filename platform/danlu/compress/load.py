@@ -6,21 +6,39 @@ from typing import Literal
 
 import torch
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
 from danlu.artifact.bundle import Bundle
 from danlu.artifact.pretrained import model_folder
 from danlu.errors import ModelError
 from danlu.spec.compress import BnbInt8, BnbNf4, Int8
 from danlu.spec.model import Model
-from danlu.tasks.classification import Predictor, build_model
+from danlu.spec.task import Classification, Pretrain
+from danlu.tasks.classification import Predictor
 from danlu.tasks.classification import load_predictor as load_from_folder
+from danlu.tasks.packed_decoder import PackedDecoder
+from danlu.tasks.pretrain import Scorer
+from danlu.tasks.task import task_file
+from danlu.tasks.tokenizer import load_tokenizer
 
 INT8_FILE = "model.int8.safetensors"
 
 
+def load_judge(bundle: Bundle) -> Predictor | Scorer:
+    """What scores rows as the bundle was evaluated."""
+    match bundle.meta.task:
+        case Classification():
+            return load_predictor(bundle)
+        case Pretrain():
+            tokenizer, bf16 = load_tokenizer(bundle.path / "model"), bundle.meta.precision == "bf16"
+            return Scorer(PackedDecoder(load_model(bundle)), tokenizer, max_length=bundle.meta.max_length, bf16=bf16)
+
+
 def load_predictor(bundle: Bundle, *, precision: Literal["fp32", "bf16"] | None = None, device: torch.device | None = None) -> Predictor:
-    """The predictor a bundle was evaluated as; `precision` overrides the one it was evaluated in."""
+    """The predictor a bundle was evaluated as; `precision` overrides the one it was evaluated in. ModelError if it gives no labels."""
+    if not isinstance(bundle.meta.task, Classification):
+        problem = f"{bundle.meta.name} was trained for {bundle.meta.task.kind}: it gives no labels"
+        raise ModelError(problem, where="bundle", fix="a classifier's bundle")
     model = load_model(bundle)
     if device is not None:
         model.to(device)
@@ -31,22 +49,23 @@ def load_predictor(bundle: Bundle, *, precision: Literal["fp32", "bf16"] | None 
 def load_model(bundle: Bundle) -> PreTrainedModel:
     """The Hugging Face model of a bundle; adapters are merged into float32 weights."""
     folder = bundle.path / "model"
+    loader = AutoModelForSequenceClassification if isinstance(bundle.meta.task, Classification) else AutoModelForCausalLM
     match bundle.meta.quantization:
         case None if bundle.meta.weights == "adapter":
             return _merged(bundle)
         case None:
-            model: PreTrainedModel = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
+            model: PreTrainedModel = loader.from_pretrained(folder, dtype=torch.float32)
             return model
         case Int8():
             from danlu.compress.int8 import load_int8
 
             # Built on the meta device first would leave non-persistent buffers empty; an encoder's skeleton is cheap.
-            skeleton = AutoModelForSequenceClassification.from_config(AutoConfig.from_pretrained(folder), dtype=torch.float32)
+            skeleton = loader.from_config(AutoConfig.from_pretrained(folder), dtype=torch.float32)
             loaded: PreTrainedModel = load_int8(skeleton, load_file(folder / INT8_FILE))
             return loaded
         case BnbInt8() | BnbNf4():
             need_bitsandbytes()
-            quantized: PreTrainedModel = AutoModelForSequenceClassification.from_pretrained(folder)
+            quantized: PreTrainedModel = loader.from_pretrained(folder)
             return quantized
 
 
@@ -63,6 +82,6 @@ def _merged(bundle: Bundle) -> PreTrainedModel:
 
     if bundle.meta.base_model is None:
         raise ModelError(f"{bundle.path} holds an adapter but does not say of which model", where="bundle.base_model")
-    base = build_model(model_folder(Model(model_name_or_path=bundle.meta.base_model)), bundle.meta.labels)
+    base = task_file(bundle.meta.task).build_model(model_folder(Model(model_name_or_path=bundle.meta.base_model)), bundle.meta.labels)
     merged: PreTrainedModel = PeftModel.from_pretrained(base, bundle.path / "model").merge_and_unload()
     return merged

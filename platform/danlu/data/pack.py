@@ -81,7 +81,15 @@ class Batches:
     """
 
     def __init__(
-        self, encoded: Encoded, labels: np.ndarray, *, global_batch_size: int, micro_batch_size: int, rank: int, world_size: int, seed: int
+        self,
+        encoded: Encoded,
+        labels: np.ndarray | None,
+        *,
+        global_batch_size: int,
+        micro_batch_size: int,
+        rank: int,
+        world_size: int,
+        seed: int,
     ) -> None:
         if global_batch_size % (micro_batch_size * world_size):
             raise ValueError(f"{global_batch_size=} is not a multiple of {micro_batch_size=} x {world_size=}")

@@ -9,6 +9,19 @@ import numpy as np
 from danlu.errors import DataError
 
 
+def random_split(num_rows: int, dev_size: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """(train, dev) row indices, ascending; at least one row in each."""
+    size = max(1, round(dev_size * num_rows)) if dev_size > 0 else 0
+    if not 0 < size < num_rows:
+        raise DataError(
+            f"{dev_size:g} of {num_rows} training rows leaves no {'dev' if size == 0 else 'training'} row",
+            where="data.dev_size",
+            fix="another dev_size, more rows, or a file of their own in data.dev",
+        )
+    dev = np.sort(np.random.default_rng(seed).permutation(num_rows)[:size])
+    return np.setdiff1d(np.arange(num_rows), dev), dev
+
+
 def stratified_split(labels: Sequence[int] | np.ndarray, dev_size: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """(train, dev) row indices, ascending. Every class keeps its share in both; a class of one row stays in train."""
     labels = np.asarray(labels)

@@ -8,6 +8,7 @@ from html import escape
 from typing import Any
 
 from danlu.tasks.classification import Scores
+from danlu.tasks.rows import Scored
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,7 @@ class ReportData:
     records: Sequence[Mapping[str, Any]]
     plan: str = ""
     data: str = ""
-    scores: Mapping[str, Scores] = field(default_factory=dict)
+    scores: Mapping[str, Scored] = field(default_factory=dict)
     delta: Mapping[str, Any] | None = None
     delta_verdict: str = ""
     served: str = ""
@@ -48,6 +49,10 @@ def render(data: ReportData) -> str:
     """The page."""
     parts = [f"<h1>{escape(data.title)}</h1>", _subtitle(data), _tiles(data), _curves(data.records)]
     for split, found in data.scores.items():
+        if not isinstance(found, Scores):
+            rows = [(name, f"{value:.4f}") for name, value in found.metrics().items()]
+            parts.append(f"<h2>Scores on the {escape(split)} split</h2>{_table(('metric', 'value'), rows)}")
+            continue
         parts.append(
             f"<h2>Scores on the {escape(split)} split</h2>{_per_class(found)}<h2>Confusion matrix, {escape(split)}</h2>{_confusion(found)}"
         )
@@ -80,7 +85,7 @@ def _subtitle(data: ReportData) -> str:
 def _tiles(data: ReportData) -> str:
     tiles = []
     for split, found in data.scores.items():
-        tiles += [(f"{found.accuracy:.4f}", f"accuracy, {split}"), (f"{found.macro_f1:.4f}", f"macro F1, {split}")]
+        tiles += [(f"{value:.4f}", f"{name.replace('_', ' ')}, {split}") for name, value in list(found.metrics().items())[:2]]
     steps = [record for record in data.records if record["kind"] == "step"]
     if steps:
         tiles.append((f"{steps[-1]['step']:,}", "optimizer steps"))

@@ -9,20 +9,24 @@ from typing import Any
 
 import numpy as np
 
-from danlu.tasks.classification import Predictor, Scores, Split, predictions, scores
+from danlu.tasks.classification import Predictor, Scores, predictions
+from danlu.tasks.classification import scores as label_scores
+from danlu.tasks.pretrain import LanguageScores, Scorer
+from danlu.tasks.pretrain import scores as language_scores
+from danlu.tasks.rows import Split
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Scores of a split, its logits (float32 [rows, labels]) and how long they took."""
+    """Scores of a split, what they were made of (float32 [rows, width]; a classifier's logits) and how long that took."""
 
-    scores: Scores
-    logits: np.ndarray
+    scores: Scores | LanguageScores
+    outputs: np.ndarray
     seconds: float
 
     @property
     def rows_per_second(self) -> float:
-        return len(self.logits) / self.seconds
+        return len(self.outputs) / self.seconds
 
 
 @dataclass(frozen=True)
@@ -68,11 +72,12 @@ class Delta:
         return "\n".join(lines)
 
 
-def evaluate(predictor: Predictor, split: Split, *, batch_tokens: int = 4096) -> Evaluation:
+def evaluate(judge: Predictor | Scorer, split: Split, *, batch_tokens: int = 4096) -> Evaluation:
     """Score every row of a split."""
     began = time.perf_counter()
-    logits = predictor.logits(split.encoded, batch_tokens=batch_tokens)
-    return Evaluation(scores(logits, split.labels, predictor.label_names), logits, time.perf_counter() - began)
+    outputs = judge.outputs(split.encoded, batch_tokens=batch_tokens)
+    found = language_scores(outputs) if isinstance(judge, Scorer) else label_scores(outputs, split.labels, judge.label_names)
+    return Evaluation(found, outputs, time.perf_counter() - began)
 
 
 def compare(
@@ -92,7 +97,7 @@ def compare(
     """Both on every row for quality; for speed, both in turns on `speed_rows` evenly spaced rows, `runs` times."""
     before = before or evaluate(original, split, batch_tokens=batch_tokens)
     after = evaluate(compressed, split, batch_tokens=batch_tokens)
-    sample = split.encoded.take(np.linspace(0, len(split.labels) - 1, min(speed_rows, len(split.labels))).astype(int))
+    sample = split.encoded.take(np.linspace(0, len(split) - 1, min(speed_rows, len(split))).astype(int))
     times: list[tuple[float, float]] = []
     for _ in range(runs):
         pair = []
@@ -104,13 +109,13 @@ def compare(
     ratios = [one / other for one, other in times]
     changes = [
         np.abs(np.subtract(a.probabilities, b.probabilities)).max()
-        for a, b in zip(predictions(before.logits, original.label_names), predictions(after.logits, original.label_names), strict=True)
+        for a, b in zip(predictions(before.outputs, original.label_names), predictions(after.outputs, original.label_names), strict=True)
     ]
     return Delta(
         name=name,
         original=before.scores.metrics(),
         compressed=after.scores.metrics(),
-        agreement=float((before.logits.argmax(1) == after.logits.argmax(1)).mean()),
+        agreement=float((before.outputs.argmax(1) == after.outputs.argmax(1)).mean()),
         largest_probability_change=float(max(changes)),
         rows_per_second_original=len(sample) / median(one for one, _ in times),
         rows_per_second=len(sample) / median(other for _, other in times),
@@ -120,13 +125,16 @@ def compare(
         runs=runs,
         bytes_original=bytes_original,
         bytes=bytes_compressed,
-        num_rows=len(split.labels),
+        num_rows=len(split),
         split=split_name,
     )
 
 
-def scores_text(found: Scores) -> str:
-    """Scores, per-class table and confusion matrix for the terminal."""
+def scores_text(found: Scores | LanguageScores) -> str:
+    """Scores for the terminal; a classifier's with per-class table and confusion matrix."""
+    if isinstance(found, LanguageScores):
+        size = f"tokens {found.num_tokens:,}   rows {found.num_rows:,}"
+        return f"  loss {found.loss:.4f} nats a token   perplexity {found.perplexity:.3f}   {size}"
     width = max(len(name) for name in found.per_class)
     lines = [f"  accuracy {found.accuracy:.4f}   macro F1 {found.macro_f1:.4f}   loss {found.loss:.4f}   rows {found.num_rows}", ""]
     lines.append(f"  {'':<{width}} precision    recall        f1   rows")

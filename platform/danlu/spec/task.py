@@ -27,5 +27,16 @@ class Classification(Spec):
         return self
 
 
-Task = Classification
-"""One task so far; more make this a union tagged by `kind`."""
+class Pretrain(Spec):
+    """Causal language modelling: every next token of plain text, by a pretrained decoder that goes on learning.
+
+    Texts longer than `model.max_length` are cut into pieces of that length, none of which is lost.
+    """
+
+    kind: Literal["pretrain"] = "pretrain"
+
+
+Task = Annotated[Classification | Pretrain, Field(discriminator="kind")]
+
+METRICS: dict[str, tuple[str, ...]] = {"classification": ("accuracy", "macro_f1", "loss"), "pretrain": ("loss",)}
+"""What a task's dev split is scored by; the first is what chooses the best weights unless the job says otherwise."""

@@ -12,7 +12,7 @@ from danlu.spec.data import Data
 from danlu.spec.model import Model
 from danlu.spec.parallel import Ddp, Parallel, Workers
 from danlu.spec.serve import ServeAfterTraining, Service
-from danlu.spec.task import Classification, Task
+from danlu.spec.task import METRICS, Classification, Task
 from danlu.spec.tuning import Full, Tuning
 
 
@@ -44,7 +44,8 @@ class Evaluation(Spec):
 
     eval_steps: PositiveInt | None = None
     """Score the dev split every so many steps; unset: five times in the run. It is always scored at the end."""
-    metric_for_best_model: Literal["accuracy", "macro_f1", "loss"] = "accuracy"
+    metric_for_best_model: Literal["accuracy", "macro_f1", "loss"] | None = None
+    """What the best weights of the dev split are best at. Unset: accuracy for classification, loss for language modelling."""
     early_stopping_patience: PositiveInt | None = None
     """Stop after so many evaluations in a row without a new best; unset never stops early."""
     batch_tokens: PositiveInt = 4096
@@ -105,6 +106,27 @@ class TrainJob(Spec):
                 f"{self.micro_batch_size} x {self.workers.num_workers} = {per_pass}; nearest that works: {nearest}"
             )
         return self
+
+    @model_validator(mode="after")
+    def _task_has_the_metric(self) -> Self:
+        metric = self.evaluation.metric_for_best_model
+        if metric is not None and metric not in METRICS[self.task.kind]:
+            there = ", ".join(METRICS[self.task.kind])
+            raise ValueError(f"evaluation.metric_for_best_model={metric} is not a metric of task.kind={self.task.kind}; it has: {there}")
+        return self
+
+    @model_validator(mode="after")
+    def _what_follows_training_can_take_the_task(self) -> Self:
+        if self.task.kind != "classification":
+            for name in ("compress", "serve"):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"{name} takes task.kind=classification only; leave it out for task.kind={self.task.kind}")
+        return self
+
+    @property
+    def metric_for_best_model(self) -> str:
+        """What chooses the best weights."""
+        return self.evaluation.metric_for_best_model or METRICS[self.task.kind][0]
 
     @property
     def accumulation_steps(self) -> int:

@@ -8,46 +8,21 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import transformers
 from sklearn.metrics import accuracy_score, confusion_matrix, precision_recall_fscore_support
 from torch import nn
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
-from danlu.data.columns import Labelled, labelled
+from danlu.data.columns import labelled
 from danlu.data.encode import Encoded, encode
 from danlu.data.formats import read_rows
 from danlu.data.pack import Packed, by_length, pack_rows
-from danlu.data.report import DataReport, check_labels, data_report
+from danlu.data.report import check_labels, data_report
 from danlu.data.split import stratified_split
-from danlu.errors import ModelError
 from danlu.spec.data import Data
 from danlu.spec.task import Classification
-from danlu.tasks.packed import PackedClassifier
-
-# Its progress bars and its table of new weights say what the plan has said already.
-transformers.utils.logging.set_verbosity_error()
-transformers.utils.logging.disable_progress_bar()
-
-
-@dataclass(frozen=True)
-class Split:
-    """The rows of one split: token ids, labels (int64 [rows]) and the texts they came from."""
-
-    encoded: Encoded
-    labels: np.ndarray
-    texts: Labelled
-
-
-@dataclass(frozen=True)
-class Splits:
-    """Everything a job learns from and is scored on; `label_names` in the order of the model's outputs."""
-
-    train: Split
-    dev: Split
-    test: Split | None
-    label_names: list[str]
-    report: DataReport
-
+from danlu.tasks.packed import PackedClassifier, inputs
+from danlu.tasks.rows import Split, Splits
+from danlu.tasks.tokenizer import load_tokenizer
 
 # rows
 
@@ -73,7 +48,7 @@ def splits(data: Data, task: Classification, tokenizer: PreTrainedTokenizerBase,
     return Splits(whole["train"], whole["dev"], whole.get("test"), label_names, report)
 
 
-def labelled_split(
+def given_split(
     source: str | Sequence[str], data: Data, tokenizer: PreTrainedTokenizerBase, label_names: Sequence[str], *, max_length: int
 ) -> Split:
     """Labelled rows of other files than the job's, for scoring a model that knows `label_names`."""
@@ -85,6 +60,7 @@ def labelled_split(
 
 
 def _take(split: Split, rows: np.ndarray) -> Split:
+    assert split.labels is not None
     return Split(split.encoded.take(rows), split.labels[rows], split.texts.take(rows))
 
 
@@ -113,13 +89,18 @@ def head_parameters(model: PreTrainedModel) -> set[str]:
     return {name for name, _ in model.named_parameters() if not name.startswith(f"{prefix}.") or not any(part in name for part in layers)}
 
 
+def wrap(model: PreTrainedModel) -> PackedClassifier:
+    """The model as the loop calls it."""
+    return PackedClassifier(model)
+
+
 # loss
 
 
 def loss(model: nn.Module, batch: Packed, task: Classification) -> torch.Tensor:
     """Sum of the cross-entropies of a batch's rows (the caller divides by the targets of the whole global batch)."""
     assert batch.labels is not None
-    logits = model(batch.input_ids, batch.position_ids, batch.cu_seqlens, batch.token_type_ids)
+    logits = row_outputs(model, batch)
     return nn.functional.cross_entropy(logits.float(), batch.labels, reduction="sum", label_smoothing=task.label_smoothing)
 
 
@@ -147,8 +128,15 @@ class Scores:
         return {"accuracy": self.accuracy, "macro_f1": self.macro_f1, "loss": self.loss}
 
 
-def scores(logits: np.ndarray, labels: np.ndarray, label_names: Sequence[str]) -> Scores:
+def row_outputs(model: nn.Module, batch: Packed) -> torch.Tensor:
+    """Logits, [rows, labels]."""
+    logits: torch.Tensor = model(*inputs(batch))
+    return logits
+
+
+def scores(logits: np.ndarray, labels: np.ndarray | None, label_names: Sequence[str]) -> Scores:
     """Score logits (float [rows, labels]) against labels (int [rows]) with scikit-learn."""
+    assert labels is not None
     predicted, every = logits.argmax(axis=1), range(len(label_names))
     precision, recall, f1, support = precision_recall_fscore_support(labels, predicted, labels=every, zero_division=0)
     present = support > 0  # a class that is not in this split has no recall to average
@@ -209,6 +197,10 @@ class Predictor:
             logits[rows] = self.forward(pack_rows(encoded, rows))
         return logits
 
+    def outputs(self, encoded: Encoded, *, batch_tokens: int = 4096) -> np.ndarray:
+        """What `scores` is made of: the logits."""
+        return self.logits(encoded, batch_tokens=batch_tokens)
+
     def predict(self, texts: Sequence[str], pairs: Sequence[str] | None = None) -> list[Prediction]:
         """Labels and probabilities of texts."""
         return predictions(self.logits(self.encode(texts, pairs)), self.label_names)
@@ -227,18 +219,3 @@ def load_predictor(
     if model is None:
         model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
     return Predictor(PackedClassifier(model), load_tokenizer(folder), label_names, max_length=max_length, bf16=bf16)
-
-
-def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
-    """The fast tokenizer of a model folder; ModelError if there is none."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, use_fast=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"no tokenizer could be loaded from {folder}: {error}", where="model.model_name_or_path") from error
-    if not tokenizer.is_fast:
-        raise ModelError(
-            f"{folder} has only a slow tokenizer ({type(tokenizer).__name__})",
-            where="model.model_name_or_path",
-            fix="save a fast one beside it: AutoTokenizer.from_pretrained(folder, use_fast=True).save_pretrained(folder)",
-        )
-    return tokenizer

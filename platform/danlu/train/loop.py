@@ -17,9 +17,9 @@ from danlu.data.pack import Batches, by_length, pack_rows
 from danlu.errors import DanluError
 from danlu.spec.parallel import Ddp
 from danlu.spec.train import TrainJob
-from danlu.tasks import classification as task
-from danlu.tasks.classification import Split, Splits
 from danlu.tasks.device import has_native_bf16
+from danlu.tasks.rows import Split, Splits
+from danlu.tasks.task import TaskFile, task_file
 from danlu.train.checkpoint import Checkpoints, Progress, after_eval, improved
 from danlu.train.model import Trainee, build, export
 from danlu.train.optim import learning_rate_at, param_groups
@@ -50,6 +50,7 @@ def train(job: TrainJob, data: Splits, folder: Path, tokenizer: PreTrainedTokeni
     eval_steps = job.evaluation.eval_steps or max(1, math.ceil(steps / 5))
     save_steps = job.checkpoint.save_steps or max(1, math.ceil(steps / 5))
     bf16 = uses_bf16(job, run)
+    task = task_file(job.task)
     trainee = build(job, folder, data.label_names)
     strategy = make_strategy(job.parallel)
     model = strategy.prepare(trainee.module, _setup(job, trainee, run, bf16))
@@ -135,21 +136,23 @@ def shape(job: TrainJob) -> str:
 
 
 @torch.no_grad()
-def score_rows(model: nn.Module, split: Split, run: Run, *, batch_tokens: int, num_labels: int, autocast: bool) -> np.ndarray:
-    """Logits of a split, float32 [rows, labels], the rows shared out over the ranks. Collective."""
+def score_rows(task: TaskFile, model: nn.Module, split: Split, run: Run, *, batch_tokens: int, autocast: bool) -> np.ndarray:
+    """A task's outputs of a split, float32 [rows, width], the rows shared out over the ranks. Collective."""
     model.eval()
     groups = by_length(split.encoded.lengths, batch_tokens)
-    logits = torch.zeros(len(split.labels), num_labels)
+    outputs = torch.empty(0)
     # Under ZeRO-3 a forward is collective: every rank does as many, a short one repeats its last.
     for turn in range(math.ceil(len(groups) / run.world_size)):
         mine = turn * run.world_size + run.rank
         rows = groups[min(mine, len(groups) - 1)]
         batch = pack_rows(split.encoded, rows).to(run.device)
         with torch.autocast(run.device.type, torch.bfloat16, enabled=autocast):
-            out = model(batch.input_ids, batch.position_ids, batch.cu_seqlens, batch.token_type_ids)
+            out = task.row_outputs(model, batch)
+        if not len(outputs):
+            outputs = torch.zeros(len(split), out.shape[1])
         if mine < len(groups):
-            logits[rows] = out.float().cpu()
-    return run.all_sum(logits).numpy()
+            outputs[rows] = out.float().cpu()
+    return run.all_sum(outputs).numpy()
 
 
 def _evaluate(
@@ -167,9 +170,10 @@ def _evaluate(
     """Score the dev split; keep the weights if they are the best so far."""
     started = time.perf_counter()
     autocast = bf16 and isinstance(job.parallel, Ddp)
-    logits = score_rows(model, data.dev, run, batch_tokens=job.evaluation.batch_tokens, num_labels=len(data.label_names), autocast=autocast)
-    metrics = task.scores(logits, data.dev.labels, data.label_names).metrics()
-    name = job.evaluation.metric_for_best_model
+    task = task_file(job.task)
+    outputs = score_rows(task, model, data.dev, run, batch_tokens=job.evaluation.batch_tokens, autocast=autocast)
+    metrics = dict(task.scores(outputs, data.dev.labels, data.label_names).metrics())
+    name = job.metric_for_best_model
     is_best = improved(progress, metrics[name], higher_is_better=name != "loss")
     progress = after_eval(progress, metrics[name], is_best=is_best)
     if is_best:

@@ -12,31 +12,32 @@ from transformers import PreTrainedTokenizerBase
 from danlu.errors import ModelError
 from danlu.spec.train import TrainJob
 from danlu.spec.tuning import Full, Lora
-from danlu.tasks import classification
-from danlu.tasks.packed import PackedClassifier
+from danlu.tasks.packed import PackedModel
+from danlu.tasks.task import task_file
 
 PREFIX = "model."
-"""PackedClassifier holds the Hugging Face model as `.model`."""
+"""A task's wrapper holds the Hugging Face model as `.model`."""
 
 
 @dataclass(frozen=True)
 class Trainee:
     """A model ready to train. `head` names parameters that start from nothing, `exported` what `export` has to be given."""
 
-    module: PackedClassifier
+    module: PackedModel
     head: frozenset[str]
     exported: frozenset[str]
 
 
 def build(job: TrainJob, folder: Path, label_names: list[str]) -> Trainee:
     """The pretrained model of `folder` with a head for these labels and `job.tuning` applied; the same on every rank."""
+    task = task_file(job.task)
     torch.manual_seed(job.seed)
     try:
-        model = classification.build_model(folder, label_names, dropout=job.model.hidden_dropout)
+        model = task.build_model(folder, label_names, dropout=job.model.hidden_dropout)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"{folder} could not be loaded: {error}", where="model.model_name_or_path") from error
-    module = PackedClassifier(model)
-    head = {PREFIX + name for name in classification.head_parameters(model)}
+    module = task.wrap(model)
+    head = {PREFIX + name for name in task.head_parameters(model)}
     exported = set(module.state_dict())
     match job.tuning:
         case Full():

@@ -1,0 +1,131 @@
+"""Packed decoders: an unmodified Hugging Face causal language model that reads rows laid end to end, and never holds all its logits."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from danlu.tasks.packed import ATTENTION, PackedModel
+
+log = logging.getLogger(__name__)
+
+CHUNK_TOKENS = 1024
+"""Logits that stand in memory at once: this many tokens by the vocabulary. With 150,000 entries that is 0.6 GB in float32."""
+
+
+def token_losses(
+    hidden: torch.Tensor, head: nn.Module, targets: torch.Tensor, *, softcap: float | None = None, chunk_tokens: int = CHUNK_TOKENS
+) -> torch.Tensor:
+    """Cross-entropy of each position, float32 [tokens], 0 where the target is -100. hidden: [tokens, hidden]; targets: int64 [tokens].
+
+    Chunk by chunk, each chunk's logits made again for its backward: what is kept is the hidden states, not tokens x vocabulary
+    (the idea of https://arxiv.org/abs/2410.10989 without its kernels).
+    """
+    pieces = []
+    for some, aims in zip(torch.split(hidden, chunk_tokens), torch.split(targets, chunk_tokens), strict=True):
+        if torch.is_grad_enabled() and hidden.requires_grad and len(hidden) > chunk_tokens:
+            piece = checkpoint(_chunk_losses, some, head, aims, softcap, use_reentrant=False)
+        else:
+            piece = _chunk_losses(some, head, aims, softcap)
+        pieces.append(piece)
+    return torch.cat(pieces)
+
+
+def _chunk_losses(hidden: torch.Tensor, head: nn.Module, targets: torch.Tensor, softcap: float | None) -> torch.Tensor:
+    logits = head(hidden).float()
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    return nn.functional.cross_entropy(logits, targets, reduction="none", ignore_index=-100)
+
+
+def next_tokens(input_ids: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
+    """The target of each position of packed rows, int64 [tokens]: the token after it, -100 at the end of its row."""
+    targets = torch.cat([input_ids[1:], input_ids.new_full((1,), -100)])
+    targets[cu_seqlens[1:].to(targets.device, torch.int64) - 1] = -100
+    return targets
+
+
+class PackedDecoder(PackedModel):
+    """A Hugging Face `...ForCausalLM` whose forward takes packed rows and gives each row's summed next-token loss.
+
+    The loss is made inside, so that DDP, FSDP and DeepSpeed see one forward. Whether the packed rows get the model's own answers is tried
+    out once; any model for which they do not is fed padded batches instead.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+        self.pad_token_id = int(model.config.pad_token_id or 0)
+        self.packed = _answers_are_the_same(self)
+        if not self.packed:
+            log.info("%s is fed padded batches: its packed answers are not its own", type(model).__name__)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        cu_seqlens: torch.Tensor,
+        token_type_ids: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Summed loss of each row's next tokens, float32 [rows]."""
+        hidden = self.hidden(input_ids, position_ids, cu_seqlens)
+        head = self.model.get_output_embeddings()
+        softcap = getattr(self.model.config, "final_logit_softcapping", None)
+        losses = token_losses(hidden, head, next_tokens(input_ids, cu_seqlens), softcap=softcap)
+        lengths = cu_seqlens.diff().to(losses.device, torch.int64)
+        rows = torch.repeat_interleave(torch.arange(len(lengths), device=losses.device), lengths)
+        return torch.zeros(len(lengths), device=losses.device).index_add(0, rows, losses)
+
+    def hidden(self, input_ids: torch.Tensor, position_ids: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
+        """Last hidden states, [tokens, hidden]."""
+        backbone = self.model.get_decoder()
+        if self.packed:
+            # No attention_mask at all: even one of ones would make some models forget where rows end.
+            output = backbone(input_ids=input_ids[None], position_ids=position_ids[None], cu_seqlens=cu_seqlens, use_cache=False)
+            packed: torch.Tensor = output.last_hidden_state[0]
+            return packed
+        lengths = cu_seqlens.diff().tolist()
+
+        def padded(tensor: torch.Tensor, value: int) -> torch.Tensor:
+            return nn.utils.rnn.pad_sequence(list(torch.split(tensor, lengths)), batch_first=True, padding_value=value)
+
+        mask = padded(torch.ones_like(input_ids), 0)
+        output = backbone(input_ids=padded(input_ids, self.pad_token_id), attention_mask=mask, use_cache=False)
+        flat: torch.Tensor = output.last_hidden_state[mask.bool()]
+        return flat
+
+
+@torch.no_grad()
+def _answers_are_the_same(decoder: PackedDecoder) -> bool:
+    """Packed beside padded, on rows of different lengths: a leak between them or a wrong position shows."""
+    model, before = decoder.model, decoder.model.config._attn_implementation
+    was_training = model.training
+    model.eval()
+    generator = torch.Generator().manual_seed(0)
+    window = getattr(model.config, "sliding_window", None)
+    table = int(getattr(model.config, "max_position_embeddings", 0) or 64)
+    # Longer than a sliding window, where that is short enough to try, so that the window is seen too.
+    longest = min(window + 8, table) if isinstance(window, int) and window <= 512 else min(48, table)
+    lengths = [5, 2, 17, longest]
+    ids = torch.randint(3, model.config.vocab_size, (sum(lengths),), generator=generator).to(model.device)
+    positions = torch.cat([torch.arange(n) for n in lengths]).to(model.device)
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    try:
+        decoder.packed = False
+        padded = decoder.hidden(ids, positions, cu_seqlens)
+        model.set_attn_implementation(ATTENTION)
+        decoder.packed = True
+        packed = decoder.hidden(ids, positions, cu_seqlens)
+        tolerance = 1e-4 if packed.dtype == torch.float32 else 2e-2
+        same = torch.allclose(padded.float(), packed.float(), rtol=tolerance, atol=tolerance * float(padded.float().abs().max()))
+    except (TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
+        log.info("packing is not possible for %s: %s", type(model).__name__, error)
+        same = False
+    if not same:
+        model.set_attn_implementation(before)
+    model.train(was_training)
+    return same

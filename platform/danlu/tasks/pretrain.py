@@ -1,0 +1,173 @@
+"""Causal language modelling on plain text. Rows, model, loss, metrics, prediction."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from danlu.data.columns import labelled
+from danlu.data.encode import Encoded, encode
+from danlu.data.formats import read_rows
+from danlu.data.pack import Packed, by_length, pack_rows
+from danlu.data.report import data_report
+from danlu.data.split import random_split
+from danlu.errors import DataError
+from danlu.spec.data import Data
+from danlu.spec.task import Pretrain
+from danlu.tasks.packed_decoder import PackedDecoder
+from danlu.tasks.rows import Split, Splits
+
+WHOLE = 1 << 40
+"""Tokens a text may have: nothing of it is cut off, it is cut into pieces."""
+
+# rows
+
+
+def splits(data: Data, task: Pretrain, tokenizer: PreTrainedTokenizerBase, *, max_length: int, seed: int) -> Splits:
+    """Read, split and tokenise; each row is a text, or a piece of `max_length` tokens of a longer one."""
+    sources = {name: source for name in ("train", "dev", "test") if (source := getattr(data, name)) is not None}
+    rows = {name: read_rows(source, format=data.format, max_rows=data.max_rows, where=f"data.{name}") for name, source in sources.items()}
+    texts = {name: labelled(table, data.columns, where=f"data.{name}", need_label=False) for name, table in rows.items()}
+    if "dev" not in texts:
+        # Whole texts are held out: pieces of one text on both sides would flatter the score.
+        train_rows, dev_rows = random_split(len(texts["train"].texts), data.dev_size, seed)
+        texts["dev"], texts["train"] = texts["train"].take(dev_rows), texts["train"].take(train_rows)
+        rows["dev"] = rows["train"]
+    whole = {name: encode(split.texts, None, tokenizer, max_length=WHOLE, cache_dir=data.cache_dir) for name, split in texts.items()}
+    ends = tokenizer.eos_token_id
+    pieces = {name: cut(encoded, max_length, end=ends) for name, encoded in whole.items()}
+    for name, found in pieces.items():
+        if not len(found):
+            raise DataError("no text has two tokens, so there is no next token to learn", where=f"data.{name}", fix="longer texts")
+    report = data_report({name: (texts[name], pieces[name]) for name in texts}, rows, max_length=max_length)
+    made = {name: Split(pieces[name], None, texts[name]) for name in texts}
+    return Splits(made["train"], made["dev"], made.get("test"), [], report)
+
+
+def given_split(
+    source: str | Sequence[str], data: Data, tokenizer: PreTrainedTokenizerBase, label_names: Sequence[str], *, max_length: int
+) -> Split:
+    """Texts of other files than the job's."""
+    rows = read_rows(source, format=data.format, max_rows=data.max_rows, where="--data")
+    texts = labelled(rows, data.columns, where="--data", need_label=False)
+    whole = encode(texts.texts, None, tokenizer, max_length=WHOLE, cache_dir=data.cache_dir)
+    return Split(cut(whole, max_length, end=tokenizer.eos_token_id), None, texts)
+
+
+def cut(whole: Encoded, max_length: int, *, end: int | None) -> Encoded:
+    """Rows cut into pieces of at most `max_length` tokens, the end token behind each text's last; pieces of one token are left out."""
+    pieces: list[np.ndarray] = []
+    for index in range(len(whole)):
+        ids = whole.row(index)
+        if end is not None and (not len(ids) or ids[-1] != end):
+            ids = np.append(ids, np.int32(end))
+        pieces += [piece for start in range(0, len(ids), max_length) if len(piece := ids[start : start + max_length]) > 1]
+    offsets = np.concatenate([[0], np.cumsum([len(piece) for piece in pieces])]).astype(np.int64)
+    flat = np.concatenate(pieces) if pieces else np.empty(0, dtype=np.int32)
+    return Encoded(flat, offsets, np.zeros(len(pieces), dtype=bool))
+
+
+# model
+
+
+def build_model(folder: str | Path, label_names: Sequence[str] = (), *, dropout: float | None = None) -> PreTrainedModel:
+    """The pretrained decoder, in float32."""
+    config = AutoConfig.from_pretrained(folder)
+    if dropout is not None:
+        for name in ("attention_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop", "hidden_dropout"):
+            if hasattr(config, name):
+                setattr(config, name, dropout)
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=torch.float32)
+    return model
+
+
+def head_parameters(model: PreTrainedModel) -> set[str]:
+    """None: the output layer is pretrained like the rest."""
+    return set()
+
+
+def wrap(model: PreTrainedModel) -> PackedDecoder:
+    """The model as the loop calls it."""
+    return PackedDecoder(model)
+
+
+# loss
+
+
+def loss(model: nn.Module, batch: Packed, task: Pretrain) -> torch.Tensor:
+    """Sum of the next-token losses of a batch."""
+    summed: torch.Tensor = model(batch.input_ids, batch.position_ids, batch.cu_seqlens, batch.token_type_ids).sum()
+    return summed
+
+
+def num_targets(batch: Packed) -> int:
+    """Every token but the first of its row."""
+    return batch.num_tokens - batch.num_rows
+
+
+# metrics
+
+
+@dataclass(frozen=True)
+class LanguageScores:
+    """`loss` is nats a token, over all tokens of the split."""
+
+    loss: float
+    num_tokens: int
+    num_rows: int
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(min(self.loss, 700.0))
+
+    def metrics(self) -> dict[str, float]:
+        """The single numbers, by name."""
+        return {"loss": self.loss, "perplexity": self.perplexity}
+
+
+def row_outputs(model: nn.Module, batch: Packed) -> torch.Tensor:
+    """Each row's summed loss and number of targets, float32 [rows, 2]."""
+    losses: torch.Tensor = model(batch.input_ids, batch.position_ids, batch.cu_seqlens, batch.token_type_ids)
+    return torch.stack([losses.float(), (batch.cu_seqlens.diff() - 1).to(losses.device, torch.float32)], dim=1)
+
+
+def scores(outputs: np.ndarray, labels: np.ndarray | None = None, label_names: Sequence[str] = ()) -> LanguageScores:
+    """Loss over all tokens of rows' outputs (float [rows, 2])."""
+    total, tokens = outputs.astype(np.float64).sum(axis=0)
+    return LanguageScores(float(total / tokens), int(tokens), len(outputs))
+
+
+# prediction
+
+
+class Scorer:
+    """A language model and its tokenizer, scoring texts: what evaluation and a bundle's probes share."""
+
+    def __init__(self, model: PackedDecoder, tokenizer: PreTrainedTokenizerBase, *, max_length: int, bf16: bool = False) -> None:
+        self.model, self.tokenizer, self.max_length, self.bf16 = model.eval(), tokenizer, max_length, bf16
+        self.label_names: list[str] = []
+        self.device = next(model.parameters()).device
+
+    def encode(self, texts: Sequence[str]) -> Encoded:
+        """One row a text, cut at max_length."""
+        return encode(texts, None, self.tokenizer, max_length=self.max_length, cache_dir=None)
+
+    def outputs(self, encoded: Encoded, *, batch_tokens: int = 4096) -> np.ndarray:
+        """`row_outputs` of all rows in their order."""
+        found = np.empty((len(encoded), 2), dtype=np.float32)
+        for rows in by_length(encoded.lengths, batch_tokens):
+            batch = pack_rows(encoded, rows).to(self.device)
+            with torch.inference_mode(), torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+                found[rows] = row_outputs(self.model, batch).float().cpu().numpy()
+        return found
+
+    def losses(self, texts: Sequence[str]) -> list[float]:
+        """Nats a token of each text."""
+        return [float(total / max(tokens, 1)) for total, tokens in self.outputs(self.encode(texts))]

@@ -1,0 +1,73 @@
+"""Task: what the training loop asks of a task's file; and the one place where it is chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from danlu.data.pack import Packed
+from danlu.spec import task as spec
+from danlu.spec.data import Data
+from danlu.tasks.packed import PackedModel
+from danlu.tasks.rows import Scored, Split, Splits
+
+
+class TaskFile(Protocol):
+    """A module of this package: the same functions in each. How they are used: splits, build_model, wrap; then loss; then scores."""
+
+    def splits(self, data: Data, task: Any, tokenizer: PreTrainedTokenizerBase, *, max_length: int, seed: int) -> Splits:
+        """Read, check, split and tokenise; raises DataError for anything that could not be learned from."""
+        ...
+
+    def given_split(
+        self, source: str | Sequence[str], data: Data, tokenizer: PreTrainedTokenizerBase, label_names: Sequence[str], *, max_length: int
+    ) -> Split:
+        """Rows of other files than the job's, for scoring a model that knows `label_names`."""
+        ...
+
+    def build_model(self, folder: str | Path, label_names: Sequence[str], *, dropout: float | None = None) -> PreTrainedModel:
+        """The pretrained model with what the task puts on top, in float32."""
+        ...
+
+    def head_parameters(self, model: PreTrainedModel) -> set[str]:
+        """Names of the parameters that start from nothing."""
+        ...
+
+    def wrap(self, model: PreTrainedModel) -> PackedModel:
+        """The model as the loop calls it."""
+        ...
+
+    def loss(self, model: nn.Module, batch: Packed, task: Any) -> torch.Tensor:
+        """Sum of the losses of a batch's targets."""
+        ...
+
+    def num_targets(self, batch: Packed) -> int:
+        """How many targets that sum has."""
+        ...
+
+    def row_outputs(self, model: nn.Module, batch: Packed) -> torch.Tensor:
+        """What scores are made of: float [rows, width]."""
+        ...
+
+    def scores(self, outputs: np.ndarray, labels: np.ndarray | None, label_names: Sequence[str]) -> Scored:
+        """Scores of a split's outputs (float [rows, width]) against its labels."""
+        ...
+
+
+def task_file(task: spec.Task) -> TaskFile:
+    """The file of a spec's `task:`."""
+    match task:
+        case spec.Classification():
+            from danlu.tasks import classification
+
+            return cast(TaskFile, classification)
+        case spec.Pretrain():
+            from danlu.tasks import pretrain
+
+            return cast(TaskFile, pretrain)

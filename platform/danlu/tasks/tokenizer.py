@@ -1,0 +1,29 @@
+"""The tokenizer of a model folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import transformers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from danlu.errors import ModelError
+
+# Its progress bars and its table of new weights say what the plan has said already.
+transformers.utils.logging.set_verbosity_error()
+transformers.utils.logging.disable_progress_bar()
+
+
+def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
+    """The fast tokenizer of a model folder; ModelError if there is none."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, use_fast=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"no tokenizer could be loaded from {folder}: {error}", where="model.model_name_or_path") from error
+    if not tokenizer.is_fast:
+        raise ModelError(
+            f"{folder} has only a slow tokenizer ({type(tokenizer).__name__})",
+            where="model.model_name_or_path",
+            fix="save a fast one beside it: AutoTokenizer.from_pretrained(folder, use_fast=True).save_pretrained(folder)",
+        )
+    return tokenizer
