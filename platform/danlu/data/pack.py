@@ -72,6 +72,10 @@ def by_length(lengths: Sequence[int] | np.ndarray, max_tokens: int) -> list[np.n
     return [np.asarray(group) for group in groups if group]
 
 
+MEGA_BATCHES = 50
+"""Rows are sorted by length within so many batches (transformers' number): enough for batches of one length, and order stays random."""
+
+
 class Batches:
     """Training batches as a pure function of the step.
 
@@ -90,10 +94,11 @@ class Batches:
         rank: int,
         world_size: int,
         seed: int,
+        group_by_length: bool = False,
     ) -> None:
         if global_batch_size % (micro_batch_size * world_size):
             raise ValueError(f"{global_batch_size=} is not a multiple of {micro_batch_size=} x {world_size=}")
-        self.encoded, self.labels, self.seed = encoded, labels, seed
+        self.encoded, self.labels, self.seed, self.group_by_length = encoded, labels, seed, group_by_length
         self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
         self.rank, self.world_size = rank, world_size
         self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
@@ -128,8 +133,21 @@ class Batches:
 
     def _permutation(self, epoch: int) -> np.ndarray:
         if epoch != self._epoch:
-            self._epoch, self._order = epoch, np.random.default_rng((self.seed, epoch)).permutation(len(self.encoded))
+            draw = np.random.default_rng((self.seed, epoch))
+            order = draw.permutation(len(self.encoded))
+            self._epoch, self._order = epoch, self._grouped(order, draw) if self.group_by_length else order
         return self._order
+
+    def _grouped(self, order: np.ndarray, draw: np.random.Generator) -> np.ndarray:
+        """Batches of neighbours in length, out of `MEGA_BATCHES` batches of rows at a time, in a drawn order."""
+        size = self.global_batch_size
+        whole = len(order) // size * size
+        batches: list[np.ndarray] = []
+        for start in range(0, whole, size * MEGA_BATCHES):
+            mega = order[start : min(start + size * MEGA_BATCHES, whole)]
+            mega = mega[np.argsort(self.encoded.lengths[mega], kind="stable")]
+            batches += [mega[first : first + size] for first in range(0, len(mega), size)]
+        return np.concatenate([*(batches[int(i)] for i in draw.permutation(len(batches))), order[whole:]])
 
 
 def pack_rows(encoded: Encoded, rows: Sequence[int] | np.ndarray, labels: np.ndarray | None = None) -> Packed:

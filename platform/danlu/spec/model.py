@@ -24,6 +24,9 @@ class Model(Spec):
     hidden_dropout: Annotated[float, Field(ge=0, lt=1)] | None = None
     """Dropout on hidden states and attention; unset keeps the model's own."""
 
+    gradient_checkpointing: bool = False
+    """Keep only each layer's input and make the rest again for the backward pass: a third more work for a fraction of the activations."""
+
     @property
     def is_hub_id(self) -> bool:
         """True if the name can only be meant for a model hub (no scheme, one slash, not a path)."""

@@ -6,37 +6,15 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from danlu.spec.base import DnsLabel, Fraction, NonNegativeInt, PositiveFloat, PositiveInt, Spec
+from danlu.spec.base import DnsLabel, NonNegativeInt, PositiveFloat, PositiveInt, Spec
 from danlu.spec.compress import Compress
 from danlu.spec.data import Data
 from danlu.spec.model import Model
+from danlu.spec.optim import Adafactor, BnbAdamW, Optim, Wsd
 from danlu.spec.parallel import Ddp, Parallel, Workers
 from danlu.spec.serve import ServeAfterTraining, Service
 from danlu.spec.task import METRICS, Classification, Task
 from danlu.spec.tuning import Full, Tuning
-
-
-class Schedule(Spec):
-    """Learning rate over the steps: linear warm-up to the peak, then this shape down to zero (`constant` stays)."""
-
-    kind: Literal["linear", "cosine", "constant"] = "linear"
-    warmup_ratio: Fraction = 0.1
-
-
-class Optim(Spec):
-    """AdamW (https://arxiv.org/abs/1711.05101) and its learning rate."""
-
-    learning_rate: PositiveFloat = 5e-5
-    head_learning_rate_multiplier: PositiveFloat = 1.0
-    """The task's head starts from nothing: a larger rate there saves steps."""
-    weight_decay: Annotated[float, Field(ge=0)] = 0.01
-    """Applied to matrices, not to biases and norms."""
-    adam_beta1: Fraction = 0.9
-    adam_beta2: Fraction = 0.999
-    adam_epsilon: PositiveFloat = 1e-8
-    max_grad_norm: PositiveFloat | None = 1.0
-    """Clip the global gradient norm to this; null does not clip."""
-    schedule: Schedule = Schedule()
 
 
 class Evaluation(Spec):
@@ -84,6 +62,8 @@ class TrainJob(Spec):
     """Examples per optimizer step, over all workers and accumulation passes."""
     micro_batch_size: PositiveInt = 8
     """Examples one worker holds at once."""
+    group_by_length: bool = False
+    """Batches of rows of nearly one length. Packed rows have no padding, so it only pays for models that cannot be packed (the plan says)."""
     num_train_epochs: PositiveFloat = 3.0
     max_steps: PositiveInt | None = None
     """Optimizer steps; set, it overrides num_train_epochs."""
@@ -113,6 +93,22 @@ class TrainJob(Spec):
         if metric is not None and metric not in METRICS[self.task.kind]:
             there = ", ".join(METRICS[self.task.kind])
             raise ValueError(f"evaluation.metric_for_best_model={metric} is not a metric of task.kind={self.task.kind}; it has: {there}")
+        return self
+
+    @model_validator(mode="after")
+    def _optimizer_can_work_here(self) -> Self:
+        optim, kind = self.optim, self.parallel.kind
+        if isinstance(optim.optimizer, Adafactor) and kind != "ddp":
+            raise ValueError(
+                f"optim.optimizer.kind=adafactor keeps a row and a column of each matrix, which parallel.kind={kind} cuts apart; "
+                "parallel.kind=ddp or another optimizer"
+            )
+        if optim.ema_decay is not None and kind != "ddp":
+            raise ValueError(f"optim.ema_decay averages whole weights, which parallel.kind={kind} shards; parallel.kind=ddp can")
+        if isinstance(optim.optimizer, BnbAdamW) and optim.optimizer.paged and not self.workers.gpus_per_worker:
+            raise ValueError("optim.optimizer.paged=true puts a GPU's memory aside; with workers.gpus_per_worker=0 leave it out")
+        if isinstance(optim.schedule, Wsd) and (both := optim.schedule.warmup_ratio + optim.schedule.decay_ratio) > 1:
+            raise ValueError(f"optim.schedule: warmup_ratio + decay_ratio = {both:g}; together they are at most 1, all the steps there are")
         return self
 
     @model_validator(mode="after")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from danlu.tasks.device import has_native_bf16
 from danlu.tasks.rows import Split, Splits
 from danlu.tasks.task import TaskFile, task_file
 from danlu.train.checkpoint import Checkpoints, Progress, after_eval, improved
+from danlu.train.ema import Ema, EmaState
 from danlu.train.model import Trainee, build, export
 from danlu.train.optim import learning_rate_at, param_groups
 from danlu.train.run import EvalRecord, EventRecord, Run, StepRecord
@@ -54,7 +56,8 @@ def train(job: TrainJob, data: Splits, folder: Path, tokenizer: PreTrainedTokeni
     trainee = build(job, folder, data.label_names)
     strategy = make_strategy(job.parallel)
     model = strategy.prepare(trainee.module, _setup(job, trainee, run, bf16))
-    state = strategy.state()
+    ema = Ema(trainee.module, job.optim.ema_decay) if job.optim.ema_decay is not None else None
+    state = strategy.state() if ema is None else EmaState(strategy.state(), ema, run.rank)
     batches = Batches(
         data.train.encoded,
         data.train.labels,
@@ -63,6 +66,7 @@ def train(job: TrainJob, data: Splits, folder: Path, tokenizer: PreTrainedTokeni
         rank=run.rank,
         world_size=run.world_size,
         seed=job.seed,
+        group_by_length=job.group_by_length,
     )
     learning_rate = learning_rate_at(job.optim, steps)
     checkpoints = Checkpoints(run, f"{run_uri}/checkpoints", shape=shape(job), keep=job.checkpoint.save_total_limit)
@@ -89,6 +93,8 @@ def train(job: TrainJob, data: Splits, folder: Path, tokenizer: PreTrainedTokeni
                 strategy.backward(loss * run.world_size)
             loss_sum += loss.detach()
         grad_norm = strategy.step(learning_rate(step))
+        if ema is not None:
+            ema.update(step + 1)
         mean_loss = float(run.all_sum(loss_sum))
         _check_finite(mean_loss, grad_norm, step, checkpoints)
 
@@ -111,7 +117,8 @@ def train(job: TrainJob, data: Splits, folder: Path, tokenizer: PreTrainedTokeni
             )
         )
         if progress.step % eval_steps == 0 or progress.step == steps:
-            progress = _evaluate(job, model, data, progress, run, state, trainee, tokenizer, best_weights, bf16)
+            with nullcontext() if ema is None else ema.applied():
+                progress = _evaluate(job, model, data, progress, run, state, trainee, tokenizer, best_weights, bf16)
             stopped_early = _out_of_patience(job, progress)
             if stopped_early:
                 run.report(EventRecord(progress.step, "stopped early", f"no new best in {progress.evals_without_best} evaluations"))

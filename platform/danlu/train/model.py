@@ -36,6 +36,8 @@ def build(job: TrainJob, folder: Path, label_names: list[str]) -> Trainee:
         model = task.build_model(folder, label_names, dropout=job.model.hidden_dropout)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"{folder} could not be loaded: {error}", where="model.model_name_or_path") from error
+    if job.model.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     module = task.wrap(model)
     head = {PREFIX + name for name in task.head_parameters(model)}
     exported = set(module.state_dict())

@@ -11,8 +11,8 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from danlu.spec.optim import Optim
 from danlu.spec.parallel import Ddp, DeepSpeed, Parallel
-from danlu.spec.train import Optim
 
 
 @dataclass(frozen=True)

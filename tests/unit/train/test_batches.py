@@ -20,9 +20,11 @@ def encoded() -> Encoded:
     return Encoded(ids, offsets, np.zeros(53, dtype=bool), None)
 
 
-def batches(encoded: Encoded, *, rank: int = 0, world: int = 1, micro: int = 8, size: int = 16) -> Batches:
+def batches(encoded: Encoded, *, rank: int = 0, world: int = 1, micro: int = 8, size: int = 16, grouped: bool = False) -> Batches:
     labels = np.arange(53)
-    return Batches(encoded, labels, global_batch_size=size, micro_batch_size=micro, rank=rank, world_size=world, seed=3)
+    return Batches(
+        encoded, labels, global_batch_size=size, micro_batch_size=micro, rank=rank, world_size=world, seed=3, group_by_length=grouped
+    )
 
 
 def test_every_row_comes_once_an_epoch(encoded: Encoded) -> None:
@@ -64,3 +66,17 @@ def test_workers_get_nearly_the_same_number_of_tokens(encoded: Encoded) -> None:
     for step in range(5):
         tokens = [sum(batch.num_tokens for batch in batches(encoded, rank=rank, world=2, micro=8).at(step)) for rank in (0, 1)]
         assert abs(tokens[0] - tokens[1]) <= 20
+
+
+def test_batches_of_one_length_hold_every_row_once_and_are_as_resumable(encoded: Encoded) -> None:
+    ours = batches(encoded, size=8, grouped=True)
+    seen = Counter(int(row) for step in range(53) for row in ours.rows_of(step))
+    assert seen == Counter(dict.fromkeys(range(53), 8))
+    assert batches(encoded, size=8, grouped=True).rows_of(9).tolist() == ours.rows_of(9).tolist()
+    spread = [
+        int(np.ptp(encoded.lengths[batches(encoded, size=8, grouped=grouped).rows_of(step)]))
+        for grouped in (True, False)
+        for step in range(6)
+    ]
+    assert sum(spread[:6]) < sum(spread[6:]) / 3
+    assert [int(ours.rows_of(step)[0]) for step in range(6)] != sorted(int(ours.rows_of(step)[0]) for step in range(6))

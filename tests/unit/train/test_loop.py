@@ -9,15 +9,14 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, TaskType, get_peft_model
-from transformers import AutoConfig, AutoModelForSequenceClassification, get_scheduler
+from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from danlu.data.pack import Batches, pack_rows
 from danlu.errors import DanluError, SpecError
-from danlu.spec.train import Optim, Schedule, TrainJob
+from danlu.spec.train import TrainJob
 from danlu.tasks import classification
 from danlu.tasks.classification import Splits
 from danlu.train.loop import Outcome, train
-from danlu.train.optim import learning_rate_at
 from danlu.train.run import EvalRecord, EventRecord, LocalRun, StepRecord
 
 CPU = torch.device("cpu")
@@ -190,19 +189,6 @@ def test_frozen_embeddings_do_not_move(setting: Setting) -> None:
     assert not torch.equal(before.encoder.layer[0].output.dense.weight, after.encoder.layer[0].output.dense.weight)
 
 
-@pytest.mark.parametrize("kind", ["linear", "cosine", "constant"])
-def test_learning_rates_are_those_of_transformers(kind: str) -> None:
-    parameter = torch.nn.Parameter(torch.zeros(1))
-    optimizer = torch.optim.SGD([parameter], lr=0.5)
-    name = "constant_with_warmup" if kind == "constant" else kind
-    scheduler = get_scheduler(name, optimizer, num_warmup_steps=3, num_training_steps=20)
-    ours = learning_rate_at(Optim(learning_rate=0.5, schedule=Schedule(kind=kind, warmup_ratio=0.15)), 20)
-    for step in range(20):
-        assert ours(step) == pytest.approx(optimizer.param_groups[0]["lr"])
-        optimizer.step()
-        scheduler.step()
-
-
 def test_bf16_stays_near_float32(setting: Setting) -> None:
     fp32, bf16 = (losses(setting.run(setting.job(precision=precision), precision)[1]) for precision in ("fp32", "bf16"))
     assert bf16 == pytest.approx(fp32, rel=0.03)
@@ -214,3 +200,22 @@ def test_pack_rows_takes_labels_along(setting: Setting) -> None:
     batch = pack_rows(data.train.encoded, [3, 1], data.train.labels)
     assert batch.labels is not None
     assert batch.labels.tolist() == data.train.labels[[3, 1]].tolist()
+
+
+def test_checkpointed_activations_change_no_loss_and_save_memory(setting: Setting) -> None:
+    plain, sparing = (
+        setting.job(max_steps=3, model={"model_name_or_path": str(setting.model), "max_length": 32, "hidden_dropout": 0.2, **extra})
+        for extra in ({}, {"gradient_checkpointing": True})
+    )
+    kept: dict[str, int] = {"plain": 0, "sparing": 0}
+    found = {}
+    for name, job in (("plain", plain), ("sparing", sparing)):
+
+        def keep(tensor: torch.Tensor, name: str = name) -> torch.Tensor:
+            kept[name] += tensor.numel() if tensor.requires_grad and not tensor.is_leaf else 0
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            found[name] = losses(setting.run(job, name)[1])
+    assert found["sparing"] == pytest.approx(found["plain"], abs=1e-6)
+    assert kept["sparing"] < 0.7 * kept["plain"]

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from danlu.train.optim import adamw, set_learning_rate
+from danlu.train.optim import make_optimizer, set_learning_rate
 from danlu.train.strategy import Setup, State
 
 FILE = "ddp.pt"
@@ -23,7 +23,7 @@ class DdpStrategy:
         self.setup = setup
         self.module = model.to(setup.device)
         self.trained = [parameter for group in setup.param_groups for parameter in group["params"]]
-        self.optimizer = adamw(setup.param_groups, setup.optim)
+        self.optimizer = make_optimizer(setup.param_groups, setup.optim)
         self.model: nn.Module = self.module
         if setup.world_size > 1:
             # No buffer of an encoder changes while it trains, so there is nothing to broadcast before each forward.

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import nn
 
 from danlu.spec.parallel import DeepSpeed
-from danlu.train.optim import adamw, set_learning_rate
+from danlu.train.optim import make_optimizer, set_learning_rate
 from danlu.train.strategy import Setup, State
 
 TAG = "deepspeed"
@@ -35,6 +35,8 @@ def deepspeed_config(spec: DeepSpeed, setup: Setup) -> dict[str, Any]:
             "overlap_comm": setup.device.type == "cuda",
             "contiguous_gradients": True,
         },
+        # Optimizers that update each number by itself are right on a shard; the spec refuses the one that does not.
+        "zero_allow_untested_optimizer": True,
         # The loop gives it exactly the step's own numbers; DeepSpeed's own prints would break the progress line.
         "steps_per_print": 1_000_000_000,
         "wall_clock_breakdown": False,
@@ -53,7 +55,7 @@ class DeepSpeedStrategy:
         self.setup = setup
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=model,
-            optimizer=adamw(setup.param_groups, setup.optim),
+            optimizer=make_optimizer(setup.param_groups, setup.optim),
             config=deepspeed_config(self.spec, setup),
             dist_init_required=False,
         )
