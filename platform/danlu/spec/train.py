@@ -63,7 +63,7 @@ class TrainJob(Spec):
     micro_batch_size: PositiveInt = 8
     """Examples one worker holds at once."""
     group_by_length: bool = False
-    """Batches of rows of nearly one length. Packed rows have no padding, so it only pays for models that cannot be packed (the plan says)."""
+    """Batches of rows of nearly one length. Packed rows have no padding: it pays for models that cannot be packed."""
     num_train_epochs: PositiveFloat = 3.0
     max_steps: PositiveInt | None = None
     """Optimizer steps; set, it overrides num_train_epochs."""
