@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from danlu.artifact.pretrained import Weight, weight_shapes
-from danlu.errors import ModelError
 from danlu.spec.parallel import DeepSpeed
 from danlu.spec.train import TrainJob
 from danlu.spec.tuning import Full, Lora
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 EFFICIENCY = 0.55
 """Share of the measured matrix speed that a packed encoder's training step reaches on a CPU; measured on MiniLM."""
@@ -80,23 +79,19 @@ def make_plan(job: TrainJob, folder: Path, *, num_rows: int, mean_tokens: float,
 
     `calibrate` takes a third of a second to measure this machine's matrix speed.
     """
-    config = json.loads((folder / "config.json").read_text())
-    shapes = weight_shapes(folder)
-    if shapes is None:
-        raise ModelError(
-            f"{folder} has no safetensors weights, so the plan cannot count its parameters",
-            where="model.model_name_or_path",
-            fix="save it again with model.save_pretrained(folder, safe_serialization=True)",
-        )
-    hidden = int(config.get("hidden_size") or config.get("dim") or 0)
-    num_parameters = sum(w.num_elements for name, w in shapes.items() if not name.endswith("position_ids")) + (hidden + 1) * num_labels
-    embeddings = sum(w.num_elements for name, w in shapes.items() if "embeddings." in name or "embed_tokens" in name)
-    trainable = _num_trainable(job, shapes, num_parameters, embeddings, (hidden + 1) * num_labels)
+    from danlu.tasks import classification
+
+    model = classification.skeleton(folder, num_labels)
+    num_parameters = sum(p.numel() for p in model.parameters())
+    embeddings = sum(
+        p.numel() for name, p in model.base_model.named_parameters() if name.startswith("embeddings.") or name == "embed_tokens.weight"
+    )
+    trainable = _num_trainable(job, model, num_parameters, embeddings)
     bf16, note = _precision(job)
     sharded, stage = (job.workers.num_workers, job.parallel.zero_stage) if isinstance(job.parallel, DeepSpeed) else (1, 0)
     element = 2 if bf16 and stage else 4
     tokens_per_step = mean_tokens * job.global_batch_size
-    layers = int(config.get("num_hidden_layers") or config.get("n_layers") or 0)
+    hidden, layers = int(model.config.hidden_size), int(model.config.num_hidden_layers)
     tokens_at_once = mean_tokens * job.micro_batch_size
     steps = job.max_steps or max(1, math.ceil(job.num_train_epochs * num_rows / job.global_batch_size))
     multiplied = num_parameters - embeddings
@@ -140,23 +135,23 @@ def gib(num_bytes: float) -> str:
     return f"{num_bytes / GIB:.2f} GiB" if num_bytes >= GIB / 10 else f"{num_bytes / (1 << 20):.0f} MiB"
 
 
-def _num_trainable(job: TrainJob, shapes: Mapping[str, Weight], everything: int, embeddings: int, head: int) -> int:
+def _num_trainable(job: TrainJob, model: PreTrainedModel, everything: int, embeddings: int) -> int:
     match job.tuning:
         case Full():
             return everything - (embeddings if job.tuning.freeze_embeddings else 0)
         case Lora():
-            linears = {
-                name: weight.shape
-                for name, weight in shapes.items()
-                if name.endswith(".weight") and len(weight.shape) == 2 and "embeddings." not in name and "embed_tokens" not in name
-            }
+            # PEFT trains the head whole, and finds it by these endings (its SEQ_CLS_HEAD_NAMES).
+            head = {name for name, _ in model.named_modules() if name.endswith(("classifier", "score"))}
             targets = job.tuning.target_modules
             chosen = [
-                shape
-                for name, shape in linears.items()
-                if targets == "all-linear" or any(name.removesuffix(".weight").endswith(target) for target in targets)
+                module.weight.shape
+                for name, module in model.named_modules()
+                if type(module).__name__ == "Linear"
+                and not any(name == part or name.startswith(f"{part}.") for part in head)
+                and (targets == "all-linear" or any(name == target or name.endswith(f".{target}") for target in targets))
             ]
-            return head + sum(job.tuning.r * (shape[0] + shape[1]) for shape in chosen)
+            whole: int = sum(p.numel() for name, p in model.named_parameters() if any(name.startswith(f"{part}.") for part in head))
+            return whole + sum(job.tuning.r * int(shape[0] + shape[1]) for shape in chosen)
 
 
 def _precision(job: TrainJob) -> tuple[bool, str]:

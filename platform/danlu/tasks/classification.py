@@ -92,7 +92,7 @@ def _take(split: Split, rows: np.ndarray) -> Split:
 
 
 def build_model(folder: str | Path, label_names: Sequence[str], *, dropout: float | None = None) -> PreTrainedModel:
-    """The pretrained encoder with a new head for these labels, in float32."""
+    """The pretrained encoder with a new head for these labels, in float32. ModelError if the folder lacks some of the encoder."""
     config = AutoConfig.from_pretrained(folder)
     config.num_labels = len(label_names)
     config.id2label = dict(enumerate(label_names))
@@ -102,7 +102,30 @@ def build_model(folder: str | Path, label_names: Sequence[str], *, dropout: floa
         for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "dropout", "attention_dropout"):
             if hasattr(config, name):
                 setattr(config, name, dropout)
-    model: PreTrainedModel = AutoModelForSequenceClassification.from_pretrained(folder, config=config, dtype=torch.float32)
+    model: PreTrainedModel
+    model, loaded = AutoModelForSequenceClassification.from_pretrained(
+        folder, config=config, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
+    )
+    # Only a head may be missing, or be another number of labels' own; an encoder's layer would silently start from nothing.
+    unloaded = {*loaded["missing_keys"], *(name for name, *_ in loaded["mismatched_keys"])} - head_parameters(model)
+    if unloaded:
+        raise ModelError(
+            f"the weights in {folder} lack or do not fit {len(unloaded)} of the encoder's parameters, such as {min(unloaded)}",
+            where="model.model_name_or_path",
+            fix="a folder whose config.json belongs to its weights",
+        )
+    return model
+
+
+def skeleton(folder: str | Path, num_labels: int) -> PreTrainedModel:
+    """The model `build_model` builds, with shapes and no weights."""
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        config.num_labels = num_labels
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForSequenceClassification.from_config(config)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"{folder} is no classifier's base: {error}", where="model.model_name_or_path") from error
     return model
 
 
@@ -193,6 +216,11 @@ class Predictor:
         self.max_length, self.bf16 = max_length, bf16
         self.device = next(model.parameters()).device
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the weights in memory."""
+        return sum(p.numel() * p.element_size() for p in self.model.parameters())
+
     def encode(self, texts: Sequence[str], pairs: Sequence[str] | None = None) -> Encoded:
         """Token ids, cut to max_length."""
         return encode(texts, pairs, self.tokenizer, max_length=self.max_length, cache_dir=None)
@@ -235,6 +263,13 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(folder, use_fast=True)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"no tokenizer could be loaded from {folder}: {error}", where="model.model_name_or_path") from error
+    if len(tokenizer) <= len(tokenizer.all_special_ids):
+        # transformers makes an empty one where there are no files: every word would be unknown.
+        raise ModelError(
+            f"{folder} has no tokenizer",
+            where="model.model_name_or_path",
+            fix="put its tokenizer.json (or vocab.txt ...) and tokenizer_config.json there",
+        )
     if not tokenizer.is_fast:
         raise ModelError(
             f"{folder} has only a slow tokenizer ({type(tokenizer).__name__})",
