@@ -20,15 +20,23 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
+INTERRUPTED = 130
+"""The exit code after Ctrl-C: 128 and SIGINT's number, as shells have it."""
+
 SpecFile = Annotated[Path, typer.Argument(help="The YAML spec.", show_default=False)]
-Set = Annotated[list[str] | None, typer.Option("--set", help="Change one field: --set optim.learning_rate=1e-4. May be repeated.")]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="FIELD=VALUE", help="Change one field: --set optim.learning_rate=1e-4. May be repeated."),
+]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Start anew instead of going on with an unfinished run.")]
-BundleOf = Annotated[str | None, typer.Option("--bundle", help="name@alias, name@v1, a folder or a URI; unset: the job's latest.")]
+_BUNDLE = "name@alias, name@v1, a folder or a URI; unset: the job's"
+LatestOf = Annotated[str | None, typer.Option("--bundle", metavar="BUNDLE", help=f"{_BUNDLE} latest.")]
+ProductionOf = Annotated[str | None, typer.Option("--bundle", metavar="BUNDLE", help=f"{_BUNDLE} production.")]
 
 
 @app.command()
 def plan(spec: SpecFile, set_: Set = None, json_: Annotated[bool, typer.Option("--json", help="As JSON.")] = False) -> None:
-    """What a job will take (parameters, memory, steps, time) and what its rows look like. Starts nothing."""
+    """Say what a job will take and what its rows look like. Parameters, memory, steps, time; lengths, labels, doubles. Starts nothing."""
     from danlu import walk
 
     walk.plan(spec, set_ or [], as_json=json_)
@@ -46,25 +54,25 @@ def train(spec: SpecFile, set_: Set = None, fresh: Fresh = False) -> None:
 def evaluate(
     spec: SpecFile,
     set_: Set = None,
-    bundle: BundleOf = None,
-    data: Annotated[list[str] | None, typer.Option("--data", help="Files to score instead of the job's test rows.")] = None,
+    bundle: LatestOf = None,
+    data: Annotated[list[str] | None, typer.Option("--data", metavar="FILE", help="Files to score instead of the job's test rows.")] = None,
 ) -> None:
-    """Score a bundle: accuracy, macro F1, per class, confusion matrix."""
+    """Score a bundle on the job's test rows, or on other files. Accuracy, macro F1, each class, the confusion matrix."""
     from danlu import walk
 
     walk.evaluate(spec, set_ or [], bundle=bundle, data=data)
 
 
 @app.command()
-def quantize(spec: SpecFile, set_: Set = None, bundle: BundleOf = None) -> None:
-    """Make the smaller version that `compress:` asks for, beside its quality and speed delta; kept only within the budget."""
+def quantize(spec: SpecFile, set_: Set = None, bundle: LatestOf = None) -> None:
+    """Make the smaller version that `compress:` asks for. Shown beside the original's quality and speed; kept only within the budget."""
     from danlu import walk
 
     walk.quantize(spec, set_ or [], bundle=bundle)
 
 
 @app.command()
-def serve(spec: SpecFile, set_: Set = None, bundle: BundleOf = None) -> None:
+def serve(spec: SpecFile, set_: Set = None, bundle: ProductionOf = None) -> None:
     """Serve a bundle on Ray Serve until Ctrl-C. Takes a service spec, or a training job's (its `production` bundle)."""
     from danlu import walk
 
@@ -76,7 +84,7 @@ def predict(
     spec: SpecFile,
     text: Annotated[list[str] | None, typer.Argument(help="Texts; without any, one a line from standard input.")] = None,
     set_: Set = None,
-    bundle: BundleOf = None,
+    bundle: ProductionOf = None,
 ) -> None:
     """Label texts in this process, without a server. One JSON object a line."""
     from danlu import walk
@@ -91,7 +99,7 @@ def run(
     fresh: Fresh = False,
     keep: Annotated[bool | None, typer.Option("--keep/--no-keep", help="Go on serving at the end; unset: if this is a terminal.")] = None,
 ) -> None:
-    """The whole walk: plan, train, score, quantize, serve, check what is served, report."""
+    """The whole walk, from a plan to a checked endpoint. Plan, train, score, quantize, serve, check what is served, report."""
     from danlu import walk
 
     walk.run(spec, set_ or [], fresh=fresh, keep=keep)
@@ -123,7 +131,10 @@ def main() -> None:
     code = 0
     with terminal.no_process_left():
         try:
-            app(standalone_mode=False)
+            # Typer makes Ctrl-C an exit code, and returns it.
+            code = app(standalone_mode=False) or 0
+            if code == INTERRUPTED:
+                typer.echo("\nstopped", err=True)
         except DanluError as error:
             typer.echo(f"error: {error}", err=True)
             code = error.exit_code
@@ -131,7 +142,7 @@ def main() -> None:
             code = exit_.exit_code
         except (KeyboardInterrupt, typer.Abort):
             typer.echo("\nstopped", err=True)
-            code = 130
+            code = INTERRUPTED
         except typer._click.exceptions.ClickException as error:
             error.show()
             code = error.exit_code

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from danlu.artifact.bundle import Bundle, BundleMeta, Lineage, Probe, canonical_json, read_bundle, text_digest, write_bundle
 from danlu.artifact.runs import RunFolder
 from danlu.artifact.store import Store
+from danlu.errors import StorageError
 from danlu.spec.train import TrainJob
 from danlu.spec.tuning import Lora
 
@@ -79,7 +80,7 @@ def make_bundle(prepared: Prepared, run: RunFolder, outcome: dict[str, Any], spe
             max_length=job.model.max_length,
             precision="bf16" if outcome["bf16"] else "fp32",
             weights="adapter" if isinstance(job.tuning, Lora) else "full",
-            base_model=job.model.model_name_or_path if isinstance(job.tuning, Lora) else None,
+            base_model=_anywhere(job.model.model_name_or_path) if isinstance(job.tuning, Lora) else None,
             lineage=make_lineage(job, splits, run, spec_digest),
         )
         draft = write_bundle(folder, meta)
@@ -102,7 +103,19 @@ def _fetch(uri: str, target: Path) -> None:
     import fsspec
 
     filesystem, path = fsspec.core.url_to_fs(uri)
-    filesystem.get(f"{path}/", f"{target}/", recursive=True)
+    try:
+        filesystem.get(f"{path}/", f"{target}/", recursive=True)
+    except OSError as error:
+        raise StorageError(
+            f"the best weights could not be copied to {target}: {error}",
+            where=uri,
+            fix="free some space there, or set TMPDIR; the same command goes on without training again",
+        ) from error
+
+
+def _anywhere(model: str) -> str:
+    """A model's name that means the same in any working directory."""
+    return str(Path(model).expanduser().resolve()) if "://" not in model and Path(model).expanduser().exists() else model
 
 
 def make_lineage(job: TrainJob, splits: Splits, run: RunFolder, spec_digest: str) -> Lineage:

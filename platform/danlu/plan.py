@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from danlu.artifact.pretrained import Weight, weight_shapes
-from danlu.errors import ModelError
+from danlu.spec.optim import Adafactor, AdamW, BnbAdamW, Lion, Optimizer
 from danlu.spec.parallel import DeepSpeed
 from danlu.spec.train import TrainJob
 from danlu.spec.tuning import Full, Lora
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 EFFICIENCY = 0.55
 """Share of the measured matrix speed that a packed encoder's training step reaches on a CPU; measured on MiniLM."""
@@ -80,26 +80,25 @@ def make_plan(job: TrainJob, folder: Path, *, num_rows: int, mean_tokens: float,
 
     `calibrate` takes a third of a second to measure this machine's matrix speed.
     """
-    config = json.loads((folder / "config.json").read_text())
-    shapes = weight_shapes(folder)
-    if shapes is None:
-        raise ModelError(
-            f"{folder} has no safetensors weights, so the plan cannot count its parameters",
-            where="model.model_name_or_path",
-            fix="save it again with model.save_pretrained(folder, safe_serialization=True)",
-        )
-    hidden = int(config.get("hidden_size") or config.get("dim") or 0)
-    num_parameters = sum(w.num_elements for name, w in shapes.items() if not name.endswith("position_ids")) + (hidden + 1) * num_labels
-    embeddings = sum(w.num_elements for name, w in shapes.items() if "embeddings." in name or "embed_tokens" in name)
-    trainable = _num_trainable(job, shapes, num_parameters, embeddings, (hidden + 1) * num_labels)
+    from danlu.tasks.task import task_file
+
+    model = task_file(job.task).skeleton(folder, num_labels)
+    num_parameters = sum(p.numel() for p in model.parameters())
+    embeddings = sum(
+        p.numel() for name, p in model.base_model.named_parameters() if name.startswith("embeddings.") or name == "embed_tokens.weight"
+    )
+    trainable = _num_trainable(job, model, num_parameters, embeddings)
     bf16, note = _precision(job)
     sharded, stage = (job.workers.num_workers, job.parallel.zero_stage) if isinstance(job.parallel, DeepSpeed) else (1, 0)
     element = 2 if bf16 and stage else 4
     tokens_per_step = mean_tokens * job.global_batch_size
-    layers = int(config.get("num_hidden_layers") or config.get("n_layers") or 0)
+    hidden, layers = int(model.config.hidden_size), int(model.config.num_hidden_layers)
     tokens_at_once = mean_tokens * job.micro_batch_size
     steps = job.max_steps or max(1, math.ceil(job.num_train_epochs * num_rows / job.global_batch_size))
-    multiplied = num_parameters - embeddings
+    # A language model's output layer multiplies, also where it is the embeddings over again.
+    output = model.get_output_embeddings()
+    tied = output is not None and not any(name == "lm_head.weight" for name, _ in model.named_parameters())
+    multiplied = num_parameters - (0 if tied else embeddings)
     # Forward 2, backward through activations 2 and through trained weights 2 operations per multiplied parameter and token.
     backward = 4 if isinstance(job.tuning, Full) else 2
     operations = steps * tokens_per_step * multiplied * (2 + backward)
@@ -113,7 +112,7 @@ def make_plan(job: TrainJob, folder: Path, *, num_rows: int, mean_tokens: float,
         precision_note=note,
         weight_bytes=element * num_parameters // (sharded if stage >= 3 else 1),
         gradient_bytes=element * trainable // (sharded if stage >= 2 else 1),
-        optimizer_bytes=(8 + masters) * trainable // (sharded if stage >= 1 else 1),
+        optimizer_bytes=round((_optimizer_bytes(job.optim.optimizer) + masters) * trainable) // (sharded if stage >= 1 else 1),
         # About 34 numbers of the hidden size per token and layer (https://arxiv.org/abs/2205.05198, without the attention scores).
         activation_bytes=int(34 * hidden * layers * tokens_at_once * (2 if bf16 else 4) / 2),
         num_steps=steps,
@@ -123,6 +122,19 @@ def make_plan(job: TrainJob, folder: Path, *, num_rows: int, mean_tokens: float,
         checkpoint_bytes=job.checkpoint.save_total_limit * 12 * trainable + 4 * num_parameters,
         warnings=_warnings(job, bf16, note, steps),
     )
+
+
+def _optimizer_bytes(optimizer: Optimizer) -> float:
+    """Of one trained weight's state; what goes by rows and columns or by blocks is too little to count."""
+    match optimizer:
+        case AdamW():
+            return 8
+        case BnbAdamW():
+            return optimizer.bits / 4
+        case Lion():
+            return optimizer.bits / 8
+        case Adafactor():
+            return 0
 
 
 def duration(seconds: float) -> str:
@@ -140,23 +152,23 @@ def gib(num_bytes: float) -> str:
     return f"{num_bytes / GIB:.2f} GiB" if num_bytes >= GIB / 10 else f"{num_bytes / (1 << 20):.0f} MiB"
 
 
-def _num_trainable(job: TrainJob, shapes: Mapping[str, Weight], everything: int, embeddings: int, head: int) -> int:
+def _num_trainable(job: TrainJob, model: PreTrainedModel, everything: int, embeddings: int) -> int:
     match job.tuning:
         case Full():
             return everything - (embeddings if job.tuning.freeze_embeddings else 0)
         case Lora():
-            linears = {
-                name: weight.shape
-                for name, weight in shapes.items()
-                if name.endswith(".weight") and len(weight.shape) == 2 and "embeddings." not in name and "embed_tokens" not in name
-            }
+            # PEFT trains the head whole, and finds it by these endings (its SEQ_CLS_HEAD_NAMES).
+            head = {name for name, _ in model.named_modules() if name.endswith(("classifier", "score"))}
             targets = job.tuning.target_modules
             chosen = [
-                shape
-                for name, shape in linears.items()
-                if targets == "all-linear" or any(name.removesuffix(".weight").endswith(target) for target in targets)
+                module.weight.shape
+                for name, module in model.named_modules()
+                if type(module).__name__ == "Linear"
+                and not any(name == part or name.startswith(f"{part}.") for part in head)
+                and (targets == "all-linear" or any(name == target or name.endswith(f".{target}") for target in targets))
             ]
-            return head + sum(job.tuning.r * (shape[0] + shape[1]) for shape in chosen)
+            whole: int = sum(p.numel() for name, p in model.named_parameters() if any(name.startswith(f"{part}.") for part in head))
+            return whole + sum(job.tuning.r * int(shape[0] + shape[1]) for shape in chosen)
 
 
 def _precision(job: TrainJob) -> tuple[bool, str]:

@@ -80,10 +80,13 @@ def check_machine(job: TrainJob) -> None:
         return
     need, have = job.workers.num_workers * job.workers.cpus_per_worker, num_cores()
     if need > have:
+        room = range(1, have // job.workers.cpus_per_worker + 1)
+        fits = [n for n in room if job.global_batch_size % (job.micro_batch_size * n) == 0]
         raise ResourceError(
             f"{job.workers.num_workers} workers with {job.workers.cpus_per_worker} cores each need {need} cores; this machine has {have}",
             where="workers.num_workers",
-            fix=f"--set workers.num_workers={max(1, have // job.workers.cpus_per_worker)}, or a larger machine",
+            fix=(f"--set workers.num_workers={fits[-1]}" if fits else f"--set workers.num_workers=1 --set workers.cpus_per_worker={have}")
+            + ", or a larger machine",
         )
     if job.workers.gpus_per_worker:
         import torch
@@ -166,7 +169,8 @@ def quantize(
             split,
             name=budget.quantization.kind,
             split_name=split_name,
-            bytes_original=weight_bytes(original.path / "model"),
+            # An adapter's file is not what serving it takes.
+            bytes_original=weight_bytes(original.path / "model") if original.meta.weights == "full" else predictor.num_bytes,
             bytes_compressed=weight_bytes(folder / "model"),
             before=before,
         )

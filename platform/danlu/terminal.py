@@ -16,7 +16,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 if TYPE_CHECKING:
     from danlu.train.run import Record
 
-console = Console(highlight=False, soft_wrap=True)
+console = Console(highlight=False, soft_wrap=True, emoji=False)
 LINE_EVERY_S = 5.0
 """Without a terminal the progress line is printed anew so often."""
 

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from danlu import sdk
-from danlu.errors import SpecError
+from danlu.errors import DataError, SpecError
 from danlu.spec.base import Spec
-from danlu.spec.files import load
+from danlu.spec.files import load, parse, read, which
 from danlu.spec.serve import Service
 from danlu.spec.train import TrainJob
 from danlu.terminal import TrainingView, console, heading, show
@@ -41,9 +41,9 @@ def train(spec: Path, overrides: Sequence[str], *, fresh: bool) -> sdk.Trained:
 
 def evaluate(spec: Path, overrides: Sequence[str], *, bundle: str | None, data: list[str] | None) -> None:
     """Print the scores of a bundle."""
-    from danlu.evaluate.score import scores_text
-
     job = load(TrainJob, spec, overrides)
+    from danlu.evaluate.score import scores_text  # takes seconds; a typo in the spec is said before
+
     evaluation, _ = sdk.evaluate(bundle or f"{job.name}@{sdk.LATEST}", storage=job.storage, data=data)
     show(scores_text(evaluation.scores))
 
@@ -66,7 +66,7 @@ def serve(spec: Path, overrides: Sequence[str], *, bundle: str | None) -> None:
 def predict(spec: Path, overrides: Sequence[str], texts: Sequence[str], *, bundle: str | None) -> None:
     """Print one JSON object a text."""
     job = load(TrainJob, spec, overrides)
-    lines = list(texts) or [line.rstrip("\n") for line in sys.stdin]
+    lines = _not_empty(texts, "text") if texts else _not_empty(_standard_input(), "line")
     for text, found in zip(lines, sdk.predict(bundle or f"{job.name}@{sdk.PRODUCTION}", lines, storage=job.storage), strict=True):
         probability = round(max(found.probabilities), 4)
         show(json.dumps({"label": found.label, "probability": probability, "text": text}, ensure_ascii=False))
@@ -129,14 +129,31 @@ def _train(prepared: sdk.Prepared, *, fresh: bool) -> sdk.Trained:
 
 
 def _service(spec: Path, overrides: Sequence[str], bundle: str | None) -> Service:
-    import yaml
-
-    document = yaml.safe_load(spec.read_text(encoding="utf-8")) if spec.is_file() else None
-    if isinstance(document, dict) and document.get("kind") == "train":
-        job = load(TrainJob, spec, overrides)
+    text = read(spec)
+    if which((TrainJob, Service), text, source=str(spec)) is TrainJob:
+        job = parse(TrainJob, text, overrides, source=str(spec))
         return job.service(bundle or f"{job.name}@{sdk.PRODUCTION}")
-    service = load(Service, spec, overrides)
-    return service.model_copy(update={"bundle": bundle}) if bundle else service
+    named = [f"bundle={json.dumps(bundle)}"] if bundle else []
+    return parse(Service, text, [*overrides, *named], source=str(spec))
+
+
+def _standard_input() -> list[str]:
+    if sys.stdin.isatty():
+        print("texts, one a line; Ctrl-D ends them", file=sys.stderr)
+    try:
+        text = sys.stdin.buffer.read().decode("utf-8").replace("\r\n", "\n").removesuffix("\n")
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise DataError(f"line {line} of standard input is not UTF-8", where="texts", fix="convert it, for example with iconv") from error
+    if not text.strip():
+        raise DataError("standard input is empty", where="texts", fix="texts after the spec, or one a line on standard input")
+    return text.split("\n")
+
+
+def _not_empty(texts: Sequence[str], what: str) -> list[str]:
+    if empty := [str(i) for i, text in enumerate(texts, 1) if not text.strip()]:
+        raise DataError(f"{what} {', '.join(empty[:5])} of {len(texts)} is empty", where="texts", fix="leave it out, or give it words")
+    return list(texts)
 
 
 def _show_plan(prepared: sdk.Prepared) -> None:

@@ -106,7 +106,7 @@ def read_bundle(folder: Path, *, verify: bool = False) -> Bundle:
     """The bundle in a folder. Sizes are always checked, contents with `verify`. ModelError if it is none or is damaged."""
     try:
         document = json.loads((folder / FILE).read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise ModelError(
             f"{folder} is no bundle: it has no {FILE}, which is written last", where="bundle", fix="name@alias, or train again"
         ) from error

@@ -5,10 +5,11 @@ from __future__ import annotations
 import importlib.util
 import json
 import struct
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from hashlib import sha256
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from danlu.errors import ModelError
 from danlu.spec.model import Model
@@ -53,7 +54,10 @@ def weight_shapes(folder: Path) -> Mapping[str, Weight] | None:
     """Tensor names and shapes from the headers of safetensors files, without reading the weights; None for other formats."""
     index = folder / "model.safetensors.index.json"
     if index.exists():
-        files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        try:
+            files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (ValueError, KeyError) as error:
+            raise ModelError(f"{index} does not list the weight files", where=FIELD, fix="copy or download the model again") from error
     elif (folder / "model.safetensors").exists():
         files = ["model.safetensors"]
     else:
@@ -69,7 +73,10 @@ def _header(path: Path) -> dict[str, Weight]:
     damaged = ModelError(f"{path} is not a whole safetensors file", where=FIELD, fix="copy or download the model again")
     try:
         with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
+            start = file.read(8)
+            if start == b"version ":
+                raise ModelError(f"{path} is a git-lfs pointer, not the weights", where=FIELD, fix="git lfs pull in that repository")
+            (length,) = struct.unpack("<Q", start)
             if length > path.stat().st_size:
                 raise damaged
             header = json.loads(file.read(length))
@@ -134,14 +141,31 @@ def _downloaded(uri: str, cache_dir: Path) -> Path:
         filesystem, path = fsspec.core.url_to_fs(uri)
         if not filesystem.isdir(path):
             raise ModelError(f"{uri!r} does not exist or is no folder", where=FIELD)
-        partial = target.with_suffix(".partial")
-        # config.json last: its presence says that the download is whole.
-        files = sorted(filesystem.find(path), key=lambda file: file.endswith("/config.json"))
-        for file in files:
-            local = partial / Path(file).relative_to(Path(path.rstrip("/")))
-            local.parent.mkdir(parents=True, exist_ok=True)
-            filesystem.get_file(file, str(local))
-        partial.rename(target)
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        # One of its own: all workers of a machine may be here at once.
+        with tempfile.TemporaryDirectory(dir=cache_dir, prefix=".partial-") as partial:
+            whole = Path(partial, "whole")
+            for file in filesystem.find(path):
+                local = whole / PurePosixPath(file).relative_to(path.rstrip("/"))
+                local.parent.mkdir(parents=True, exist_ok=True)
+                filesystem.get_file(file, str(local))
+            _check_download(whole, uri)
+            _move_unless_there(whole, target)
     except (ImportError, ValueError, OSError) as error:
         raise ModelError(f"{uri!r} could not be read: {error}", where=FIELD) from error
     return target
+
+
+def _check_download(folder: Path, uri: str) -> None:
+    try:
+        _checked(folder, uri)
+    except ModelError as error:
+        raise ModelError(error.problem.replace(str(folder), uri), where=error.where, fix=error.fix) from error
+
+
+def _move_unless_there(folder: Path, target: Path) -> None:
+    try:
+        folder.rename(target)
+    except OSError:
+        if not (target / "config.json").exists():  # else another worker was faster
+            raise

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import fsspec
@@ -33,7 +34,15 @@ class RunFolder:
         filesystem, path = fsspec.core.url_to_fs(self.uri)
         try:
             filesystem.makedirs(path, exist_ok=True)
-            filesystem.pipe_file(f"{path}/{name}", text.encode())
+            if not isinstance(filesystem, LocalFileSystem):
+                filesystem.pipe_file(f"{path}/{name}", text.encode())
+            else:  # beside it first: a full disk or a killed process must not leave half a status
+                partial = f"{path}/.{name}.{os.getpid()}"
+                try:
+                    filesystem.pipe_file(partial, text.encode())
+                    os.replace(partial, f"{path}/{name}")
+                finally:
+                    Path(partial).unlink(missing_ok=True)
         except OSError as error:
             raise _cannot_write(self.uri, error) from error
         return f"{self.uri}/{name}"
@@ -51,8 +60,10 @@ class RunFolder:
         if isinstance(filesystem, LocalFileSystem):
             try:
                 filesystem.makedirs(path, exist_ok=True)
-                with open(f"{path}/{RECORDS}", "a") as file:
-                    file.write(line + "\n")
+                with open(f"{path}/{RECORDS}", "ab+") as file:
+                    # A process killed while it wrote left half a line, which must not take this one with it.
+                    half = file.tell() and file.seek(-1, os.SEEK_END) + 1 and file.read(1) != b"\n"
+                    file.write(f"\n{line}\n".encode() if half else f"{line}\n".encode())
             except OSError as error:
                 raise _cannot_write(self.uri, error) from error
             return
@@ -77,8 +88,10 @@ class RunFolder:
 
     def status(self) -> dict[str, Any]:
         """What `set_status` wrote last, or {"state": "unknown"}."""
-        text = self.read(STATUS)
-        status: dict[str, Any] = json.loads(text) if text else {"state": "unknown"}
+        try:
+            status: dict[str, Any] = json.loads(self.read(STATUS) or "")
+        except ValueError:  # none was written, or not all of it
+            return {"state": "unknown"}
         return status
 
 

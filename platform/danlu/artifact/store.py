@@ -11,15 +11,14 @@ import shutil
 import tempfile
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from hashlib import sha256
 from pathlib import Path, PurePosixPath
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from danlu.artifact.bundle import FILE, read_bundle
+from danlu.artifact.bundle import FILE, canonical_json, read_bundle, text_digest
 from danlu.errors import ModelError, StorageError
 
 VERSION = re.compile(r"^v(\d+)$")
@@ -64,7 +63,8 @@ class Store:
                 # Last: until it stands there, nobody takes the folder for a bundle.
                 self._write(target / FILE, meta.model_copy(update={"version": version}).model_dump_json(indent=1))
             except BaseException:
-                self.filesystem.rm(str(target), recursive=True)
+                with suppress(FileNotFoundError):  # object stores have no empty folders
+                    self.filesystem.rm(str(target), recursive=True)
                 raise
         return Ref(name, version)
 
@@ -95,8 +95,9 @@ class Store:
 
     def resolve(self, reference: str) -> Path:
         """The local folder of `name@alias`, `name@v3`, `name` (its newest), a folder or a URI; remote ones are downloaded once."""
-        if (Path(reference).expanduser() / FILE).exists():
-            return Path(reference).expanduser()
+        folder = Path(reference).expanduser()
+        if (folder / FILE).exists() or ("/" in reference and folder.exists()):
+            return folder
         if "://" in reference:
             filesystem, path = fsspec.core.url_to_fs(reference)
             return self._local(filesystem, PurePosixPath(path))
@@ -171,18 +172,25 @@ class Store:
             document = json.loads(filesystem.cat_file(str(folder / FILE)))
         except FileNotFoundError as error:
             raise ModelError(f"{folder} is no bundle: it has no {FILE}", where="bundle") from error
-        target = self.cache_dir / sha256(f"{document['digest']}{document['version']}".encode()).hexdigest()[:24]
-        if (target / FILE).exists():
-            return target
+        except ValueError as error:
+            raise ModelError(f"{folder / FILE} is damaged: {error}", where="bundle", fix="an earlier version, or train again") from error
+        target = self.cache_dir / text_digest(canonical_json(document))[:24]
+        with suppress(ModelError):
+            return read_bundle(target).path
         with self._storage_errors():
             self.cache_dir.mkdir(parents=True, exist_ok=True)
             partial = Path(tempfile.mkdtemp(dir=self.cache_dir, prefix=".partial-"))
             try:
-                for name in [*document["files"], FILE]:
+                for name in [*document.get("files", ()), FILE]:
                     (partial / name).parent.mkdir(parents=True, exist_ok=True)
                     filesystem.get_file(str(folder / name), str(partial / name))
-                if not target.exists():
-                    partial.rename(target)
+                read_bundle(partial, verify=True)
+                with suppress(ModelError):
+                    return read_bundle(target).path  # another process was faster
+                shutil.rmtree(target, ignore_errors=True)
+                partial.rename(target)
+            except FileNotFoundError as error:
+                raise ModelError(f"{folder} is not whole: {error}", where="bundle", fix="an earlier version, or copy it again") from error
             finally:
                 shutil.rmtree(partial, ignore_errors=True)
         return target
@@ -215,5 +223,7 @@ def _storage_error(uri: str, error: OSError) -> StorageError:
         errno.EACCES: "a folder this user may write to",
         errno.EPERM: "a folder this user may write to",
         errno.EROFS: "a folder on a file system that can be written",
+        errno.EEXIST: "a folder: there is a file of this name",
+        errno.ENOTDIR: "a folder: a part of this path is a file",
     }
     return StorageError(f"cannot write to {uri}: {error}", where="storage", fix=fixes.get(error.errno or 0, "check storage:"))

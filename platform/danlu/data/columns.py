@@ -94,6 +94,12 @@ def _choose(rows: Rows, columns: Columns, where: str, need_label: bool) -> dict[
                 where=f"data.columns.{role}",
                 fix=f"did you mean {near[0]!r}?" if near else "one of those",
             )
+        if other := next((role_ for role_, name_ in named.items() if name_ == name and role_ != role), None):
+            raise DataError(
+                f"the column {name!r} is named as {role} and as {other}",
+                where=f"data.columns.{role}",
+                fix=f"a column of its own for each; {where} has {', '.join(map(repr, rows.columns))}",
+            )
     chosen = dict(named)
     free = [name for name in rows.columns if name not in chosen.values()]
     if "label" not in chosen and rows.label_column is not None:

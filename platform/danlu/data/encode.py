@@ -12,14 +12,15 @@ from pathlib import Path
 from zipfile import BadZipFile
 
 import numpy as np
+from tokenizers import Encoding
 from transformers import PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
 CHUNK = 4096
 CHARACTERS_PER_TOKEN = 64
-"""No tokenizer makes so few tokens of ordinary text; the cut is checked, and a row whose cut text falls short is tokenised whole."""
+"""No tokenizer makes so few tokens of ordinary text; a row whose kept tokens might reach the cut is tokenised whole."""
 
 
 @dataclass(frozen=True)
@@ -90,13 +91,14 @@ def _encode(
     for start in range(0, len(texts), CHUNK):
         some = list(texts[start : start + CHUNK])
         others = None if pairs is None else list(pairs[start : start + CHUNK])
-        for i, (row_ids, row_types, was_cut) in enumerate(_tokenise(tokenizer, *_cut(some, others, max_length), max_length)):
-            if len(row_ids) < max_length and not was_cut and _was_long(some, others, i, max_length):
-                # The cut text made fewer tokens than fit (say, a megabyte of spaces): only the whole one tells.
-                row_ids, row_types, was_cut = _tokenise(tokenizer, [some[i]], None if others is None else [others[i]], max_length)[0]
-            ids.append(row_ids)
-            types.append(row_types)
-            truncated.append(was_cut or (_was_long(some, others, i, max_length) and len(row_ids) >= max_length))
+        for i, one in enumerate(_tokenise(tokenizer, *_cut(some, others, max_length), max_length)):
+            cut = [number for number, column in enumerate((some, others)) if column and len(column[i]) > max_length * CHARACTERS_PER_TOKEN]
+            if any(not _lost_its_last_word(one, number) for number in cut):
+                # The cut text may have made other tokens than the whole one (a megabyte of spaces, a hash cut in half).
+                one = _tokenise(tokenizer, [some[i]], None if others is None else [others[i]], max_length)[0]
+            ids.append(np.asarray(one.ids, dtype=np.int32))
+            types.append(np.asarray(one.type_ids, dtype=np.int8))
+            truncated.append(bool(one.overflowing))
         if on_progress is not None:
             on_progress(min(start + CHUNK, len(texts)), len(texts))
     offsets = np.concatenate([[0], np.cumsum([len(row) for row in ids])]).astype(np.int64)
@@ -105,15 +107,9 @@ def _encode(
     return Encoded(flat, offsets, np.asarray(truncated, dtype=bool), kinds)
 
 
-def _tokenise(
-    tokenizer: PreTrainedTokenizerBase, texts: list[str], pairs: list[str] | None, max_length: int
-) -> list[tuple[np.ndarray, np.ndarray, bool]]:
-    """(ids, segment ids, cut?) of each text, by the Rust tokenizer, which uses all cores it is allowed."""
-    batch = tokenizer(texts, pairs, truncation=True, max_length=max_length)
-    return [
-        (np.asarray(one.ids, dtype=np.int32), np.asarray(one.type_ids, dtype=np.int8), bool(one.overflowing))
-        for one in batch.encodings or ()
-    ]
+def _tokenise(tokenizer: PreTrainedTokenizerBase, texts: list[str], pairs: list[str] | None, max_length: int) -> list[Encoding]:
+    """Each text by the Rust tokenizer, which uses all cores it is allowed."""
+    return list(tokenizer(texts, pairs, truncation=True, max_length=max_length).encodings or ())
 
 
 def _cut(texts: list[str], pairs: list[str] | None, max_length: int) -> tuple[list[str], list[str] | None]:
@@ -122,9 +118,14 @@ def _cut(texts: list[str], pairs: list[str] | None, max_length: int) -> tuple[li
     return [text[:limit] for text in texts], None if pairs is None else [pair[:limit] for pair in pairs]
 
 
-def _was_long(texts: list[str], pairs: list[str] | None, index: int, max_length: int) -> bool:
-    limit = max_length * CHARACTERS_PER_TOKEN
-    return len(texts[index]) > limit or (pairs is not None and len(pairs[index]) > limit)
+def _lost_its_last_word(one: Encoding, sequence: int) -> bool:
+    """True if truncation dropped the last word: a tokenizer takes words one by one, so only the last one can tell where a text was cut."""
+
+    def last_word(part: Encoding) -> int:
+        words = zip(part.word_ids, part.sequence_ids, strict=True)
+        return max((word for word, owner in words if word is not None and owner == sequence), default=-1)
+
+    return max((last_word(part) for part in one.overflowing), default=-1) > last_word(one)
 
 
 def _digest(texts: Sequence[str], pairs: Sequence[str] | None, tokenizer: PreTrainedTokenizerBase, max_length: int) -> str:
@@ -136,6 +137,9 @@ def _digest(texts: Sequence[str], pairs: Sequence[str] | None, tokenizer: PreTra
             digest.update(len(raw).to_bytes(8, "little"))
             digest.update(raw)
     backend = tokenizer.backend_tokenizer
+    # Left over from the call before, and set anew by the next one: it must not tell the same rows apart.
+    backend.no_truncation()
+    backend.no_padding()
     digest.update(backend.to_str().encode())
     return digest.hexdigest()
 

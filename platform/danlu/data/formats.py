@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import difflib
 import importlib.util
 import io
 import json
+import lzma
 import re
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,9 +113,9 @@ def _file(path: str, format: str, max_rows: int | None, where: str) -> Rows:
     try:
         with fsspec.open(path, "rb", compression="infer") as file:
             raw: bytes = file.read()
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error}", where=where) from error
-    if not raw.strip():
+    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+        raise DataError(f"{path} cannot be read: {error}", where=where, fix="check its permissions, or copy it again") from error
+    if not raw.removeprefix(codecs.BOM_UTF8).strip():
         raise DataError(f"{path} is empty", where=where, fix="a file with at least a header and some rows")
     suffix = Path(path.removesuffix(".gz")).suffix.lower()
     kind = format if format != "auto" else "parquet" if raw[:4] == b"PAR1" else EXTENSIONS.get(suffix) or _sniffed(raw, path, where)
@@ -164,16 +167,22 @@ def _decoded(raw: bytes, path: str, where: str) -> str:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
-        try:
-            raw.decode("gb18030")
-            guess = "GB18030"
-        except UnicodeDecodeError:
-            guess = "LATIN1"
+        guess = _guessed_encoding(raw)
         raise DataError(
             f"{path}, line {line}: byte {raw[error.start]:#04x} at offset {error.start} is not UTF-8",
             where=where,
             fix=f"convert it, for instance from {guess}: iconv -f {guess} -t UTF-8 {path} > {path}.utf8",
         ) from error
+
+
+def _guessed_encoding(raw: bytes) -> str:
+    if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return "UTF-16"
+    try:
+        raw.decode("gb18030")
+        return "GB18030"
+    except UnicodeDecodeError:
+        return "LATIN1"
 
 
 def _delimited(text: str, delimiter: str, path: str, where: str) -> dict[str, list[Any]]:
@@ -195,7 +204,16 @@ def _cells(text: str, delimiter: str) -> tuple[list[str], Iterator[tuple[int, li
     lines = io.StringIO(text, newline="")
     reader = csv.reader(lines) if delimiter == "," else csv.reader(lines, delimiter=delimiter, quoting=csv.QUOTE_NONE)
     header = [name.strip() for name in next(reader, [])]
-    return header, ((reader.line_num, row) for row in reader if row)
+
+    def numbered() -> Iterator[tuple[int, list[str]]]:
+        # By the lines they begin at: a quote that is never closed takes in all lines after it.
+        begins = reader.line_num + 1
+        for row in reader:
+            if row:
+                yield begins, row
+            begins = reader.line_num + 1
+
+    return header, numbered()
 
 
 def _check_header(header: Sequence[str], path: str, where: str) -> None:
@@ -208,7 +226,7 @@ def _ragged(path: str, line: int, cells: int, expected: int, where: str) -> Data
     return DataError(
         f"{path}, line {line}: {cells} cells, but the header has {expected}",
         where=where,
-        fix="quote texts that hold the separator or a line break, or use jsonl",
+        fix="quote texts that hold the separator or a line break, close every quote, or use jsonl",
     )
 
 
@@ -222,10 +240,13 @@ def _orange(text: str, path: str, where: str) -> tuple[dict[str, list[Any]], str
         marks = [name.split("#", 1) if "#" in name else ("", name) for name in header]
         header = [name for _, name in marks]
         label = next((name for flags, name in marks if "c" in flags), None)
-    elif len(body) >= 2 and _fits(body[0][1], ORANGE_TYPES, len(header)):
-        flags = [*body[1][1], *[""] * len(header)] if _fits(body[1][1], ORANGE_FLAGS, len(header)) else [""] * len(header)
-        label = next((name for name, flag in zip(header, flags, strict=False) if flag.strip() in ("class", "c")), None)
-        body = body[2:]
+    elif body:
+        types, flags = body[0][1], body[1][1] if len(body) > 1 else []
+        has_flags = bool(flags) and _fits(flags, ORANGE_FLAGS, len(header))
+        # A discrete column may name its values instead of its type: then the flags tell.
+        if _fits(types, ORANGE_TYPES, len(header)) or (has_flags and any(flags) and any(_fits([cell], ORANGE_TYPES, 1) for cell in types)):
+            label = next((name for name, flag in zip(header, flags, strict=False) if has_flags and flag.strip() in ("class", "c")), None)
+            body = body[2:] if has_flags else body[1:]
     _check_header(header, path, where)
     columns: dict[str, list[Any]] = {name: [] for name in header}
     for line, row in body:

@@ -4,16 +4,31 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic_core import PydanticCustomError
 
 
 class Spec(BaseModel):
     """Frozen and closed: a misspelt field is an error, and nothing changes a spec after it was validated."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True, protected_namespaces=())
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True, protected_namespaces=()
+    )
 
 
-DnsLabel = Annotated[str, Field(pattern=r"^[a-z]([-a-z0-9]{0,46}[a-z0-9])?$")]
+def _not_a_bool(value: object) -> object:
+    if isinstance(value, bool):
+        raise PydanticCustomError("int_type", "Input should be a valid integer")
+    return value
+
+
+Number = BeforeValidator(_not_a_bool)
+"""Beside a Literal of numbers: Python's `True == 1` would let `true` pass for 1."""
+
+DNS_LABEL = r"^[a-z]([-a-z0-9]{0,46}[a-z0-9])?$"
+DNS_LABEL_RULE = "lower-case letters, digits and dashes are needed, a letter first, no dash last, 48 at most"
+
+DnsLabel = Annotated[str, Field(pattern=DNS_LABEL)]
 """A short DNS label: it also names the RayJob or RayService."""
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from danlu.spec.base import Fraction, PositiveFloat, Spec
+from danlu.spec.base import Fraction, Number, PositiveFloat, Spec
 
 
 class Linear(Spec):
@@ -67,7 +67,7 @@ class BnbAdamW(Spec):
     """bitsandbytes' AdamW: its state in 8 bits by blocks (https://arxiv.org/abs/2110.02861), or in pages that a full GPU can put aside."""
 
     kind: Literal["bnb_adamw"] = "bnb_adamw"
-    bits: Literal[8, 32] = 8
+    bits: Annotated[Literal[8, 32], Number] = 8
     paged: bool = False
     """Needs a GPU: on a CPU there is nothing to page to."""
     adam_beta1: Fraction = 0.9
@@ -79,7 +79,7 @@ class Lion(Spec):
     """Lion (https://arxiv.org/abs/2302.06675), through bitsandbytes: one state, at about a third of AdamW's learning rate."""
 
     kind: Literal["lion"] = "lion"
-    bits: Literal[8, 32] = 32
+    bits: Annotated[Literal[8, 32], Number] = 32
     lion_beta1: Fraction = 0.9
     lion_beta2: Fraction = 0.99
 

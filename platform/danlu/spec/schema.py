@@ -8,7 +8,7 @@ from pydantic import BaseModel
 
 
 def schema(kind: type[BaseModel]) -> dict[str, Any]:
-    """The schema of a spec; accepts and refuses what pydantic does, but for rules that span fields."""
+    """The schema of a spec; accepts and refuses what pydantic does, but for rules that span fields and `8.0`, JSON Schema's integer."""
     document = kind.model_json_schema(mode="validation")
     _require_tags(document)
     _draft07(document)

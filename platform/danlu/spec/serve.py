@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from danlu.spec.base import DnsLabel, NonNegativeInt, PositiveFloat, PositiveInt, Spec
+from danlu.spec.base import DnsLabel, NonNegativeInt, Number, PositiveFloat, PositiveInt, Spec
 
 
 class Encoder(Spec):
@@ -26,7 +26,7 @@ class Encoder(Spec):
     num_threads: PositiveInt = 1
     """Compute threads of one replica on CPU; also the cores it asks Ray for."""
 
-    num_gpus: Literal[0, 1] = 0
+    num_gpus: Annotated[Literal[0, 1], Number] = 0
 
 
 class Echo(Spec):

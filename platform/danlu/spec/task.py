@@ -14,7 +14,7 @@ class Classification(Spec):
 
     kind: Literal["classification"] = "classification"
 
-    labels: Annotated[list[str], Field(min_length=2)] | None = None
+    labels: Annotated[list[str], Field(min_length=2, json_schema_extra={"uniqueItems": True})] | None = None
     """Label names in the order of the model's outputs. Unset: the sorted distinct labels of the training rows."""
 
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0

@@ -81,9 +81,12 @@ class TrainJob(Spec):
         per_pass = self.micro_batch_size * self.workers.num_workers
         if self.global_batch_size % per_pass:
             nearest = max(per_pass, round(self.global_batch_size / per_pass) * per_pass)
+            passes, rest = divmod(self.global_batch_size, self.micro_batch_size)
+            workers = [] if rest else [str(n) for n in range(1, passes + 1) if passes % n == 0]
             raise ValueError(
                 f"global_batch_size={self.global_batch_size} is not a multiple of micro_batch_size x workers.num_workers = "
                 f"{self.micro_batch_size} x {self.workers.num_workers} = {per_pass}; nearest that works: {nearest}"
+                + (f"; or workers.num_workers: {', '.join(workers[:8])}" if workers else "")
             )
         return self
 

@@ -18,6 +18,7 @@ from danlu.data.formats import read_rows
 from danlu.data.pack import Packed, by_length, pack_rows
 from danlu.data.report import check_labels, data_report
 from danlu.data.split import stratified_split
+from danlu.errors import ModelError
 from danlu.spec.data import Data
 from danlu.spec.task import Classification
 from danlu.tasks.packed import PackedClassifier, inputs
@@ -68,7 +69,7 @@ def _take(split: Split, rows: np.ndarray) -> Split:
 
 
 def build_model(folder: str | Path, label_names: Sequence[str], *, dropout: float | None = None) -> PreTrainedModel:
-    """The pretrained encoder with a new head for these labels, in float32."""
+    """The pretrained encoder with a new head for these labels, in float32. ModelError if the folder lacks some of the encoder."""
     config = AutoConfig.from_pretrained(folder)
     config.num_labels = len(label_names)
     config.id2label = dict(enumerate(label_names))
@@ -78,7 +79,30 @@ def build_model(folder: str | Path, label_names: Sequence[str], *, dropout: floa
         for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "dropout", "attention_dropout"):
             if hasattr(config, name):
                 setattr(config, name, dropout)
-    model: PreTrainedModel = AutoModelForSequenceClassification.from_pretrained(folder, config=config, dtype=torch.float32)
+    model: PreTrainedModel
+    model, loaded = AutoModelForSequenceClassification.from_pretrained(
+        folder, config=config, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
+    )
+    # Only a head may be missing, or be another number of labels' own; an encoder's layer would silently start from nothing.
+    unloaded = {*loaded["missing_keys"], *(name for name, *_ in loaded["mismatched_keys"])} - head_parameters(model)
+    if unloaded:
+        raise ModelError(
+            f"the weights in {folder} lack or do not fit {len(unloaded)} of the encoder's parameters, such as {min(unloaded)}",
+            where="model.model_name_or_path",
+            fix="a folder whose config.json belongs to its weights",
+        )
+    return model
+
+
+def skeleton(folder: str | Path, num_labels: int) -> PreTrainedModel:
+    """The model `build_model` builds, with shapes and no weights."""
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        config.num_labels = num_labels
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForSequenceClassification.from_config(config)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"{folder} is no classifier's base: {error}", where="model.model_name_or_path") from error
     return model
 
 
@@ -180,6 +204,11 @@ class Predictor:
         self.model, self.tokenizer, self.label_names = model.eval(), tokenizer, list(label_names)
         self.max_length, self.bf16 = max_length, bf16
         self.device = next(model.parameters()).device
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the weights in memory."""
+        return sum(p.numel() * p.element_size() for p in self.model.parameters())
 
     def encode(self, texts: Sequence[str], pairs: Sequence[str] | None = None) -> Encoded:
         """Token ids, cut to max_length."""

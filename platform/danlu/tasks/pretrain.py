@@ -18,7 +18,7 @@ from danlu.data.formats import read_rows
 from danlu.data.pack import Packed, by_length, pack_rows
 from danlu.data.report import data_report
 from danlu.data.split import random_split
-from danlu.errors import DataError
+from danlu.errors import DataError, ModelError
 from danlu.spec.data import Data
 from danlu.spec.task import Pretrain
 from danlu.tasks.packed_decoder import PackedDecoder
@@ -84,7 +84,24 @@ def build_model(folder: str | Path, label_names: Sequence[str] = (), *, dropout:
         for name in ("attention_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop", "hidden_dropout"):
             if hasattr(config, name):
                 setattr(config, name, dropout)
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=torch.float32)
+    model: PreTrainedModel
+    model, loaded = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=torch.float32, output_loading_info=True)
+    if loaded["missing_keys"]:
+        raise ModelError(
+            f"the weights in {folder} lack {len(loaded['missing_keys'])} of the model's parameters, such as {min(loaded['missing_keys'])}",
+            where="model.model_name_or_path",
+            fix="a causal language model's folder (an encoder's weights have no output layer to predict with)",
+        )
+    return model
+
+
+def skeleton(folder: str | Path, num_labels: int = 0) -> PreTrainedModel:
+    """The model `build_model` builds, with shapes and no weights."""
+    try:
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"{folder} is no causal language model: {error}", where="model.model_name_or_path") from error
     return model
 
 

@@ -35,6 +35,10 @@ class TaskFile(Protocol):
         """The pretrained model with what the task puts on top, in float32."""
         ...
 
+    def skeleton(self, folder: str | Path, num_labels: int) -> PreTrainedModel:
+        """The model `build_model` builds, with shapes and no weights."""
+        ...
+
     def head_parameters(self, model: PreTrainedModel) -> set[str]:
         """Names of the parameters that start from nothing."""
         ...

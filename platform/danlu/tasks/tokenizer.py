@@ -20,6 +20,13 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(folder, use_fast=True)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"no tokenizer could be loaded from {folder}: {error}", where="model.model_name_or_path") from error
+    if len(tokenizer) <= len(tokenizer.all_special_ids):
+        # transformers makes an empty one where there are no files: every word would be unknown.
+        raise ModelError(
+            f"{folder} has no tokenizer",
+            where="model.model_name_or_path",
+            fix="put its tokenizer.json (or vocab.txt ...) and tokenizer_config.json there",
+        )
     if not tokenizer.is_fast:
         raise ModelError(
             f"{folder} has only a slow tokenizer ({type(tokenizer).__name__})",

@@ -122,11 +122,12 @@ def train(job: TrainJob, data: Splits, folder: Path, tokenizer: PreTrainedTokeni
             stopped_early = _out_of_patience(job, progress)
             if stopped_early:
                 run.report(EventRecord(progress.step, "stopped early", f"no new best in {progress.evals_without_best} evaluations"))
+            clock.pause()
         if progress.step % save_steps == 0 or progress.step == steps or stopped_early:
             started = time.perf_counter()
             checkpoints.save(progress, state.save)
             run.report(EventRecord(progress.step, "checkpoint", f"step {progress.step}", time.perf_counter() - started))
-        clock.pause()
+            clock.pause()
     return Outcome(progress.step, progress.best_step, progress.best_value, stopped_early, bf16, progress.tokens_total)
 
 
@@ -219,7 +220,8 @@ class _Clock:
         self.began = time.perf_counter()
 
     def tick(self, step: int, tokens: int) -> tuple[float, float, float]:
-        seconds = time.perf_counter() - self.began
+        now = time.perf_counter()
+        seconds, self.began = now - self.began, now
         self.window.append((seconds, tokens))
         total = sum(seconds for seconds, _ in self.window)
         rate = sum(tokens for _, tokens in self.window) / total

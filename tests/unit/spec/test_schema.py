@@ -1,0 +1,387 @@
+"""The JSON Schema and pydantic: the same documents, the same verdicts."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import yaml
+from jsonschema import Draft7Validator
+from pydantic import BaseModel, ValidationError
+
+from danlu.spec import compress, data, model, optim, parallel, serve, task, train, tuning, yaml12
+from danlu.spec.base import Spec
+from danlu.spec.files import dump, parse
+from danlu.spec.schema import schema
+from danlu.spec.serve import Service
+from danlu.spec.train import TrainJob
+
+Document = dict[str, Any]
+ROOT = Path(__file__).parents[3]
+VALIDATORS = {kind: Draft7Validator(schema(kind)) for kind in (TrainJob, Service)}
+
+JOB: Document = {"name": "topics", "model": {"model_name_or_path": "m"}, "data": {"train": "t.csv"}}
+SERVICE: Document = {"name": "topics", "bundle": "topics@v1"}
+
+FULL_JOB: Document = {
+    "kind": "train",
+    "name": "topics",
+    "model": {"model_name_or_path": "m", "revision": "main", "max_length": 64, "hidden_dropout": 0.1, "gradient_checkpointing": True},
+    "data": {
+        "train": ["a.csv", "b.csv"],
+        "dev": "dev.csv",
+        "test": ["test.csv"],
+        "format": "csv",
+        "columns": {"text": "a", "text_pair": "b", "label": "c"},
+        "dev_size": 0.2,
+        "max_rows": 100,
+        "cache_dir": "cache",
+    },
+    "task": {"kind": "classification", "labels": ["a", "b"], "label_smoothing": 0.1},
+    "tuning": {"kind": "lora", "r": 4, "lora_alpha": 8, "lora_dropout": 0.1, "target_modules": ["query", "value"]},
+    "parallel": {"kind": "deepspeed", "zero_stage": 3},
+    "workers": {"num_workers": 2, "cpus_per_worker": 3, "gpus_per_worker": 1},
+    "optim": {
+        "learning_rate": 1e-8,
+        "head_learning_rate_multiplier": 5,
+        "weight_decay": 0,
+        "optimizer": {"kind": "adamw", "adam_beta1": 0.8, "adam_beta2": 0.99, "adam_epsilon": 1e-6},
+        "layer_learning_rate_decay": 0.9,
+        "max_grad_norm": None,
+        "schedule": {"kind": "cosine", "warmup_ratio": 0.2},
+    },
+    "evaluation": {"eval_steps": 5, "metric_for_best_model": "loss", "early_stopping_patience": 3, "batch_tokens": 100},
+    "checkpoint": {"save_steps": 7, "save_total_limit": 4},
+    "precision": "bf16",
+    "global_batch_size": 16,
+    "micro_batch_size": 4,
+    "num_train_epochs": 0.5,
+    "max_steps": 9,
+    "seed": 0,
+    "max_failures": 2,
+    "storage": "s3://bucket/runs",
+    "compress": {"quantization": {"kind": "bnb_nf4", "double_quant": False}, "max_quality_drop": 1, "min_speedup": 1.5},
+    "serve": {
+        "engine": {"kind": "encoder", "dtype": "fp32", "max_batch_tokens": 9, "batch_wait_ms": 1.5, "num_threads": 2, "num_gpus": 1},
+        "autoscaling": {
+            "min_replicas": 0,
+            "max_replicas": 3,
+            "target_ongoing_requests": 2.5,
+            "upscale_delay_s": 1,
+            "downscale_delay_s": 2,
+        },
+        "limits": {
+            "max_ongoing_requests": 1,
+            "max_queued_requests": 2,
+            "max_inputs": 3,
+            "max_body_bytes": 4,
+            "request_timeout_s": 5,
+            "drain_timeout_s": 6,
+        },
+        "http": {"host": "0.0.0.0", "port": 0, "haproxy": True},
+    },
+}
+FULL_SERVICE: Document = {
+    "kind": "service",
+    "name": "topics",
+    "bundle": "topics@v1",
+    "storage": "elsewhere",
+    **FULL_JOB["serve"],
+}
+
+GOOD: dict[str, tuple[type[Spec], Document]] = {
+    "a small job": (TrainJob, JOB),
+    "a whole job": (TrainJob, FULL_JOB),
+    "a small service": (Service, SERVICE),
+    "a whole service": (Service, FULL_SERVICE),
+    "an echo": (Service, {"name": "e", "engine": {"kind": "echo"}}),
+    "a slow echo": (Service, {"kind": "service", "name": "e-2", "engine": {"kind": "echo", "labels": ["a"], "latency_ms": 2.5}}),
+    "an engine by its tag alone": (Service, SERVICE | {"engine": {"kind": "encoder"}}),
+    "the default variant, said": (TrainJob, JOB | {"tuning": {"kind": "full"}, "parallel": {"kind": "ddp"}}),
+    "a frozen full": (TrainJob, JOB | {"tuning": {"kind": "full", "freeze_embeddings": True}}),
+    "another variant's defaults": (TrainJob, JOB | {"tuning": {"kind": "lora"}, "parallel": {"kind": "deepspeed"}}),
+    "all linears": (TrainJob, JOB | {"tuning": {"kind": "lora", "target_modules": "all-linear", "r": 1}}),
+    "no linears": (TrainJob, JOB | {"tuning": {"kind": "lora", "target_modules": []}}),
+    "its labels": (TrainJob, JOB | {"task": {"kind": "classification", "labels": ["b", "a", "c"]}}),
+    "a language model": (TrainJob, JOB | {"task": {"kind": "pretrain"}, "group_by_length": True}),
+    **{
+        f"optim: {optim}": (TrainJob, JOB | {"optim": optim})
+        for optim in (
+            {"optimizer": {"kind": "bnb_adamw", "bits": 32, "adam_beta1": 0.8, "adam_beta2": 0.99, "adam_epsilon": 1e-6}},
+            {"optimizer": {"kind": "lion", "bits": 8, "lion_beta1": 0.95, "lion_beta2": 0.98}},
+            {"optimizer": {"kind": "adafactor", "beta2_decay": -0.5, "clip_threshold": 2}},
+            {"ema_decay": 0.99, "schedule": {"kind": "wsd", "warmup_ratio": 0.2, "decay_ratio": 0.8, "min_ratio": 0.1}},
+            {"schedule": {"kind": "one_cycle", "warmup_ratio": 0.5, "div_factor": 10, "final_div_factor": 100}},
+            {"schedule": {"kind": "cosine", "min_ratio": 0.1}},
+        )
+    },
+    "a paged optimizer on GPUs": (
+        TrainJob,
+        JOB | {"optim": {"optimizer": {"kind": "bnb_adamw", "paged": True}}, "workers": {"gpus_per_worker": 1}},
+    ),
+    "int8": (TrainJob, JOB | {"compress": {"quantization": {"kind": "int8"}}}),
+    "bitsandbytes int8": (TrainJob, JOB | {"compress": {"quantization": {"kind": "bnb_int8"}, "max_quality_drop": 0}}),
+    "bitsandbytes nf4": (TrainJob, JOB | {"compress": {"quantization": {"kind": "bnb_nf4"}}}),
+    "compress by default": (TrainJob, JOB | {"compress": {}}),
+    "serve by default": (TrainJob, JOB | {"serve": {}}),
+    "empty mappings": (
+        TrainJob,
+        JOB | {name: {} for name in ("workers", "optim", "evaluation", "checkpoint", "serve", "compress")},
+    ),
+    "nothing where nothing may be": (
+        TrainJob,
+        JOB | {"max_steps": None, "compress": None, "serve": None, "optim": {"max_grad_norm": None}, "data": {"train": "a", "dev": None}},
+    ),
+    "the longest name": (TrainJob, JOB | {"name": "a" + "-" * 46 + "9"}),
+    "the shortest name": (TrainJob, JOB | {"name": "a"}),
+    "limits": (
+        TrainJob,
+        JOB
+        | {
+            "optim": {"weight_decay": 0, "optimizer": {"kind": "adamw", "adam_beta1": 0, "adam_beta2": 0.999999}},
+            "data": {"train": ["a"], "dev_size": 0, "max_rows": 0},
+        },
+    ),
+    "texts that look like numbers": (TrainJob, JOB | {"model": {"model_name_or_path": "1e5", "revision": "12e4567"}, "storage": "0o7"}),
+    "other scripts": (TrainJob, JOB | {"task": {"kind": "classification", "labels": ["体育", "naïve: yes", "#", "yes", "1"]}}),
+}
+
+BAD: dict[str, tuple[type[Spec], Document, str, object]] = {
+    **{f"{path}={value!r}": (TrainJob, FULL_JOB, path, value) for path, values in {
+        "kind": ["service", None, 1],
+        "name": ["", "A", "-a", "a-", "1a", "a_b", "a b", "a" * 49, None, 3],
+        "model": ["m", None, {}, {"max_length": 4}],
+        "model.model_name_or_path": ["", None, 3, ["m"]],
+        "model.max_length": [3, 0, -1, "64", 64.5, None, True],
+        "model.hidden_dropout": [1, -0.1, "0.1"],
+        "data.train": [[], [""], [1], None, 3, {}],
+        "data.format": ["xml", None, ""],
+        "data.dev_size": [1, 1.5, -0.1, None, "0.1"],
+        "data.max_rows": [-1, 1.5],
+        "data.columns": [None, "text", {"txt": "a"}],
+        "task": [{"labels": ["a", "b"]}, {"kind": "pretrain", "labels": ["a", "b"]}],
+        "task.kind": ["chat", None],
+        "task.labels": [["a"], [], "a", ["a", 1], ["a", "a"]],
+        "task.label_smoothing": [1, -0.5, None],
+        "tuning": [None, "lora", {}, {"r": 4}, {"kind": "qlora"}, {"kind": None}, {"kind": "full", "r": 4}],
+        "tuning.freeze_embeddings": [True],
+        "tuning.r": [0, 1.5, "4", None],
+        "tuning.lora_alpha": [0, -1, None],
+        "tuning.lora_dropout": [1],
+        "tuning.target_modules": ["query", [1], None],
+        "parallel": [{"kind": "ddp", "zero_stage": 2}, {"zero_stage": 2}, {"kind": "fsdp"}],
+        "parallel.zero_stage": [0, 4, "2", True, None],
+        "workers.num_workers": [0, 1.5, None],
+        "workers.gpus_per_worker": [2, -1, True, False, "0"],
+        "optim.learning_rate": [0, -1e-4, "1e-4", None, True],
+        "optim.optimizer": ["adamw", {}, {"kind": "sgd"}, {"kind": "lion", "adam_beta1": 0.9}, {"kind": "bnb_adamw", "bits": 16}],
+        "optim.optimizer.adam_beta1": [1, -0.1],
+        "optim.layer_learning_rate_decay": [0, 1.1],
+        "optim.ema_decay": [0, 1],
+        "optim.max_grad_norm": [0, -1],
+        "optim.schedule": ["cosine", {"kind": "step"}, {"warmup_ratio": 0.5}, {"kind": "wsd", "decay_ratio": 0}],
+        "evaluation.eval_steps": [0, 2.5],
+        "evaluation.metric_for_best_model": ["f1", 1],
+        "checkpoint.save_total_limit": [1, 0],
+        "precision": ["fp16", None, 32],
+        "global_batch_size": [0, "32", 31.5, None],
+        "num_train_epochs": [0, None],
+        "max_steps": [0],
+        "seed": [-1, 1.5, None],
+        "storage": [None, 3],
+        "compress.quantization": [{}, None, "int8", {"kind": "int3"}, {"kind": "int8", "double_quant": True}],
+        "compress.max_quality_drop": [1.1, -0.1],
+        "compress.min_speedup": [0],
+        "serve.engine": [{"kind": "echo"}, {"kind": None}, None],
+        "serve.http.port": [-1, 65536, "80", 80.5],
+        "serve.http.haproxy": ["yes", 1, None],
+        "serve.bundle": ["a@v1"],
+        "learning_rate": [1e-4],
+    }.items() for value in values},
+    **{f"service: {path}={value!r}": (Service, FULL_SERVICE, path, value) for path, values in {
+        "kind": ["train"],
+        "name": ["A"],
+        "bundle": [3],
+        "engine": [{}, {"num_threads": 1}, {"kind": "vllm"}, {"kind": "echo", "num_threads": 1}, None],
+        "engine.labels": [["a"]],
+        "engine.dtype": ["fp16", None],
+        "engine.batch_wait_ms": [-1],
+        "engine.num_gpus": [2, True],
+        "autoscaling.min_replicas": [-1, 1.5],
+        "autoscaling.max_replicas": [0],
+        "autoscaling.target_ongoing_requests": [0],
+        "limits.max_inputs": [0],
+        "limits.request_timeout_s": [0, None],
+        "model": ["m"],
+    }.items() for value in values},
+}  # fmt: skip
+
+SPANNING = {
+    "is not a multiple of micro_batch_size x workers.num_workers": (TrainJob, JOB | {"global_batch_size": 30}),
+    "is more than max_replicas": (Service, SERVICE | {"autoscaling": {"min_replicas": 2}}),
+    "bundle is needed by engine.kind=encoder": (Service, {"name": "topics"}),
+    "bundle has no effect with engine.kind=echo": (Service, SERVICE | {"engine": {"kind": "echo"}}),
+}
+"""The rules that no schema of single fields can hold, by what pydantic says; and a document for each."""
+
+
+def refusals(kind: type[Spec], document: object) -> list[str]:
+    """pydantic's, as `type: message (input)`; none if it accepts."""
+    try:
+        kind.model_validate(document)
+    except ValidationError as error:
+        return [f"{found['type']}: {found['msg']} ({found['input']!r})" for found in error.errors()]
+    return []
+
+
+def changed(document: Document, path: str, value: object) -> Document:
+    found = copy.deepcopy(document)
+    *parents, last = path.split(".")
+    place = found
+    for part in parents:
+        place = place[part]
+    place[last] = value
+    return found
+
+
+def paths(document: Document, prefix: str = "") -> Iterator[str]:
+    for name, value in document.items():
+        yield prefix + name
+        if isinstance(value, dict):
+            yield from paths(value, f"{prefix}{name}.")
+
+
+@pytest.mark.parametrize("kind", VALIDATORS)
+def test_a_schema_is_a_draft_07_schema(kind: type[Spec]) -> None:
+    document = schema(kind)
+    Draft7Validator.check_schema(document)
+    text = json.dumps(document)
+    assert document["$schema"] == "http://json-schema.org/draft-07/schema#"
+    assert "$defs" not in text
+    assert "discriminator" not in text
+
+
+@pytest.mark.parametrize("kind", VALIDATORS)
+def test_a_reference_stands_alone_and_leads_somewhere(kind: type[Spec]) -> None:
+    """In draft-07 whatever stands beside a $ref is ignored."""
+    document = schema(kind)
+
+    def visit(node: object) -> None:
+        if isinstance(node, dict):
+            if isinstance(reference := node.get("$ref"), str):
+                assert list(node) == ["$ref"]
+                assert reference.removeprefix("#/definitions/") in document["definitions"]
+            for value in node.values():
+                visit(value)
+        elif isinstance(node, list):
+            for value in node:
+                visit(value)
+
+    visit(document)
+
+
+@pytest.mark.parametrize("name", GOOD)
+def test_both_accept_what_is_good(name: str) -> None:
+    kind, document = GOOD[name]
+    assert refusals(kind, document) == []
+    assert [error.message for error in VALIDATORS[kind].iter_errors(document)] == []
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_both_refuse_what_is_bad(name: str) -> None:
+    kind, document, path, value = BAD[name]
+    bad = changed(document, path, value)
+    assert refusals(kind, bad)
+    assert not VALIDATORS[kind].is_valid(bad)
+
+
+@pytest.mark.parametrize("rule", SPANNING)
+def test_a_rule_that_spans_fields_is_pydantics_alone(rule: str) -> None:
+    kind, document = SPANNING[rule]
+    (said,) = refusals(kind, document)
+    assert rule in said
+    assert VALIDATORS[kind].is_valid(document)
+
+
+ODD: list[object] = [None, True, False, 0, 1, 2, 3, -1, 0.5, 1.5, 8.0, 100_000, "", "1", "a", "auto", "encoder", [], ["a"], ["a", "a"], [1]]
+ODD += [{}, {"kind": "lora"}, {"kind": "full"}, {"kind": "echo"}, {"x": 1}]
+
+
+@pytest.mark.parametrize(
+    ("kind", "path"), [(kind, path) for kind, full in ((TrainJob, FULL_JOB), (Service, FULL_SERVICE)) for path in paths(full)]
+)
+def test_both_say_the_same_of_any_value_anywhere(kind: type[Spec], path: str) -> None:
+    full = FULL_JOB if kind is TrainJob else FULL_SERVICE
+    for value in ODD:
+        document = changed(full, path, value)
+        said = refusals(kind, document)
+        if VALIDATORS[kind].is_valid(document) == (not said):
+            continue
+        assert VALIDATORS[kind].is_valid(document), f"only the schema refuses {path}: {value!r}"
+        spans = all(line.startswith("value_error") and any(rule in line for rule in SPANNING) for line in said)
+        # To JSON Schema 8.0 is an integer; YAML's 8.0 is none, and the message says to write 8.
+        assert spans or (value == 8.0 and all(line.startswith("int_type") for line in said)), (
+            f"only pydantic refuses {path}: {value!r}: {said}"
+        )
+
+
+@pytest.mark.parametrize("kind", VALIDATORS)
+def test_both_say_the_same_when_a_field_is_missing_or_one_too_many(kind: type[Spec]) -> None:
+    full = FULL_JOB if kind is TrainJob else FULL_SERVICE
+    for path in paths(full):
+        *parents, last = path.split(".")
+        without = copy.deepcopy(full)
+        place = without
+        for part in parents:
+            place = place[part]
+        del place[last]
+        said = [line for line in refusals(kind, without) if not any(rule in line for rule in SPANNING)]
+        assert VALIDATORS[kind].is_valid(without) == (not said), path
+        place["zzz"] = 1
+        assert refusals(kind, without)
+        assert not VALIDATORS[kind].is_valid(without), path
+
+
+def test_the_documents_set_every_field_of_every_spec() -> None:
+    found: set[tuple[str, str]] = set()
+
+    def collect(spec: BaseModel) -> None:
+        for name in spec.model_fields_set:
+            found.add((type(spec).__name__, name))
+            if isinstance(value := getattr(spec, name), BaseModel):
+                collect(value)
+
+    for kind, document in GOOD.values():
+        collect(kind.model_validate(document))
+    specs = {
+        part
+        for module in (compress, data, model, optim, parallel, serve, task, train, tuning)
+        for value in vars(module).values()
+        for part in (value, *get_args(value))
+        if isinstance(part, type) and issubclass(part, Spec) and part is not Spec
+    }
+    assert {(spec.__name__, name) for spec in specs for name in spec.model_fields} - found == set()
+
+
+@pytest.mark.parametrize("name", GOOD)
+def test_a_dump_loads_back_equal_in_either_version_of_yaml(name: str) -> None:
+    kind, document = GOOD[name]
+    spec = kind.model_validate(document)
+    text = dump(spec)
+    assert parse(kind, text) == spec
+    assert kind.model_validate(yaml.safe_load(text)) == spec
+    assert VALIDATORS[kind].is_valid(yaml.safe_load(text))
+    assert dump(parse(kind, text)) == text
+
+
+@pytest.mark.parametrize(("name", "kind"), [("train", TrainJob), ("service", Service)])
+def test_the_committed_schema_is_the_one_that_is_made(name: str, kind: type[Spec]) -> None:
+    committed = json.loads((ROOT / "k8s" / "schemas" / f"{name}.schema.json").read_text(encoding="utf-8"))
+    assert committed == schema(kind)
+    for path in (ROOT / "k8s" / "examples").glob("*.yaml"):
+        example, _ = yaml12.read(path.read_text(encoding="utf-8"), path.name)
+        assert example["kind"] != name or Draft7Validator(committed).is_valid(example)
