@@ -15,6 +15,7 @@ from danlu.spec.schema import schema
 from danlu.spec.serve import Service
 from danlu.spec.train import TrainJob
 
+CLASSES = "task: {kind: classification, labels:"
 JOB = "kind: train\nname: topics\nmodel: {model_name_or_path: m}\ndata: {train: t.csv}\n"
 SERVICE = "kind: service\nname: topics\n"
 
@@ -65,7 +66,7 @@ PROBLEMS = {
     "a truth for a choice of numbers": ("workers: {gpus_per_worker: true}", "true: a whole number is needed", ""),
     "a number for a text": ("storage: 010", "storage (line 5): 010: a text is needed", 'in quotes: "010"'),
     "a number for a label": (
-        "task: {kind: classification, labels: [a, 1e5]}",
+        CLASSES + " [a, 1e5]}",
         "task.labels.1 (line 5): 1e5: a text is needed",
         'in quotes: "1e5"',
     ),
@@ -90,12 +91,12 @@ PROBLEMS = {
     "endless": ("optim: {learning_rate: .inf}", "optim.learning_rate (line 5): .inf: it should be a finite number", ""),
     "no number at all": ("optim: {weight_decay: .nan}", "optim.weight_decay (line 5): .nan: it should be a finite number", ""),
     "one label": (
-        "task: {kind: classification, labels: [a]}",
+        CLASSES + " [a]}",
         "task.labels (line 5): a list: it has 1 items and should have at least 2",
         "",
     ),
     "a label twice": (
-        "task: {kind: classification, labels: [a, b, a]}",
+        CLASSES + " [a, b, a]}",
         "task (line 5): labels names ['a'] twice; each label stands once",
         "",
     ),

@@ -117,6 +117,8 @@ GOOD: dict[str, tuple[type[Spec], Document]] = {
             {"ema_decay": 0.99, "schedule": {"kind": "wsd", "warmup_ratio": 0.2, "decay_ratio": 0.8, "min_ratio": 0.1}},
             {"schedule": {"kind": "one_cycle", "warmup_ratio": 0.5, "div_factor": 10, "final_div_factor": 100}},
             {"schedule": {"kind": "cosine", "min_ratio": 0.1}},
+            {"schedule": {"kind": "linear", "warmup_ratio": 0}},
+            {"schedule": {"kind": "constant", "warmup_ratio": 0.3}},
         )
     },
     "a paged optimizer on GPUs": (
