@@ -13,7 +13,7 @@ import numpy as np
 import pandas
 import pytest
 import torch
-from conftest import write_tiny_model
+from conftest import make_rows, write_tiny_model
 from peft import PeftModel
 from sklearn.metrics import accuracy_score, f1_score
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -22,6 +22,7 @@ from danlu import sdk
 from danlu.artifact.bundle import read_bundle
 from danlu.artifact.runs import latest_run
 from danlu.artifact.store import Store
+from danlu.compress.load import load_predictor
 from danlu.errors import DataError, ModelError, ResourceError, StorageError
 from danlu.evaluate.score import Delta
 from danlu.handover import within_budget
@@ -159,6 +160,17 @@ def test_a_quantized_version_within_its_budget_is_promoted(prepared: sdk.Prepare
     assert again.scores.metrics() == quantized.delta.compressed == quantized.bundle.meta.scores["test"]
     assert quantized.delta.bytes < quantized.delta.bytes_original
     assert trained.run.records()[-1]["kind"] == "quantized"
+
+
+def test_an_int8_bundle_is_packed_and_a_text_gets_the_same_answer_in_any_company(quantized: sdk.Quantized) -> None:
+    assert quantized.bundle is not None
+    predictor = load_predictor(quantized.bundle)
+    assert predictor.model.packed
+    texts = [row["text"] for row in make_rows(20, 5)]
+    together = probabilities(predictor.predict(texts))
+    alone = probabilities([predictor.predict([text])[0] for text in texts])
+    assert together == pytest.approx(alone, abs=2e-3)
+    assert np.ptp(together, axis=0).max() > 0.1, "answers that are all alike would show nothing"
 
 
 def test_what_is_quantized_is_not_quantized_again(prepared: sdk.Prepared, quantized: sdk.Quantized) -> None:

@@ -16,6 +16,7 @@ from danlu.spec.model import Model
 from danlu.spec.task import Classification, Pretrain
 from danlu.tasks.classification import Predictor
 from danlu.tasks.classification import load_predictor as load_from_folder
+from danlu.tasks.packed import PackedClassifier
 from danlu.tasks.packed_decoder import PackedDecoder
 from danlu.tasks.pretrain import Scorer
 from danlu.tasks.task import task_file
@@ -42,8 +43,16 @@ def load_predictor(bundle: Bundle, *, precision: Literal["fp32", "bf16"] | None 
     model = load_model(bundle)
     if device is not None:
         model.to(device)
+    classifier = PackedClassifier(model, packed=None if bundle.meta.quantization is None else _can_be_packed(bundle))
     bf16 = (precision or bundle.meta.precision) == "bf16" and bundle.meta.quantization is None
-    return load_from_folder(bundle.path / "model", bundle.meta.labels, max_length=bundle.meta.max_length, bf16=bf16, model=model)
+    return load_from_folder(bundle.path / "model", bundle.meta.labels, max_length=bundle.meta.max_length, bf16=bf16, model=classifier)
+
+
+def _can_be_packed(bundle: Bundle) -> bool:
+    """Whether the architecture can, tried on random floating-point weights: quantized ones round differently in another batch's shape."""
+    config = AutoConfig.from_pretrained(bundle.path / "model")
+    config.__dict__.pop("quantization_config", None)
+    return PackedClassifier(AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)).packed
 
 
 def load_model(bundle: Bundle) -> PreTrainedModel:

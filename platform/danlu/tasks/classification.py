@@ -242,9 +242,9 @@ def predictions(logits: np.ndarray, label_names: Sequence[str]) -> list[Predicti
 
 
 def load_predictor(
-    folder: str | Path, label_names: Sequence[str], *, max_length: int, bf16: bool = False, model: PreTrainedModel | None = None
+    folder: str | Path, label_names: Sequence[str], *, max_length: int, bf16: bool = False, model: PackedClassifier | None = None
 ) -> Predictor:
     """The predictor of a saved classifier's folder (weights and tokenizer). `model` overrides how the weights are loaded."""
     if model is None:
-        model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
-    return Predictor(PackedClassifier(model), load_tokenizer(folder), label_names, max_length=max_length, bf16=bf16)
+        model = PackedClassifier(AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32))
+    return Predictor(model, load_tokenizer(folder), label_names, max_length=max_length, bf16=bf16)

@@ -89,9 +89,11 @@ class PackedClassifier(PackedModel):
     Encoders (BERT, RoBERTa, ELECTRA, DistilBERT ...) read the rows end to end: attention splits on the offsets, and a hook behind
     the last layer hands the model's own pooler and head each row's first token. Whether that gives the model's own answers is tried out
     once; any model for which it does not is fed padded batches instead.
+
+    `packed` is for quantized weights, whose rounding looks like another answer: what the same model in floating point has.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, *, packed: bool | None = None) -> None:
         super().__init__()
         self.model = model
         self.pad_token_id = int(model.config.pad_token_id or 0)
@@ -99,10 +101,12 @@ class PackedClassifier(PackedModel):
         self.first_position = 0
         self.packed = False
         layers = _layer_stack(model)
-        if layers is not None:
+        if layers is not None and packed is not False:
             self.first_position = _first_position(model)
             hook = layers.register_forward_hook(_first_tokens, with_kwargs=True)
-            self.packed = _answers_are_the_same(self)
+            if packed:
+                model.set_attn_implementation(ATTENTION)
+            self.packed = packed or _answers_are_the_same(self)
             if not self.packed:
                 hook.remove()
         if not self.packed:

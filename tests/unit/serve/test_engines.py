@@ -20,6 +20,7 @@ from danlu.serve.engines.encoder import BatchRecord, EncoderEngine
 from danlu.spec.serve import Echo, Encoder
 from danlu.spec.task import Classification
 from danlu.tasks.classification import Predictor, load_predictor
+from danlu.tasks.packed import PackedClassifier
 
 LABELS = ["grain", "ship", "trade"]
 TEXTS = [row["text"] for row in make_rows(40, 9)]
@@ -32,7 +33,7 @@ def predictor(tiny_model: Path) -> Predictor:
     torch.manual_seed(3)
     model = AutoModelForSequenceClassification.from_pretrained(tiny_model, num_labels=3).eval()
     torch.nn.init.normal_(model.classifier.weight, std=1.0)
-    return load_predictor(tiny_model, LABELS, max_length=32, model=model)
+    return load_predictor(tiny_model, LABELS, max_length=32, model=PackedClassifier(model))
 
 
 def bundle(probes: list[Probe] | None = None) -> Bundle:
