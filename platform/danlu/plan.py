@@ -12,7 +12,7 @@ from typing import Any
 
 from danlu.artifact.pretrained import Weight, weight_shapes
 from danlu.errors import ModelError
-from danlu.spec.parallel import DeepSpeed
+from danlu.spec.parallel import Ddp, DeepSpeed, Fsdp
 from danlu.spec.train import TrainJob
 from danlu.spec.tuning import Full, Lora
 
@@ -24,7 +24,9 @@ GIB = 1 << 30
 
 @dataclass(frozen=True)
 class Plan:
-    """Numbers for one job. Memory is per worker; `expected_s` is None where the machine's speed is not known."""
+    """Numbers for one job. Memory is per worker, `offloaded_bytes` of it outside the memory of what it computes on; `expected_s` is None
+    where the machine's speed is not known.
+    """
 
     num_parameters: int
     num_trainable: int
@@ -39,11 +41,13 @@ class Plan:
     expected_s: float | None
     expected_note: str
     checkpoint_bytes: int
+    offloaded_bytes: int = 0
+    offloaded_to: str = ""
     warnings: tuple[str, ...] = ()
 
     @property
     def worker_bytes(self) -> int:
-        return self.weight_bytes + self.gradient_bytes + self.optimizer_bytes + self.activation_bytes
+        return self.weight_bytes + self.gradient_bytes + self.optimizer_bytes + self.activation_bytes - self.offloaded_bytes
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form."""
@@ -54,18 +58,22 @@ class Plan:
         batch = (
             f"{job.global_batch_size} = {job.micro_batch_size} x {job.accumulation_steps} accumulation x {job.workers.num_workers} workers"
         )
-        spread = f"DeepSpeed ZeRO-{job.parallel.zero_stage}" if isinstance(job.parallel, DeepSpeed) else "DDP"
+        offloaded = f"; of these {gib(self.offloaded_bytes)} in {self.offloaded_to}" if self.offloaded_bytes else ""
         expected = "unknown" if self.expected_s is None else f"about {duration(self.expected_s)}"
+        workers = job.workers
         lines = [
             ("model", f"{job.model.model_name_or_path}"),
             ("parameters", f"{self.num_parameters:,}, of which trained {self.num_trainable:,} ({job.tuning.kind})"),
-            ("workers", f"{job.workers.num_workers} x {job.workers.cpus_per_worker} cores, {job.workers.gpus_per_worker} GPUs; {spread}"),
+            (
+                "workers",
+                f"{workers.num_workers} x {workers.cpus_per_worker} cores, {workers.gpus_per_worker} GPUs; {_spread_name(job)}",
+            ),
             ("precision", f"{self.precision} ({self.precision_note})"),
             ("batch", batch),
             (
                 "memory a worker",
                 f"{gib(self.worker_bytes)}: weights {gib(self.weight_bytes)}, gradients {gib(self.gradient_bytes)}, "
-                f"optimizer {gib(self.optimizer_bytes)}, activations about {gib(self.activation_bytes)}",
+                f"optimizer {gib(self.optimizer_bytes)}, activations about {gib(self.activation_bytes)}{offloaded}",
             ),
             ("steps", f"{self.num_steps} of about {self.tokens_per_step:,.0f} tokens"),
             ("time", f"{expected} ({self.expected_note})"),
@@ -93,8 +101,6 @@ def make_plan(job: TrainJob, folder: Path, *, num_rows: int, mean_tokens: float,
     embeddings = sum(w.num_elements for name, w in shapes.items() if "embeddings." in name or "embed_tokens" in name)
     trainable = _num_trainable(job, shapes, num_parameters, embeddings, (hidden + 1) * num_labels)
     bf16, note = _precision(job)
-    sharded, stage = (job.workers.num_workers, job.parallel.zero_stage) if isinstance(job.parallel, DeepSpeed) else (1, 0)
-    element = 2 if bf16 and stage else 4
     tokens_per_step = mean_tokens * job.global_batch_size
     layers = int(config.get("num_hidden_layers") or config.get("n_layers") or 0)
     tokens_at_once = mean_tokens * job.micro_batch_size
@@ -105,15 +111,15 @@ def make_plan(job: TrainJob, folder: Path, *, num_rows: int, mean_tokens: float,
     operations = steps * tokens_per_step * multiplied * (2 + backward)
     speed = _matmul_per_second(bf16, job.workers.num_workers * job.workers.cpus_per_worker) if calibrate else None
     expected, expected_note = (None, "not measured") if speed is None else (operations / speed / EFFICIENCY, _speed_note(speed))
-    masters = 4 if element == 2 else 0
+    held = _held(job, bf16, num_parameters, trainable, embeddings, layers)
     return Plan(
         num_parameters=num_parameters,
         num_trainable=trainable,
         precision="bf16" if bf16 else "fp32",
         precision_note=note,
-        weight_bytes=element * num_parameters // (sharded if stage >= 3 else 1),
-        gradient_bytes=element * trainable // (sharded if stage >= 2 else 1),
-        optimizer_bytes=(8 + masters) * trainable // (sharded if stage >= 1 else 1),
+        weight_bytes=held.weights,
+        gradient_bytes=held.gradients,
+        optimizer_bytes=held.optimizer,
         # About 34 numbers of the hidden size per token and layer (https://arxiv.org/abs/2205.05198, without the attention scores).
         activation_bytes=int(34 * hidden * layers * tokens_at_once * (2 if bf16 else 4) / 2),
         num_steps=steps,
@@ -121,8 +127,53 @@ def make_plan(job: TrainJob, folder: Path, *, num_rows: int, mean_tokens: float,
         expected_s=expected,
         expected_note=expected_note,
         checkpoint_bytes=job.checkpoint.save_total_limit * 12 * trainable + 4 * num_parameters,
+        offloaded_bytes=held.offloaded,
+        offloaded_to=held.offloaded_to if held.offloaded else "",
         warnings=_warnings(job, bf16, note, steps),
     )
+
+
+@dataclass(frozen=True)
+class _Held:
+    """Bytes of one worker."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    offloaded: int = 0
+    offloaded_to: str = ""
+
+
+def _held(job: TrainJob, bf16: bool, everything: int, trainable: int, embeddings: int, layers: int) -> _Held:
+    """What a worker holds besides activations: AdamW keeps 8 bytes a trained weight, and float32 masters where the weights are bf16."""
+    n, on_gpu = job.workers.num_workers, job.workers.gpus_per_worker > 0
+    match job.parallel:
+        case Ddp():
+            return _Held(4 * everything, 4 * trainable, 8 * trainable)
+        case DeepSpeed() as zero:
+            element, masters = (2, 4) if bf16 else (4, 0)
+            return _Held(
+                element * everything // (n if zero.zero_stage >= 3 else 1),
+                element * trainable // (n if zero.zero_stage >= 2 else 1),
+                (8 + masters) * trainable // n,
+            )
+        case Fsdp() as fsdp:
+            # The embeddings, and one layer or all, are gathered whole while they are used.
+            gathered = embeddings + (everything - embeddings) // max(1, layers) if fsdp.reshard_after_forward else everything
+            shards = _Held(4 * everything // n, 4 * trainable // n, 8 * trainable // n)
+            offloaded = shards.weights + shards.gradients + shards.optimizer if fsdp.cpu_offload and on_gpu else 0
+            weights = shards.weights + (2 if bf16 else 4) * gathered
+            return _Held(weights, shards.gradients, shards.optimizer, offloaded, "host memory")
+
+
+def _spread_name(job: TrainJob) -> str:
+    match job.parallel:
+        case Ddp():
+            return "DDP"
+        case DeepSpeed() as zero:
+            return f"DeepSpeed ZeRO-{zero.zero_stage}"
+        case Fsdp():
+            return "FSDP"
 
 
 def duration(seconds: float) -> str:

@@ -22,7 +22,17 @@ class DeepSpeed(Spec):
     zero_stage: Literal[1, 2, 3] = 2
 
 
-Parallel = Annotated[Ddp | DeepSpeed, Field(discriminator="kind")]
+class Fsdp(Spec):
+    """FSDP2: parameters, gradients and optimizer state are sharded over the workers, layer by layer, and gathered where they are used."""
+
+    kind: Literal["fsdp"] = "fsdp"
+    reshard_after_forward: bool = True
+    """Free a layer's gathered weights after its forward and gather them again for its backward: less memory, half again as much traffic."""
+    cpu_offload: bool = False
+    """Keep the shards and the optimizer's step in host memory; a layer's weights are on the GPU only while they are used."""
+
+
+Parallel = Annotated[Ddp | DeepSpeed | Fsdp, Field(discriminator="kind")]
 
 
 class Workers(Spec):

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from danlu.data.pack import Batches, by_length, pack_rows
 from danlu.errors import DanluError
-from danlu.spec.parallel import Ddp
+from danlu.spec.parallel import Ddp, DeepSpeed
 from danlu.spec.train import TrainJob
 from danlu.tasks.device import has_native_bf16
 from danlu.tasks.rows import Split, Splits
@@ -132,7 +132,7 @@ def uses_bf16(job: TrainJob, run: Run) -> bool:
 
 def shape(job: TrainJob) -> str:
     """What a checkpoint's files look like; another shape cannot read them."""
-    return "ddp" if isinstance(job.parallel, Ddp) else f"deepspeed-zero{job.parallel.zero_stage}"
+    return f"deepspeed-zero{job.parallel.zero_stage}" if isinstance(job.parallel, DeepSpeed) else job.parallel.kind
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from danlu.spec.parallel import Ddp, DeepSpeed, Parallel
+from danlu.spec.parallel import Ddp, DeepSpeed, Fsdp, Parallel
 from danlu.spec.train import Optim
 
 
@@ -79,3 +79,7 @@ def make_strategy(parallel: Parallel) -> Strategy:
             from danlu.train.strategies.deepspeed import DeepSpeedStrategy
 
             return DeepSpeedStrategy(parallel)
+        case Fsdp():
+            from danlu.train.strategies.fsdp import FsdpStrategy
+
+            return FsdpStrategy(parallel)

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import logging
 import os
-import socket
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from danlu.spec.parallel import DeepSpeed
 from danlu.train.optim import adamw, set_learning_rate
+from danlu.train.strategies.group import ensure_process_group
 from danlu.train.strategy import Setup, State
 
 TAG = "deepspeed"
@@ -130,12 +129,7 @@ def _import_deepspeed(device: torch.device) -> Any:
 
 def _join_process_group(deepspeed: Any, setup: Setup) -> None:
     """DeepSpeed needs a process group even for one process, and its own handle on it."""
-    backend = "nccl" if setup.device.type == "cuda" else "gloo"
-    if not dist.is_initialized():
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        dist.init_process_group(backend, init_method=f"tcp://127.0.0.1:{port}", rank=setup.rank, world_size=setup.world_size)
+    backend = ensure_process_group(setup)
     # DeepSpeed reads these, whatever started the process group.
     for name, value in {"RANK": setup.rank, "WORLD_SIZE": setup.world_size, "LOCAL_RANK": setup.device.index or 0}.items():
         os.environ.setdefault(name, str(value))
