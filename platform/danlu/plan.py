@@ -12,7 +12,7 @@ from typing import Any
 
 from danlu.artifact.pretrained import Weight, weight_shapes
 from danlu.errors import ModelError
-from danlu.spec.parallel import Ddp, DeepSpeed, Fsdp
+from danlu.spec.parallel import Ddp, DeepSpeed, Fsdp, Tensor
 from danlu.spec.train import TrainJob
 from danlu.spec.tuning import Full, Lora
 
@@ -55,9 +55,8 @@ class Plan:
 
     def text(self, job: TrainJob) -> str:
         """For the terminal."""
-        batch = (
-            f"{job.global_batch_size} = {job.micro_batch_size} x {job.accumulation_steps} accumulation x {job.workers.num_workers} workers"
-        )
+        read_by = "workers" if job.parallel.workers_per_model == 1 else "groups of workers"
+        batch = f"{job.global_batch_size} = {job.micro_batch_size} x {job.accumulation_steps} accumulation x {job.num_models} {read_by}"
         offloaded = f"; of these {gib(self.offloaded_bytes)} in {self.offloaded_to}" if self.offloaded_bytes else ""
         expected = "unknown" if self.expected_s is None else f"about {duration(self.expected_s)}"
         workers = job.workers
@@ -152,18 +151,26 @@ def _held(job: TrainJob, bf16: bool, everything: int, trainable: int, embeddings
             return _Held(4 * everything, 4 * trainable, 8 * trainable)
         case DeepSpeed() as zero:
             element, masters = (2, 4) if bf16 else (4, 0)
-            return _Held(
-                element * everything // (n if zero.zero_stage >= 3 else 1),
-                element * trainable // (n if zero.zero_stage >= 2 else 1),
-                (8 + masters) * trainable // n,
-            )
+            weights = element * everything // (n if zero.zero_stage >= 3 else 1)
+            gradients = element * trainable // (n if zero.zero_stage >= 2 else 1)
+            optimizer = (8 + masters) * trainable // n
+            outside = {"none": False, "cpu": on_gpu, "nvme": True}
+            offloaded = (optimizer if outside[zero.offload_optimizer] else 0) + (weights if outside[zero.offload_param] else 0)
+            places = {"cpu": "host memory", "nvme": f"{zero.nvme_path}"}
+            used = [name for device, name in places.items() if device in (zero.offload_optimizer, zero.offload_param)]
+            return _Held(weights, gradients, optimizer, offloaded, " and ".join(used))
         case Fsdp() as fsdp:
             # The embeddings, and one layer or all, are gathered whole while they are used.
             gathered = embeddings + (everything - embeddings) // max(1, layers) if fsdp.reshard_after_forward else everything
-            shards = _Held(4 * everything // n, 4 * trainable // n, 8 * trainable // n)
-            offloaded = shards.weights + shards.gradients + shards.optimizer if fsdp.cpu_offload and on_gpu else 0
-            weights = shards.weights + (2 if bf16 else 4) * gathered
-            return _Held(weights, shards.gradients, shards.optimizer, offloaded, "host memory")
+            shards, gradients, optimizer = 4 * everything // n, 4 * trainable // n, 8 * trainable // n
+            offloaded = shards + gradients + optimizer if fsdp.cpu_offload and on_gpu else 0
+            return _Held(shards + (2 if bf16 else 4) * gathered, gradients, optimizer, offloaded, "host memory")
+        case Tensor() as tensor:
+            # Norms are too small to count; the embeddings, and with them a tied head, stand whole on every worker.
+            split = max(0, everything - embeddings), max(0, trainable - (embeddings if trainable == everything else 0))
+            held, learned = everything - split[0] + split[0] // tensor.tensor_parallel_size, trainable - split[1]
+            learned += split[1] // tensor.tensor_parallel_size
+            return _Held(4 * held, 4 * learned, 8 * learned)
 
 
 def _spread_name(job: TrainJob) -> str:
@@ -174,6 +181,8 @@ def _spread_name(job: TrainJob) -> str:
             return f"DeepSpeed ZeRO-{zero.zero_stage}"
         case Fsdp():
             return "FSDP"
+        case Tensor() as tensor:
+            return f"tensor parallel over {tensor.tensor_parallel_size}"
 
 
 def duration(seconds: float) -> str:

@@ -29,6 +29,7 @@ from danlu.handover import (
     within_budget,
 )
 from danlu.spec.files import dump
+from danlu.spec.parallel import DeepSpeed
 from danlu.spec.serve import Service
 from danlu.spec.train import TrainJob
 
@@ -85,6 +86,11 @@ def check_machine(job: TrainJob) -> None:
             where="workers.num_workers",
             fix=f"--set workers.num_workers={max(1, have // job.workers.cpus_per_worker)}, or a larger machine",
         )
+    if isinstance(job.parallel, DeepSpeed) and job.parallel.uses_nvme:
+        from danlu.tasks.device import pick_device
+        from danlu.train.strategies.deepspeed import check_nvme
+
+        check_nvme(job.parallel, pick_device(job.workers.gpus_per_worker))
     if job.workers.gpus_per_worker:
         import torch
 

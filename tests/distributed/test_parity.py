@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -25,10 +26,14 @@ STRATEGIES: dict[str, dict[str, Any]] = {
     "zero1": {"kind": "deepspeed", "zero_stage": 1},
     "zero2": {"kind": "deepspeed", "zero_stage": 2},
     "zero3": {"kind": "deepspeed", "zero_stage": 3},
+    "zero2-offload": {"kind": "deepspeed", "zero_stage": 2, "offload_optimizer": "cpu"},
+    "zero3-offload": {"kind": "deepspeed", "zero_stage": 3, "offload_optimizer": "cpu", "offload_param": "cpu"},
     "fsdp": {"kind": "fsdp"},
     "fsdp-offload": {"kind": "fsdp", "cpu_offload": True, "reshard_after_forward": False},
 }
-RESHAPED = ["ddp", "fsdp"]
+SEVERAL = STRATEGIES | {"tensor": {"kind": "tensor", "tensor_parallel_size": 2}}
+"""Strategies of two workers."""
+RESHAPED = ["ddp", "zero1", "zero2", "zero3", "fsdp"]
 """Strategies whose checkpoints another number of workers can go on from."""
 PLACES = 5
 
@@ -113,7 +118,7 @@ def two_ranks(
     folder = tmp_path_factory.mktemp("two-ranks")
     cases = {
         f"{name}-{accumulation}": {"parallel": parallel, "workers": {"num_workers": 2}, "micro_batch_size": 8 // accumulation}
-        for name, parallel in STRATEGIES.items()
+        for name, parallel in SEVERAL.items()
         for accumulation in (1, 2)
     }
     for name in RESHAPED:
@@ -124,15 +129,38 @@ def two_ranks(
         cases[f"one-to-two-{name}"] = {**shape, "workers": {"num_workers": 2}, "run_uri": uri}
         cases[f"{name}-1"]["run_uri"] = _two_ranks_wrote(tmp_path_factory, name)
     cases["lora-fsdp"] = {"parallel": STRATEGIES["fsdp"], "workers": {"num_workers": 2}, "tuning": {"kind": "lora"}}
-    for name, parallel in STRATEGIES.items():
+    for name, parallel in SEVERAL.items():
         shape = {"parallel": parallel, "workers": {"num_workers": 2}, "micro_batch_size": 4}
         shape["run_uri"] = _two_ranks_wrote(tmp_path_factory, f"decoder-{name}")
         cases[f"decoder-{name}"] = {"folder": str(tiny_decoder)} | decoder_case(tiny_decoder, **shape)
+    return _ranks(2, cases, tiny_model, topic_files["train"], folder)
+
+
+@pytest.fixture(scope="module")
+def four_ranks(
+    two_ranks: object, tiny_model: Path, tiny_decoder: Path, topic_files: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, list[tuple[float, float]]]:
+    """Two groups of two: curves from the start, and from a checkpoint of one group."""
+    written = Path(_two_ranks_wrote(tmp_path_factory, "decoder-tensor"))
+    resumed = tmp_path_factory.mktemp("four-ranks") / "resumed"
+    shutil.copytree(written, resumed)
+    _lose_the_last_checkpoint(str(resumed))
+    shape: dict[str, Any] = {"parallel": SEVERAL["tensor"], "workers": {"num_workers": 4}, "micro_batch_size": 4}
+    decoder = {"folder": str(tiny_decoder)} | decoder_case(tiny_decoder, **shape)
+    cases = {"encoder": shape, "decoder": decoder, "resumed": decoder | {"run_uri": str(resumed)}}
+    return _ranks(4, cases, tiny_model, topic_files["train"], resumed.parent)
+
+
+def _ranks(
+    world: int, cases: dict[str, dict[str, Any]], model: Path, train_file: str, folder: Path
+) -> dict[str, list[tuple[float, float]]]:
     (folder / "cases.json").write_text(json.dumps(cases))
-    command = [sys.executable, str(Path(__file__).parent / "ranks.py"), "2", str(tiny_model), topic_files["train"]]
-    done = subprocess.run([*command, str(folder / "out.json"), str(folder / "cases.json")], capture_output=True, text=True, timeout=400)
+    arguments = [str(world), str(model), train_file, str(folder / "out.json"), str(folder / "cases.json")]
+    command = [sys.executable, str(Path(__file__).parent / "ranks.py"), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads((folder / "out.json").read_text())
+    found: dict[str, list[tuple[float, float]]] = json.loads((folder / "out.json").read_text())
+    return found
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
@@ -145,21 +173,21 @@ def test_one_worker_equals_the_plain_loop(
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", SEVERAL)
 def test_two_workers_equal_the_plain_loop(
     strategy: str, accumulation: int, plain: list[tuple[float, float]], two_ranks: dict[str, list[tuple[float, float]]]
 ) -> None:
     _assert_equal(two_ranks[f"{strategy}-{accumulation}"], plain)
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", SEVERAL)
 def test_a_decoder_on_two_workers_equals_the_plain_loop(
     strategy: str, plain_decoder: tuple[list[tuple[float, float]], Any], two_ranks: dict[str, list[tuple[float, float]]]
 ) -> None:
     _assert_equal(two_ranks[f"decoder-{strategy}"], plain_decoder[0])
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", SEVERAL)
 def test_a_decoder_of_two_workers_loads_in_plain_transformers_with_the_plain_loops_weights(
     strategy: str,
     plain_decoder: tuple[Any, dict[str, torch.Tensor]],
@@ -209,6 +237,16 @@ def test_a_sharded_checkpoint_is_written_by_each_worker_for_its_own_half(
     folder = Path(_two_ranks_wrote(tmp_path_factory, "decoder-fsdp")) / "checkpoints" / "step-000004"
     first, second = sorted(path.stat().st_size for path in folder.glob("*.distcp"))
     assert second < 1.3 * first
+
+
+def test_two_groups_of_two_split_matrices_equal_the_plain_loop(
+    plain: list[tuple[float, float]],
+    plain_decoder: tuple[list[tuple[float, float]], Any],
+    four_ranks: dict[str, list[tuple[float, float]]],
+) -> None:
+    _assert_equal(four_ranks["encoder"], plain)
+    _assert_equal(four_ranks["decoder"], plain_decoder[0])
+    _assert_equal(four_ranks["resumed"], plain_decoder[0][2:])
 
 
 def _curve(job: TrainJob, uri: str) -> list[tuple[float, float]]:

@@ -65,5 +65,15 @@ def test_what_is_offloaded_is_not_in_the_gpus_memory(tiny_model: Path) -> None:
     offloaded = plan(tiny_model, {"kind": "fsdp", "cpu_offload": True}, gpus=1)
     assert offloaded.offloaded_bytes == (4 + 4 + 8) * number / 2
     assert offloaded.worker_bytes == plan(tiny_model, {"kind": "fsdp"}, gpus=1).worker_bytes - offloaded.offloaded_bytes
+    zero3 = {"kind": "deepspeed", "zero_stage": 3, "offload_param": "cpu", "offload_optimizer": "nvme", "nvme_path": "/mnt/nvme"}
+    assert plan(tiny_model, zero3, gpus=1).offloaded_bytes == (12 + 2) * number / 2
+    assert plan(tiny_model, zero3, gpus=1).offloaded_to == "host memory and /mnt/nvme"
     # A worker without a GPU computes in host memory: nothing is gained.
     assert plan(tiny_model, {"kind": "fsdp", "cpu_offload": True}).offloaded_bytes == 0
+
+
+def test_split_matrices_and_whole_embeddings(tiny_model: Path) -> None:
+    number, embeddings = counted(tiny_model)
+    held = embeddings + (number - embeddings) // 2
+    found = plan(tiny_model, {"kind": "tensor"})
+    assert (found.weight_bytes, found.gradient_bytes, found.optimizer_bytes) == (4 * held, 4 * held, 8 * held)

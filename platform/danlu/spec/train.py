@@ -83,7 +83,7 @@ class TrainJob(Spec):
     global_batch_size: PositiveInt = 32
     """Examples per optimizer step, over all workers and accumulation passes."""
     micro_batch_size: PositiveInt = 8
-    """Examples one worker holds at once."""
+    """Examples one worker (one group of workers, under tensor parallelism) holds at once."""
     num_train_epochs: PositiveFloat = 3.0
     max_steps: PositiveInt | None = None
     """Optimizer steps; set, it overrides num_train_epochs."""
@@ -97,13 +97,29 @@ class TrainJob(Spec):
     serve: ServeAfterTraining | None = None
 
     @model_validator(mode="after")
+    def _workers_make_whole_models(self) -> Self:
+        size, workers = self.parallel.workers_per_model, self.workers.num_workers
+        if workers % size:
+            raise ValueError(
+                f"workers.num_workers={workers} is not a multiple of parallel.tensor_parallel_size={size}; "
+                f"nearest that works: {max(size, workers // size * size)}"
+            )
+        if self.parallel.kind == "tensor" and self.tuning.kind != "full":
+            raise ValueError(
+                f"parallel.kind=tensor splits trained weights only, not tuning.kind={self.tuning.kind}; parallel.kind=fsdp takes it"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _global_batch_divides(self) -> Self:
-        per_pass = self.micro_batch_size * self.workers.num_workers
+        per_pass = self.micro_batch_size * self.num_models
         if self.global_batch_size % per_pass:
+            size = self.parallel.workers_per_model
+            groups = (" / tensor_parallel_size", f" / {size}") if size > 1 else ("", "")
             nearest = max(per_pass, round(self.global_batch_size / per_pass) * per_pass)
             raise ValueError(
-                f"global_batch_size={self.global_batch_size} is not a multiple of micro_batch_size x workers.num_workers = "
-                f"{self.micro_batch_size} x {self.workers.num_workers} = {per_pass}; nearest that works: {nearest}"
+                f"global_batch_size={self.global_batch_size} is not a multiple of micro_batch_size x workers.num_workers{groups[0]} = "
+                f"{self.micro_batch_size} x {self.workers.num_workers}{groups[1]} = {per_pass}; nearest that works: {nearest}"
             )
         return self
 
@@ -129,9 +145,14 @@ class TrainJob(Spec):
         return self.evaluation.metric_for_best_model or METRICS[self.task.kind][0]
 
     @property
+    def num_models(self) -> int:
+        """How many models read different rows at once: the workers, or their groups."""
+        return self.workers.num_workers // self.parallel.workers_per_model
+
+    @property
     def accumulation_steps(self) -> int:
         """Forward and backward passes of one worker per optimizer step."""
-        return self.global_batch_size // (self.micro_batch_size * self.workers.num_workers)
+        return self.global_batch_size // (self.micro_batch_size * self.num_models)
 
     def service(self, bundle: str) -> Service:
         """The service that hosts this job's bundle."""

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from danlu.spec.parallel import Ddp, DeepSpeed, Fsdp, Parallel
+from danlu.spec.parallel import Ddp, DeepSpeed, Fsdp, Parallel, Tensor
 from danlu.spec.train import Optim
 
 
@@ -40,7 +40,7 @@ class Strategy(Protocol):
         ...
 
     def backward(self, loss: torch.Tensor) -> None:
-        """Accumulate gradients of `loss`, which the ranks average."""
+        """Accumulate gradients of `loss`, which the models (ranks, or groups of them) average."""
         ...
 
     def step(self, learning_rate: float) -> float:
@@ -60,7 +60,7 @@ class State(Protocol):
         ...
 
     def load(self, folder: Path) -> None:
-        """Read back what `save` wrote with the same number of workers."""
+        """Read back what `save` wrote; with another number of workers where `checkpoint.ANY_WORLD_SIZE` says so."""
         ...
 
     def weights(self, names: Collection[str]) -> dict[str, torch.Tensor]:
@@ -83,3 +83,7 @@ def make_strategy(parallel: Parallel) -> Strategy:
             from danlu.train.strategies.fsdp import FsdpStrategy
 
             return FsdpStrategy(parallel)
+        case Tensor():
+            from danlu.train.strategies.tensor import TensorStrategy
+
+            return TensorStrategy(parallel)

@@ -36,13 +36,18 @@ def groups_of(names: Sequence[Sequence[str]], groups: Sequence[dict[str, Any]], 
 
 def clip_grad_norm(parameters: Sequence[nn.Parameter], limit: float | None, device: torch.device) -> float:
     """Scale the gradients of parameters that are sharded over all ranks to a global norm of at most `limit`; the norm before."""
-    gradients = [_local(parameter.grad) for parameter in parameters if parameter.grad is not None]
+    gradients = [local(parameter.grad) for parameter in parameters if parameter.grad is not None]
     # By hand: torch's own would reduce on the gradients' device, and offloaded ones are where NCCL is not.
     square = torch.stack([gradient.float().square().sum().to(device) for gradient in gradients]).sum()
     dist.all_reduce(square)
     norm = float(square.sqrt())
     scale(gradients, norm, limit)
     return norm
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a tensor that may be sharded."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def scale(gradients: Sequence[torch.Tensor], norm: float, limit: float | None) -> None:
@@ -87,7 +92,3 @@ def whole_tensor(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
         tensor.to_local().to(device), tensor.device_mesh, tensor.placements, shape=tensor.shape, stride=tensor.stride()
     )
     return moved.full_tensor()
-
-
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
