@@ -128,6 +128,8 @@ def two_ranks(
         _lose_the_last_checkpoint(uri)
         cases[f"one-to-two-{name}"] = {**shape, "workers": {"num_workers": 2}, "run_uri": uri}
         cases[f"{name}-1"]["run_uri"] = _two_ranks_wrote(tmp_path_factory, name)
+    forgetful = {"folder": str(_with_dropout(tiny_model, folder)), "micro_batch_size": 8}
+    cases["dropout-tensor"] = forgetful | {"parallel": SEVERAL["tensor"], "workers": {"num_workers": 2}}
     cases["lora-fsdp"] = {"parallel": STRATEGIES["fsdp"], "workers": {"num_workers": 2}, "tuning": {"kind": "lora"}}
     for name, parallel in SEVERAL.items():
         shape = {"parallel": parallel, "workers": {"num_workers": 2}, "micro_batch_size": 4}
@@ -247,6 +249,22 @@ def test_two_groups_of_two_split_matrices_equal_the_plain_loop(
     _assert_equal(four_ranks["encoder"], plain)
     _assert_equal(four_ranks["decoder"], plain_decoder[0])
     _assert_equal(four_ranks["resumed"], plain_decoder[0][2:])
+
+
+def test_dropout_falls_on_the_same_places_on_all_workers_of_a_group(
+    two_ranks: dict[str, list[tuple[float, float]]], tiny_model: Path, topic_files: dict[str, str], tmp_path: Path
+) -> None:
+    """Of the hidden states, that is: one process draws for all heads at once, so dropout on attention could not be compared."""
+    job = job_of(str(_with_dropout(tiny_model, tmp_path)), topic_files["train"], {"micro_batch_size": 8})
+    _assert_equal(two_ranks["dropout-tensor"], _curve(job, str(tmp_path / "run")))
+
+
+def _with_dropout(model: Path, folder: Path) -> Path:
+    copy = folder / "with-dropout"
+    shutil.copytree(model, copy)
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"hidden_dropout_prob": 0.2}))
+    return copy
 
 
 def _curve(job: TrainJob, uri: str) -> list[tuple[float, float]]:

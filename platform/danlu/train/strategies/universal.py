@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import pickle
 import shutil
 import socket
 import tempfile
@@ -40,7 +41,7 @@ def converted(folder: Path, setup: Setup) -> Iterator[Path]:
         made = tempfile.mkdtemp(prefix="danlu-universal-")
         try:
             _convert(folder, Path(made) / TAG)
-        except (OSError, RuntimeError, ValueError, KeyError, AssertionError) as caught:
+        except (OSError, RuntimeError, ValueError, LookupError, AssertionError, pickle.UnpicklingError) as caught:
             error = f"{type(caught).__name__}: {caught}"
     found: list[tuple[str, str]] = [("", "")] * setup.world_size
     dist.all_gather_object(found, (made, error))
