@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from danlu.spec.optim import Adafactor, AdamW, BnbAdamW, Lion, Optimizer
-from danlu.spec.parallel import DeepSpeed
+from danlu.spec.parallel import Ddp, DeepSpeed, Fsdp, Tensor
 from danlu.spec.train import TrainJob
 from danlu.spec.tuning import Full, Lora
 
@@ -24,7 +24,9 @@ GIB = 1 << 30
 
 @dataclass(frozen=True)
 class Plan:
-    """Numbers for one job. Memory is per worker; `expected_s` is None where the machine's speed is not known."""
+    """Numbers for one job. Memory is per worker, `offloaded_bytes` of it outside the memory of what it computes on; `expected_s` is None
+    where the machine's speed is not known.
+    """
 
     num_parameters: int
     num_trainable: int
@@ -39,11 +41,13 @@ class Plan:
     expected_s: float | None
     expected_note: str
     checkpoint_bytes: int
+    offloaded_bytes: int = 0
+    offloaded_to: str = ""
     warnings: tuple[str, ...] = ()
 
     @property
     def worker_bytes(self) -> int:
-        return self.weight_bytes + self.gradient_bytes + self.optimizer_bytes + self.activation_bytes
+        return self.weight_bytes + self.gradient_bytes + self.optimizer_bytes + self.activation_bytes - self.offloaded_bytes
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form."""
@@ -51,21 +55,24 @@ class Plan:
 
     def text(self, job: TrainJob) -> str:
         """For the terminal."""
-        batch = (
-            f"{job.global_batch_size} = {job.micro_batch_size} x {job.accumulation_steps} accumulation x {job.workers.num_workers} workers"
-        )
-        spread = f"DeepSpeed ZeRO-{job.parallel.zero_stage}" if isinstance(job.parallel, DeepSpeed) else "DDP"
+        read_by = "workers" if job.parallel.workers_per_model == 1 else "groups of workers"
+        batch = f"{job.global_batch_size} = {job.micro_batch_size} x {job.accumulation_steps} accumulation x {job.num_models} {read_by}"
+        offloaded = f"; of these {gib(self.offloaded_bytes)} in {self.offloaded_to}" if self.offloaded_bytes else ""
         expected = "unknown" if self.expected_s is None else f"about {duration(self.expected_s)}"
+        workers = job.workers
         lines = [
             ("model", f"{job.model.model_name_or_path}"),
             ("parameters", f"{self.num_parameters:,}, of which trained {self.num_trainable:,} ({job.tuning.kind})"),
-            ("workers", f"{job.workers.num_workers} x {job.workers.cpus_per_worker} cores, {job.workers.gpus_per_worker} GPUs; {spread}"),
+            (
+                "workers",
+                f"{workers.num_workers} x {workers.cpus_per_worker} cores, {workers.gpus_per_worker} GPUs; {_spread_name(job)}",
+            ),
             ("precision", f"{self.precision} ({self.precision_note})"),
             ("batch", batch),
             (
                 "memory a worker",
                 f"{gib(self.worker_bytes)}: weights {gib(self.weight_bytes)}, gradients {gib(self.gradient_bytes)}, "
-                f"optimizer {gib(self.optimizer_bytes)}, activations about {gib(self.activation_bytes)}",
+                f"optimizer {gib(self.optimizer_bytes)}, activations about {gib(self.activation_bytes)}{offloaded}",
             ),
             ("steps", f"{self.num_steps} of about {self.tokens_per_step:,.0f} tokens"),
             ("time", f"{expected} ({self.expected_note})"),
@@ -89,8 +96,6 @@ def make_plan(job: TrainJob, folder: Path, *, num_rows: int, mean_tokens: float,
     )
     trainable = _num_trainable(job, model, num_parameters, embeddings)
     bf16, note = _precision(job)
-    sharded, stage = (job.workers.num_workers, job.parallel.zero_stage) if isinstance(job.parallel, DeepSpeed) else (1, 0)
-    element = 2 if bf16 and stage else 4
     tokens_per_step = mean_tokens * job.global_batch_size
     hidden, layers = int(model.config.hidden_size), int(model.config.num_hidden_layers)
     tokens_at_once = mean_tokens * job.micro_batch_size
@@ -104,15 +109,15 @@ def make_plan(job: TrainJob, folder: Path, *, num_rows: int, mean_tokens: float,
     operations = steps * tokens_per_step * multiplied * (2 + backward)
     speed = _matmul_per_second(bf16, job.workers.num_workers * job.workers.cpus_per_worker) if calibrate else None
     expected, expected_note = (None, "not measured") if speed is None else (operations / speed / EFFICIENCY, _speed_note(speed))
-    masters = 4 if element == 2 else 0
+    held = _held(job, bf16, num_parameters, trainable, embeddings, layers)
     return Plan(
         num_parameters=num_parameters,
         num_trainable=trainable,
         precision="bf16" if bf16 else "fp32",
         precision_note=note,
-        weight_bytes=element * num_parameters // (sharded if stage >= 3 else 1),
-        gradient_bytes=element * trainable // (sharded if stage >= 2 else 1),
-        optimizer_bytes=round((_optimizer_bytes(job.optim.optimizer) + masters) * trainable) // (sharded if stage >= 1 else 1),
+        weight_bytes=held.weights,
+        gradient_bytes=held.gradients,
+        optimizer_bytes=held.optimizer,
         # About 34 numbers of the hidden size per token and layer (https://arxiv.org/abs/2205.05198, without the attention scores).
         activation_bytes=int(34 * hidden * layers * tokens_at_once * (2 if bf16 else 4) / 2),
         num_steps=steps,
@@ -120,6 +125,8 @@ def make_plan(job: TrainJob, folder: Path, *, num_rows: int, mean_tokens: float,
         expected_s=expected,
         expected_note=expected_note,
         checkpoint_bytes=job.checkpoint.save_total_limit * 12 * trainable + 4 * num_parameters,
+        offloaded_bytes=held.offloaded,
+        offloaded_to=held.offloaded_to if held.offloaded else "",
         warnings=_warnings(job, bf16, note, steps),
     )
 
@@ -135,6 +142,59 @@ def _optimizer_bytes(optimizer: Optimizer) -> float:
             return optimizer.bits / 8
         case Adafactor():
             return 0
+
+
+@dataclass(frozen=True)
+class _Held:
+    """Bytes of one worker."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    offloaded: int = 0
+    offloaded_to: str = ""
+
+
+def _held(job: TrainJob, bf16: bool, everything: int, trainable: int, embeddings: int, layers: int) -> _Held:
+    """What a worker holds besides activations: the optimizer's state, and float32 masters where the weights are bf16."""
+    n, on_gpu, state = job.workers.num_workers, job.workers.gpus_per_worker > 0, _optimizer_bytes(job.optim.optimizer)
+    match job.parallel:
+        case Ddp():
+            return _Held(4 * everything, 4 * trainable, round(state * trainable))
+        case DeepSpeed() as zero:
+            element, masters = (2, 4) if bf16 else (4, 0)
+            weights = element * everything // (n if zero.zero_stage >= 3 else 1)
+            gradients = element * trainable // (n if zero.zero_stage >= 2 else 1)
+            optimizer = round((state + masters) * trainable) // n
+            outside = {"none": False, "cpu": on_gpu, "nvme": True}
+            offloaded = (optimizer if outside[zero.offload_optimizer] else 0) + (weights if outside[zero.offload_param] else 0)
+            places = {"cpu": "host memory", "nvme": f"{zero.nvme_path}"}
+            used = [name for device, name in places.items() if device in (zero.offload_optimizer, zero.offload_param)]
+            return _Held(weights, gradients, optimizer, offloaded, " and ".join(used))
+        case Fsdp() as fsdp:
+            # The embeddings, and one layer or all, are gathered whole while they are used.
+            gathered = embeddings + (everything - embeddings) // max(1, layers) if fsdp.reshard_after_forward else everything
+            shards, gradients, optimizer = 4 * everything // n, 4 * trainable // n, round(state * trainable) // n
+            offloaded = shards + gradients + optimizer if fsdp.cpu_offload and on_gpu else 0
+            return _Held(shards + (2 if bf16 else 4) * gathered, gradients, optimizer, offloaded, "host memory")
+        case Tensor() as tensor:
+            # Norms are too small to count; the embeddings, and with them a tied head, stand whole on every worker.
+            split = max(0, everything - embeddings), max(0, trainable - (embeddings if trainable == everything else 0))
+            held, learned = everything - split[0] + split[0] // tensor.tensor_parallel_size, trainable - split[1]
+            learned += split[1] // tensor.tensor_parallel_size
+            return _Held(4 * held, 4 * learned, round(state * learned))
+
+
+def _spread_name(job: TrainJob) -> str:
+    match job.parallel:
+        case Ddp():
+            return "DDP"
+        case DeepSpeed() as zero:
+            return f"DeepSpeed ZeRO-{zero.zero_stage}"
+        case Fsdp():
+            return "FSDP"
+        case Tensor() as tensor:
+            return f"tensor parallel over {tensor.tensor_parallel_size}"
 
 
 def duration(seconds: float) -> str:

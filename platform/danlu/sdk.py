@@ -29,6 +29,7 @@ from danlu.handover import (
     within_budget,
 )
 from danlu.spec.files import dump
+from danlu.spec.parallel import DeepSpeed
 from danlu.spec.serve import Service
 from danlu.spec.train import TrainJob
 
@@ -88,6 +89,11 @@ def check_machine(job: TrainJob) -> None:
             fix=(f"--set workers.num_workers={fits[-1]}" if fits else f"--set workers.num_workers=1 --set workers.cpus_per_worker={have}")
             + ", or a larger machine",
         )
+    if isinstance(job.parallel, DeepSpeed) and job.parallel.uses_nvme:
+        from danlu.tasks.device import pick_device
+        from danlu.train.strategies.deepspeed import check_nvme
+
+        check_nvme(job.parallel, pick_device(job.workers.gpus_per_worker))
     if job.workers.gpus_per_worker:
         import torch
 

@@ -45,6 +45,8 @@ MAY_IMPORT = {
     "danlu.sdk": set(),
     "danlu.train.loop": HEAVY - {"ray", "deepspeed", "bitsandbytes", "kubernetes"},
     "danlu.train.strategies.deepspeed": HEAVY - {"ray", "bitsandbytes", "kubernetes"},
+    "danlu.train.strategies.fsdp": HEAVY - {"ray", "deepspeed", "bitsandbytes", "kubernetes"},
+    "danlu.train.strategies.tensor": HEAVY - {"ray", "deepspeed", "bitsandbytes", "kubernetes"},
     "danlu.tasks.classification": HEAVY - {"ray", "deepspeed", "bitsandbytes", "kubernetes"},
     "danlu.compress.load": HEAVY - {"ray", "deepspeed", "kubernetes"},
     "danlu.serve.engines.encoder": HEAVY - {"ray", "deepspeed", "bitsandbytes", "kubernetes"},

@@ -34,6 +34,8 @@ def job_of(model: str, train_file: str, overrides: dict[str, Any]) -> TrainJob:
         "global_batch_size": 16,
         "micro_batch_size": 4,
         "max_steps": 4,
+        "evaluation": {"eval_steps": 4},
+        "checkpoint": {"save_steps": 2},
         "storage": "unused",
     }
     return TrainJob.model_validate(fields | overrides)

@@ -10,7 +10,7 @@ from danlu.spec.base import DnsLabel, NonNegativeInt, PositiveFloat, PositiveInt
 from danlu.spec.compress import Compress
 from danlu.spec.data import Data
 from danlu.spec.model import Model
-from danlu.spec.optim import Adafactor, BnbAdamW, Optim, Wsd
+from danlu.spec.optim import Adafactor, BnbAdamW, Lion, Optim, Wsd
 from danlu.spec.parallel import Ddp, Parallel, Workers
 from danlu.spec.serve import ServeAfterTraining, Service
 from danlu.spec.task import METRICS, Classification, Task
@@ -61,7 +61,7 @@ class TrainJob(Spec):
     global_batch_size: PositiveInt = 32
     """Examples per optimizer step, over all workers and accumulation passes."""
     micro_batch_size: PositiveInt = 8
-    """Examples one worker holds at once."""
+    """Examples one worker (one group of workers, under tensor parallelism) holds at once."""
     group_by_length: bool = False
     """Batches of rows of nearly one length. Packed rows have no padding: it pays for models that cannot be packed."""
     num_train_epochs: PositiveFloat = 3.0
@@ -77,15 +77,31 @@ class TrainJob(Spec):
     serve: ServeAfterTraining | None = None
 
     @model_validator(mode="after")
+    def _workers_make_whole_models(self) -> Self:
+        size, workers = self.parallel.workers_per_model, self.workers.num_workers
+        if workers % size:
+            raise ValueError(
+                f"workers.num_workers={workers} is not a multiple of parallel.tensor_parallel_size={size}; "
+                f"nearest that works: {max(size, workers // size * size)}"
+            )
+        if self.parallel.kind == "tensor" and self.tuning.kind != "full":
+            raise ValueError(
+                f"parallel.kind=tensor splits trained weights only, not tuning.kind={self.tuning.kind}; parallel.kind=fsdp takes it"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _global_batch_divides(self) -> Self:
-        per_pass = self.micro_batch_size * self.workers.num_workers
+        per_pass = self.micro_batch_size * self.num_models
         if self.global_batch_size % per_pass:
+            size = self.parallel.workers_per_model
+            groups = (" / tensor_parallel_size", f" / {size}") if size > 1 else ("", "")
             nearest = max(per_pass, round(self.global_batch_size / per_pass) * per_pass)
             passes, rest = divmod(self.global_batch_size, self.micro_batch_size)
-            workers = [] if rest else [str(n) for n in range(1, passes + 1) if passes % n == 0]
+            workers = [] if rest else [str(n * size) for n in range(1, passes + 1) if passes % n == 0]
             raise ValueError(
-                f"global_batch_size={self.global_batch_size} is not a multiple of micro_batch_size x workers.num_workers = "
-                f"{self.micro_batch_size} x {self.workers.num_workers} = {per_pass}; nearest that works: {nearest}"
+                f"global_batch_size={self.global_batch_size} is not a multiple of micro_batch_size x workers.num_workers{groups[0]} = "
+                f"{self.micro_batch_size} x {self.workers.num_workers}{groups[1]} = {per_pass}; nearest that works: {nearest}"
                 + (f"; or workers.num_workers: {', '.join(workers[:8])}" if workers else "")
             )
         return self
@@ -105,6 +121,11 @@ class TrainJob(Spec):
             raise ValueError(
                 f"optim.optimizer.kind=adafactor keeps a row and a column of each matrix, which parallel.kind={kind} cuts apart; "
                 "parallel.kind=ddp or another optimizer"
+            )
+        if isinstance(optim.optimizer, BnbAdamW | Lion) and kind in ("fsdp", "tensor"):
+            raise ValueError(
+                f"optim.optimizer.kind={optim.optimizer.kind} is bitsandbytes', which cannot take the sharded tensors of parallel.kind={kind}; "
+                "optim.optimizer.kind=adamw, or parallel.kind=deepspeed"
             )
         if optim.ema_decay is not None and kind != "ddp":
             raise ValueError(f"optim.ema_decay averages whole weights, which parallel.kind={kind} shards; parallel.kind=ddp can")
@@ -128,9 +149,14 @@ class TrainJob(Spec):
         return self.evaluation.metric_for_best_model or METRICS[self.task.kind][0]
 
     @property
+    def num_models(self) -> int:
+        """How many models read different rows at once: the workers, or their groups."""
+        return self.workers.num_workers // self.parallel.workers_per_model
+
+    @property
     def accumulation_steps(self) -> int:
         """Forward and backward passes of one worker per optimizer step."""
-        return self.global_batch_size // (self.micro_batch_size * self.workers.num_workers)
+        return self.global_batch_size // (self.micro_batch_size * self.num_models)
 
     def service(self, bundle: str) -> Service:
         """The service that hosts this job's bundle."""

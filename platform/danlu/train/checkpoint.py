@@ -25,6 +25,9 @@ log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 
+ANY_WORLD_SIZE = frozenset({"ddp", "fsdp", "deepspeed-zero1", "deepspeed-zero2", "deepspeed-zero3", "tensor"})
+"""Shapes whose files can be read by another number of workers than wrote them; what is on each worker's NVMe cannot."""
+
 
 @dataclass(frozen=True)
 class Progress:
@@ -170,8 +173,7 @@ class Checkpoints:
     def _check_shape(self, step: int, manifest: dict[str, Any]) -> None:
         ours = (self.shape, self.run.world_size)
         theirs = (manifest["shape"], manifest["world_size"])
-        # Without sharding every rank has everything, so the number of workers may change.
-        if theirs[0] != ours[0] or (theirs[1] != ours[1] and self.shape != "ddp"):
+        if theirs[0] != ours[0] or (theirs[1] != ours[1] and self.shape not in ANY_WORLD_SIZE):
             raise CheckpointError(
                 f"the checkpoint of step {step} was written by {theirs[0]} on {theirs[1]} workers; this job is {ours[0]} on {ours[1]}",
                 where=str(self._folder(step)),

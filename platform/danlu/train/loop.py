@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from danlu.data.pack import Batches, by_length, pack_rows
 from danlu.errors import DanluError
-from danlu.spec.parallel import Ddp
+from danlu.spec.parallel import Ddp, DeepSpeed, Tensor
 from danlu.spec.train import TrainJob
 from danlu.tasks.device import has_native_bf16
 from danlu.tasks.rows import Split, Splits
@@ -25,7 +25,7 @@ from danlu.train.checkpoint import Checkpoints, Progress, after_eval, improved
 from danlu.train.ema import Ema, EmaState
 from danlu.train.model import Trainee, build, export
 from danlu.train.optim import learning_rate_at, param_groups
-from danlu.train.run import EvalRecord, EventRecord, Run, StepRecord
+from danlu.train.run import EvalRecord, EventRecord, Models, Run, StepRecord
 from danlu.train.strategy import Setup, State, make_strategy
 
 
@@ -58,13 +58,14 @@ def train(job: TrainJob, data: Splits, folder: Path, tokenizer: PreTrainedTokeni
     model = strategy.prepare(trainee.module, _setup(job, trainee, run, bf16))
     ema = Ema(trainee.module, job.optim.ema_decay) if job.optim.ema_decay is not None else None
     state = strategy.state() if ema is None else EmaState(strategy.state(), ema, run.rank)
+    models = Models(run, job.parallel.workers_per_model)
     batches = Batches(
         data.train.encoded,
         data.train.labels,
         global_batch_size=job.global_batch_size,
         micro_batch_size=job.micro_batch_size,
-        rank=run.rank,
-        world_size=run.world_size,
+        rank=models.rank,
+        world_size=models.world_size,
         seed=job.seed,
         group_by_length=job.group_by_length,
     )
@@ -80,22 +81,22 @@ def train(job: TrainJob, data: Splits, folder: Path, tokenizer: PreTrainedTokeni
     while progress.step < steps and not stopped_early:
         step = progress.step
         # Dropout follows from the step, so a resumed run draws what the uninterrupted one would have.
-        torch.manual_seed(hash((job.seed, step, run.rank)) & 0x7FFFFFFF)
+        torch.manual_seed(hash((job.seed, step, models.rank)) & 0x7FFFFFFF)
         model.train()
         micro_batches = [batch.to(run.device) for batch in batches.at(step)]
-        num_targets = float(run.all_sum(torch.tensor(float(sum(task.num_targets(batch) for batch in micro_batches)))))
+        num_targets = float(models.all_sum(torch.tensor(float(sum(task.num_targets(batch) for batch in micro_batches)))))
         loss_sum = torch.zeros((), device=run.device)
         for i, batch in enumerate(micro_batches):
             with strategy.micro_step(last=i + 1 == len(micro_batches)):
                 # Each target of the global batch weighs the same, however unevenly they
                 # fall on ranks and micro-batches; ranks average, and we want the sum.
                 loss = task.loss(model, batch, job.task) / num_targets
-                strategy.backward(loss * run.world_size)
+                strategy.backward(loss * models.world_size)
             loss_sum += loss.detach()
         grad_norm = strategy.step(learning_rate(step))
         if ema is not None:
             ema.update(step + 1)
-        mean_loss = float(run.all_sum(loss_sum))
+        mean_loss = float(models.all_sum(loss_sum))
         _check_finite(mean_loss, grad_norm, step, checkpoints)
 
         tokens = batches.num_tokens(step)
@@ -118,7 +119,7 @@ def train(job: TrainJob, data: Splits, folder: Path, tokenizer: PreTrainedTokeni
         )
         if progress.step % eval_steps == 0 or progress.step == steps:
             with nullcontext() if ema is None else ema.applied():
-                progress = _evaluate(job, model, data, progress, run, state, trainee, tokenizer, best_weights, bf16)
+                progress = _evaluate(job, model, data, progress, models, state, trainee, tokenizer, best_weights, bf16)
             stopped_early = _out_of_patience(job, progress)
             if stopped_early:
                 run.report(EventRecord(progress.step, "stopped early", f"no new best in {progress.evals_without_best} evaluations"))
@@ -140,7 +141,9 @@ def uses_bf16(job: TrainJob, run: Run) -> bool:
 
 def shape(job: TrainJob) -> str:
     """What a checkpoint's files look like; another shape cannot read them."""
-    return "ddp" if isinstance(job.parallel, Ddp) else f"deepspeed-zero{job.parallel.zero_stage}"
+    if isinstance(job.parallel, DeepSpeed):
+        return f"deepspeed-zero{job.parallel.zero_stage}" + ("-nvme" if job.parallel.uses_nvme else "")
+    return job.parallel.kind
 
 
 @torch.no_grad()
@@ -168,7 +171,7 @@ def _evaluate(
     model: nn.Module,
     data: Splits,
     progress: Progress,
-    run: Run,
+    models: Models,
     state: State,
     trainee: Trainee,
     tokenizer: PreTrainedTokenizerBase,
@@ -177,17 +180,17 @@ def _evaluate(
 ) -> Progress:
     """Score the dev split; keep the weights if they are the best so far."""
     started = time.perf_counter()
-    autocast = bf16 and isinstance(job.parallel, Ddp)
+    autocast = bf16 and isinstance(job.parallel, Ddp | Tensor)
     task = task_file(job.task)
-    outputs = score_rows(task, model, data.dev, run, batch_tokens=job.evaluation.batch_tokens, autocast=autocast)
+    outputs = score_rows(task, model, data.dev, models, batch_tokens=job.evaluation.batch_tokens, autocast=autocast)
     metrics = dict(task.scores(outputs, data.dev.labels, data.label_names).metrics())
     name = job.metric_for_best_model
     is_best = improved(progress, metrics[name], higher_is_better=name != "loss")
     progress = after_eval(progress, metrics[name], is_best=is_best)
     if is_best:
         weights = state.weights(trainee.exported)  # collective
-        best_weights.save(progress, lambda folder: export(trainee, weights, tokenizer, folder) if run.rank == 0 else None)
-    run.report(EvalRecord(progress.step, metrics, time.perf_counter() - started, is_best))
+        best_weights.save(progress, lambda folder: export(trainee, weights, tokenizer, folder) if models.run.rank == 0 else None)
+    models.report(EvalRecord(progress.step, metrics, time.perf_counter() - started, is_best))
     return progress
 
 

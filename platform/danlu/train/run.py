@@ -81,6 +81,23 @@ class Run(Protocol):
         ...
 
 
+class Models:
+    """A run seen as the models in it: the workers of one model have one rank, read the same rows and count once."""
+
+    def __init__(self, run: Run, workers_per_model: int) -> None:
+        self.run, self.device = run, run.device
+        self.rank, self.world_size = run.rank // workers_per_model, run.world_size // workers_per_model
+        self.counts = run.rank % workers_per_model == 0
+
+    def all_sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum over all models."""
+        return self.run.all_sum(tensor if self.counts else torch.zeros_like(tensor))
+
+    def report(self, record: Record) -> None:
+        """Tell the driver; only rank 0 is heard."""
+        self.run.report(record)
+
+
 @dataclass
 class LocalRun:
     """One process, no process group; keeps its records."""

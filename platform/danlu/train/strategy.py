@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from danlu.spec.optim import Optim
-from danlu.spec.parallel import Ddp, DeepSpeed, Parallel
+from danlu.spec.parallel import Ddp, DeepSpeed, Fsdp, Parallel, Tensor
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Strategy(Protocol):
         ...
 
     def backward(self, loss: torch.Tensor) -> None:
-        """Accumulate gradients of `loss`, which the ranks average."""
+        """Accumulate gradients of `loss`, which the models (ranks, or groups of them) average."""
         ...
 
     def step(self, learning_rate: float) -> float:
@@ -60,7 +60,7 @@ class State(Protocol):
         ...
 
     def load(self, folder: Path) -> None:
-        """Read back what `save` wrote with the same number of workers."""
+        """Read back what `save` wrote; with another number of workers where `checkpoint.ANY_WORLD_SIZE` says so."""
         ...
 
     def weights(self, names: Collection[str]) -> dict[str, torch.Tensor]:
@@ -79,3 +79,11 @@ def make_strategy(parallel: Parallel) -> Strategy:
             from danlu.train.strategies.deepspeed import DeepSpeedStrategy
 
             return DeepSpeedStrategy(parallel)
+        case Fsdp():
+            from danlu.train.strategies.fsdp import FsdpStrategy
+
+            return FsdpStrategy(parallel)
+        case Tensor():
+            from danlu.train.strategies.tensor import TensorStrategy
+
+            return TensorStrategy(parallel)

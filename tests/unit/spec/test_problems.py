@@ -219,7 +219,7 @@ def test_a_hint_names_a_field_that_there_is(name: str) -> None:
     for told in re.findall(r"\b[a-z]+(?:[._][a-z_.]+)+\b", re.sub(r"\{.*\}", "", hint)):
         assert told in PATHS, told
     if setting := re.fullmatch(r"([a-z_.]+): (\{.*\}|[\w-]+)", hint):
-        text = JOB + ("tuning: {kind: lora}\n" if setting[1].startswith("tuning.") else "")
+        text = JOB + "workers: {num_workers: 2}\n" + ("tuning: {kind: lora}\n" if setting[1].startswith("tuning.") else "")
         assert parse(TrainJob, text, [f"{setting[1]}={setting[2]}"])
 
 

@@ -121,6 +121,15 @@ GOOD: dict[str, tuple[type[Spec], Document]] = {
             {"schedule": {"kind": "constant", "warmup_ratio": 0.3}},
         )
     },
+    **{
+        f"parallel: {parallel}": (TrainJob, JOB | {"parallel": parallel, "workers": {"num_workers": 4}})
+        for parallel in (
+            {"kind": "fsdp", "cpu_offload": True, "reshard_after_forward": False},
+            {"kind": "tensor", "tensor_parallel_size": 2},
+            {"kind": "deepspeed", "zero_stage": 2, "offload_optimizer": "cpu"},
+            {"kind": "deepspeed", "zero_stage": 3, "offload_optimizer": "nvme", "offload_param": "cpu", "nvme_path": "/mnt/nvme"},
+        )
+    },
     "a paged optimizer on GPUs": (
         TrainJob,
         JOB | {"optim": {"optimizer": {"kind": "bnb_adamw", "paged": True}}, "workers": {"gpus_per_worker": 1}},
@@ -175,7 +184,9 @@ BAD: dict[str, tuple[type[Spec], Document, str, object]] = {
         "tuning.lora_alpha": [0, -1, None],
         "tuning.lora_dropout": [1],
         "tuning.target_modules": ["query", [1], None],
-        "parallel": [{"kind": "ddp", "zero_stage": 2}, {"zero_stage": 2}, {"kind": "fsdp"}],
+        "parallel": [
+            {"kind": "ddp", "zero_stage": 2}, {"zero_stage": 2}, {"kind": "fsdp", "zero_stage": 2}, {"kind": "tensor", "cpu_offload": True},
+        ],
         "parallel.zero_stage": [0, 4, "2", True, None],
         "workers.num_workers": [0, 1.5, None],
         "workers.gpus_per_worker": [2, -1, True, False, "0"],

@@ -74,7 +74,9 @@ def killed_at(step: int) -> LocalRun:
     return LocalRun(CPU, listener)
 
 
-@pytest.mark.parametrize("parallel", [{"kind": "ddp"}, {"kind": "deepspeed", "zero_stage": 2}, {"kind": "deepspeed", "zero_stage": 3}])
+@pytest.mark.parametrize(
+    "parallel", [{"kind": "ddp"}, {"kind": "deepspeed", "zero_stage": 2}, {"kind": "deepspeed", "zero_stage": 3}, {"kind": "fsdp"}]
+)
 def test_a_killed_run_resumes_to_the_losses_of_the_uninterrupted_one(setting: Setting, parallel: dict[str, Any]) -> None:
     job = setting.job(
         parallel=parallel,

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import logging
 import os
-import socket
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
+from danlu.errors import ResourceError
 from danlu.spec.parallel import DeepSpeed
 from danlu.train.optim import make_optimizer, set_learning_rate
+from danlu.train.strategies.group import ensure_process_group
+from danlu.train.strategies.universal import TAG, converted, num_writers
 from danlu.train.strategy import Setup, State
-
-TAG = "deepspeed"
 
 
 def deepspeed_config(spec: DeepSpeed, setup: Setup) -> dict[str, Any]:
@@ -34,13 +33,44 @@ def deepspeed_config(spec: DeepSpeed, setup: Setup) -> dict[str, Any]:
             # Overlap needs a second stream, which a CPU does not have.
             "overlap_comm": setup.device.type == "cuda",
             "contiguous_gradients": True,
+            **_offload(spec, pin_memory=setup.device.type == "cuda"),
         },
         # Optimizers that update each number by itself are right on a shard; the spec refuses the one that does not.
         "zero_allow_untested_optimizer": True,
+        # Its own CPU Adam takes minutes to compile; torch's fused one is vectorised and threaded as well.
+        "zero_force_ds_cpu_optimizer": False,
         # The loop gives it exactly the step's own numbers; DeepSpeed's own prints would break the progress line.
         "steps_per_print": 1_000_000_000,
         "wall_clock_breakdown": False,
     }
+
+
+def _offload(spec: DeepSpeed, *, pin_memory: bool) -> dict[str, Any]:
+    places = {"offload_optimizer": spec.offload_optimizer, "offload_param": spec.offload_param}
+    return {
+        name: {"device": device, "pin_memory": pin_memory} | ({"nvme_path": spec.nvme_path} if device == "nvme" else {})
+        for name, device in places.items()
+        if device != "none"
+    }
+
+
+def check_nvme(spec: DeepSpeed, device: torch.device) -> None:
+    """ResourceError if this machine cannot offload to NVMe as `spec` asks."""
+    if not spec.uses_nvme:
+        return
+    _import_deepspeed(device)
+    from deepspeed.accelerator import get_accelerator
+
+    builder = get_accelerator().create_op_builder("AsyncIOBuilder")
+    if builder is None or not builder.is_compatible(verbose=False):
+        raise ResourceError(
+            "offloading to nvme needs DeepSpeed's async_io op, which cannot be built here: libaio's library and headers are missing",
+            where="parallel.offload_optimizer" if spec.offload_optimizer == "nvme" else "parallel.offload_param",
+            fix="apt install libaio-dev (yum: libaio-devel) on every worker, or offload to cpu",
+        )
+    assert spec.nvme_path is not None
+    if not (os.path.isdir(spec.nvme_path) and os.access(spec.nvme_path, os.W_OK)):
+        raise ResourceError(f"{spec.nvme_path} is not a folder that can be written to", where="parallel.nvme_path")
 
 
 class DeepSpeedStrategy:
@@ -50,6 +80,7 @@ class DeepSpeedStrategy:
         self.spec = spec
 
     def prepare(self, model: nn.Module, setup: Setup) -> nn.Module:
+        check_nvme(self.spec, setup.device)
         deepspeed = _import_deepspeed(setup.device)
         _join_process_group(deepspeed, setup)
         self.setup = setup
@@ -87,13 +118,32 @@ class DeepSpeedState:
     """Every rank writes its shard; whole weights are gathered from the float32 masters."""
 
     def __init__(self, strategy: DeepSpeedStrategy) -> None:
-        self.engine, self.setup = strategy.engine, strategy.setup
+        self.engine, self.optimizer, self.setup = strategy.engine, strategy.optimizer, strategy.setup
 
     def save(self, folder: Path) -> None:
         (folder / TAG).mkdir(parents=True, exist_ok=True)
         self.engine.save_checkpoint(str(folder), tag=TAG, save_latest=False, exclude_frozen_parameters=True)
 
     def load(self, folder: Path) -> None:
+        if num_writers(folder / TAG) == self.setup.world_size:
+            self._load(folder)
+            return
+        with converted(folder / TAG, self.setup) as universal:
+            # What a group's parameters share follows from the job. Stage 3 gives all groups that of the first, and one tensor as their
+            # number of steps, which would then count once for every group.
+            groups = [{key: value for key, value in group.items() if key != "params"} for group in self.optimizer.param_groups]
+            self.engine._config.load_universal_checkpoint = True
+            try:
+                self._load(universal)
+            finally:
+                self.engine._config.load_universal_checkpoint = False
+            for group, its in zip(self.optimizer.param_groups, groups, strict=True):
+                group.update(its)
+            for state in self.engine.basic_optimizer.state.values():
+                if isinstance(state.get("step"), torch.Tensor):
+                    state["step"] = state["step"].clone()
+
+    def _load(self, folder: Path) -> None:
         # Frozen weights are not in the checkpoint: they are the pretrained ones, which the model was built with.
         self.engine.load_checkpoint(str(folder), tag=TAG, load_module_strict=False, load_lr_scheduler_states=False)
 
@@ -132,12 +182,7 @@ def _import_deepspeed(device: torch.device) -> Any:
 
 def _join_process_group(deepspeed: Any, setup: Setup) -> None:
     """DeepSpeed needs a process group even for one process, and its own handle on it."""
-    backend = "nccl" if setup.device.type == "cuda" else "gloo"
-    if not dist.is_initialized():
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        dist.init_process_group(backend, init_method=f"tcp://127.0.0.1:{port}", rank=setup.rank, world_size=setup.world_size)
+    backend = ensure_process_group(setup)
     # DeepSpeed reads these, whatever started the process group.
     for name, value in {"RANK": setup.rank, "WORLD_SIZE": setup.world_size, "LOCAL_RANK": setup.device.index or 0}.items():
         os.environ.setdefault(name, str(value))

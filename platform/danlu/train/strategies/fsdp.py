@@ -1,0 +1,96 @@
+"""FSDP2: parameters, gradients and optimizer state sharded over the workers; each layer is gathered where it is used."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+
+from danlu.spec.parallel import Fsdp
+from danlu.train.optim import make_optimizer, set_learning_rate
+from danlu.train.strategies import sharded
+from danlu.train.strategies.group import ensure_process_group
+from danlu.train.strategy import Setup, State
+
+
+class FsdpStrategy:
+    """bf16 gathers and computes in bf16 over float32 shards; gradients are summed in float32."""
+
+    def __init__(self, spec: Fsdp) -> None:
+        self.spec = spec
+
+    def prepare(self, model: nn.Module, setup: Setup) -> nn.Module:
+        ensure_process_group(setup)
+        self.setup = setup
+        names = sharded.names_of(setup.param_groups, model)
+        options: dict[str, Any] = {
+            "mesh": init_device_mesh(setup.device.type, (setup.world_size,)),
+            "mp_policy": MixedPrecisionPolicy(torch.bfloat16, torch.float32) if setup.bf16 else MixedPrecisionPolicy(),
+            "offload_policy": CPUOffloadPolicy(pin_memory=setup.device.type == "cuda") if self.spec.cpu_offload else OffloadPolicy(),
+        }
+        for layer in layers_of(model):
+            fully_shard(layer, reshard_after_forward=self.spec.reshard_after_forward, **options)
+        # What is left (embeddings, head, final norm) is used first and last: freeing it in between would only fetch it twice.
+        root = fully_shard(model, reshard_after_forward=False, **options)
+        assert isinstance(root, FSDPModule)
+        self.root: FSDPModule = root
+        self.module = model
+        groups = sharded.groups_of(names, setup.param_groups, model)
+        self.trained = [parameter for group in groups for parameter in group["params"]]
+        self.optimizer = make_optimizer(groups, setup.optim)
+        return model
+
+    @contextmanager
+    def micro_step(self, last: bool) -> Iterator[None]:
+        self.root.set_requires_gradient_sync(last)
+        yield
+
+    def backward(self, loss: torch.Tensor) -> None:
+        torch.autograd.backward(loss)
+
+    def step(self, learning_rate: float) -> float:
+        grad_norm = sharded.clip_grad_norm(self.trained, self.setup.optim.max_grad_norm, self.setup.device)
+        set_learning_rate(self.optimizer.param_groups, learning_rate)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return grad_norm
+
+    def state(self) -> State:
+        return FsdpState(self)
+
+
+class FsdpState:
+    """Every rank writes its shards through torch's distributed checkpoint; any number of workers can read them."""
+
+    def __init__(self, strategy: FsdpStrategy) -> None:
+        self.strategy = strategy
+
+    def save(self, folder: Path) -> None:
+        sharded.save(self.strategy.module, self.strategy.optimizer, folder)
+
+    def load(self, folder: Path) -> None:
+        sharded.load(self.strategy.module, self.strategy.optimizer, folder)
+
+    def weights(self, names: Collection[str]) -> dict[str, torch.Tensor]:
+        return sharded.whole_weights(self.strategy.module, names, self.strategy.setup)
+
+
+def layers_of(model: nn.Module) -> list[nn.Module]:
+    """The blocks a model is stacked of: members of the outermost module lists, in encoders (`encoder.layer`) and decoders (`layers`)."""
+    found: list[nn.Module] = []
+
+    def look(module: nn.Module) -> None:
+        for child in module.children():
+            if isinstance(child, nn.ModuleList):
+                found.extend(child)
+            else:
+                look(child)
+
+    look(model)
+    return found

@@ -1,0 +1,53 @@
+"""What cannot be spread as asked is refused, with the reason and what would work."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from pydantic import TypeAdapter, ValidationError
+
+from danlu.spec.parallel import Parallel
+from danlu.spec.train import TrainJob
+
+PARALLEL: TypeAdapter[Any] = TypeAdapter(Parallel)
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"zero_stage": 2, "offload_param": "cpu"}, "offload_param=cpu needs zero_stage=3.*offload_optimizer=cpu works"),
+        ({"zero_stage": 1, "offload_optimizer": "nvme", "nvme_path": "/mnt"}, "nvme needs zero_stage=3"),
+        ({"zero_stage": 3, "offload_param": "nvme"}, "needs nvme_path"),
+        ({"zero_stage": 3, "offload_param": "cpu", "nvme_path": "/mnt"}, "nvme_path=/mnt has no effect"),
+        ({"zero_stage": 3, "cpu_offload": True}, "cpu_offload"),
+    ],
+)
+def test_an_offload_that_the_stage_cannot_do_is_refused(fields: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ValidationError, match=reason):
+        PARALLEL.validate_python({"kind": "deepspeed", **fields})
+
+
+def job(**fields: Any) -> TrainJob:
+    base = {"name": "spread", "model": {"model_name_or_path": "m"}, "data": {"train": "t.csv"}, "parallel": {"kind": "tensor"}}
+    return TrainJob.model_validate({**base, "workers": {"num_workers": 4}, "global_batch_size": 16, "micro_batch_size": 4, **fields})
+
+
+def test_groups_of_workers_share_the_batch() -> None:
+    assert (job().num_models, job().accumulation_steps) == (2, 2)
+    assert (job(parallel={"kind": "fsdp"}).num_models, job(parallel={"kind": "fsdp"}).accumulation_steps) == (4, 1)
+
+
+def test_workers_that_do_not_make_whole_groups_are_refused() -> None:
+    with pytest.raises(ValidationError, match=r"num_workers=3 is not a multiple of parallel.tensor_parallel_size=2; nearest that works: 2"):
+        job(workers={"num_workers": 3})
+
+
+def test_a_batch_that_the_groups_cannot_share_is_refused() -> None:
+    with pytest.raises(ValidationError, match=r"4 x 4 / 2 = 8; nearest that works: 24"):
+        job(global_batch_size=21)
+
+
+def test_adapters_are_not_split() -> None:
+    with pytest.raises(ValidationError, match=r"not tuning.kind=lora; parallel.kind=fsdp takes it"):
+        job(tuning={"kind": "lora"})

@@ -1,0 +1,73 @@
+"""Offloading to NVMe is checked before anything starts."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from danlu.errors import CheckpointError, ResourceError
+from danlu.sdk import check_machine
+from danlu.spec.parallel import DeepSpeed
+from danlu.spec.train import Optim, TrainJob
+from danlu.train.strategies.deepspeed import check_nvme, deepspeed_config
+from danlu.train.strategies.group import ensure_process_group
+from danlu.train.strategies.universal import converted
+from danlu.train.strategy import Setup
+
+CPU = torch.device("cpu")
+
+
+def async_io_can_be_built() -> bool:
+    import deepspeed  # noqa: F401
+    from deepspeed.accelerator import get_accelerator
+
+    return bool(get_accelerator().create_op_builder("AsyncIOBuilder").is_compatible(verbose=False))
+
+
+def spec(path: Path) -> DeepSpeed:
+    return DeepSpeed(zero_stage=3, offload_optimizer="nvme", nvme_path=str(path))
+
+
+def test_a_machine_without_libaio_is_told_what_to_install_before_a_worker_starts(tmp_path: Path) -> None:
+    if async_io_can_be_built():
+        pytest.skip("this machine has libaio's headers")
+    job = TrainJob.model_validate(
+        {"name": "nvme", "model": {"model_name_or_path": "m"}, "data": {"train": "t"}, "parallel": spec(tmp_path).model_dump()}
+    )
+    with pytest.raises(ResourceError, match="async_io op, which cannot be built here") as raised:
+        check_machine(job)
+    assert "apt install libaio-dev" in raised.value.fix
+
+
+def test_a_path_that_is_no_folder_is_refused(tmp_path: Path) -> None:
+    if not async_io_can_be_built():
+        pytest.skip("this machine lacks libaio's headers, which is said first")
+    with pytest.raises(ResourceError, match="not a folder"):
+        check_nvme(spec(tmp_path / "missing"), CPU)
+
+
+def test_only_what_is_offloaded_stands_in_deepspeeds_configuration(tmp_path: Path) -> None:
+    zero = deepspeed_config(spec(tmp_path), Setup(Optim(), [], 4, False, CPU, 0, 2))["zero_optimization"]
+    assert zero["offload_optimizer"] == {"device": "nvme", "pin_memory": False, "nvme_path": str(tmp_path)}
+    assert "offload_param" not in zero
+
+
+def test_shards_that_cannot_be_put_together_are_one_error_and_leave_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    setup = Setup(Optim(), [], 4, False, CPU, 0, 1)
+    ensure_process_group(setup)
+    shards, temporary = tmp_path / "shards", tmp_path / "temporary"
+    shards.mkdir()
+    temporary.mkdir()
+    for rank in range(2):
+        torch.save({"optimizer_state_dict": {}}, shards / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    with (
+        pytest.raises(CheckpointError, match="checkpoint of 2 workers could not be put together for 1") as raised,
+        converted(shards, setup),
+    ):
+        pass
+    assert "workers.num_workers=2" in raised.value.fix
+    assert not list(temporary.iterdir())
