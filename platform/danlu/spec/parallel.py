@@ -41,12 +41,11 @@ class DeepSpeed(_Parallel):
 
     @model_validator(mode="after")
     def _offload_fits_the_stage(self) -> Self:
-        if self.zero_stage < 3:
-            if self.offload_param != "none":
-                raise ValueError(
-                    f"offload_param={self.offload_param} needs zero_stage=3: zero_stage={self.zero_stage} does not shard parameters; "
-                    "offload_optimizer=cpu works with it"
-                )
+        if self.zero_stage < 3 and self.offload_param != "none":
+            raise ValueError(
+                f"offload_param={self.offload_param} needs zero_stage=3: zero_stage={self.zero_stage} does not shard parameters; "
+                "offload_optimizer=cpu works with it"
+            )
         if self.uses_nvme and self.nvme_path is None:
             raise ValueError("offloading to nvme needs nvme_path, a folder on each worker's NVMe drive")
         if not self.uses_nvme and self.nvme_path is not None:
