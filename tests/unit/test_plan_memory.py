@@ -65,7 +65,7 @@ def test_what_is_offloaded_is_not_in_the_gpus_memory(tiny_model: Path) -> None:
     offloaded = plan(tiny_model, {"kind": "fsdp", "cpu_offload": True}, gpus=1)
     assert offloaded.offloaded_bytes == (4 + 4 + 8) * number / 2
     assert offloaded.worker_bytes == plan(tiny_model, {"kind": "fsdp"}, gpus=1).worker_bytes - offloaded.offloaded_bytes
-    zero3 = {"kind": "deepspeed", "zero_stage": 3, "offload_param": "cpu", "offload_optimizer": "nvme", "nvme_path": "/mnt/nvme"}
+    zero3 = {"kind": "deepspeed", "zero_stage": 3, "offload_param": "nvme", "offload_optimizer": "cpu", "nvme_path": "/mnt/nvme"}
     assert plan(tiny_model, zero3, gpus=1).offloaded_bytes == (12 + 2) * number / 2
     assert plan(tiny_model, zero3, gpus=1).offloaded_to == "host memory and /mnt/nvme"
     # A worker without a GPU computes in host memory: nothing is gained.

@@ -27,8 +27,8 @@ class DeepSpeed(_Parallel):
 
     kind: Literal["deepspeed"] = "deepspeed"
     zero_stage: Annotated[Literal[1, 2, 3], Number] = 2
-    offload_optimizer: Literal["none", "cpu", "nvme"] = "none"
-    """Keep the optimizer's state and its step in host memory, or (zero_stage 3) its state on NVMe."""
+    offload_optimizer: Literal["none", "cpu"] = "none"
+    """Keep the optimizer's state and its step in host memory. Not on NVMe: DeepSpeed's checkpoints then leave out what was not swapped."""
     offload_param: Literal["none", "cpu", "nvme"] = "none"
     """Keep parameters that are not being used in host memory or on NVMe; zero_stage 3 only, which is the one that shards them."""
     nvme_path: Annotated[str, Field(min_length=1)] | None = None
@@ -37,22 +37,19 @@ class DeepSpeed(_Parallel):
     @property
     def uses_nvme(self) -> bool:
         """True if something is offloaded to `nvme_path`."""
-        return "nvme" in (self.offload_optimizer, self.offload_param)
+        return self.offload_param == "nvme"
 
     @model_validator(mode="after")
     def _offload_fits_the_stage(self) -> Self:
-        if self.zero_stage < 3:
-            if self.offload_param != "none":
-                raise ValueError(
-                    f"offload_param={self.offload_param} needs zero_stage=3: zero_stage={self.zero_stage} does not shard parameters; "
-                    "offload_optimizer=cpu works with it"
-                )
-            if self.offload_optimizer == "nvme":
-                raise ValueError(f"offload_optimizer=nvme needs zero_stage=3; with zero_stage={self.zero_stage} there is cpu")
+        if self.zero_stage < 3 and self.offload_param != "none":
+            raise ValueError(
+                f"offload_param={self.offload_param} needs zero_stage=3: zero_stage={self.zero_stage} does not shard parameters; "
+                "offload_optimizer=cpu works with it"
+            )
         if self.uses_nvme and self.nvme_path is None:
             raise ValueError("offloading to nvme needs nvme_path, a folder on each worker's NVMe drive")
         if not self.uses_nvme and self.nvme_path is not None:
-            raise ValueError(f"nvme_path={self.nvme_path} has no effect: neither offload_optimizer nor offload_param is nvme; leave it out")
+            raise ValueError(f"nvme_path={self.nvme_path} has no effect: offload_param is not nvme; leave it out")
         return self
 
 

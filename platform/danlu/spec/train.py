@@ -124,8 +124,8 @@ class TrainJob(Spec):
             )
         if isinstance(optim.optimizer, BnbAdamW | Lion) and kind in ("fsdp", "tensor"):
             raise ValueError(
-                f"optim.optimizer.kind={optim.optimizer.kind} is bitsandbytes', which cannot take the sharded tensors of parallel.kind={kind}; "
-                "optim.optimizer.kind=adamw, or parallel.kind=deepspeed"
+                f"optim.optimizer.kind={optim.optimizer.kind} is bitsandbytes', which cannot take the tensors that parallel.kind={kind} "
+                "shards; optim.optimizer.kind=adamw, or parallel.kind=deepspeed"
             )
         if optim.ema_decay is not None and kind != "ddp":
             raise ValueError(f"optim.ema_decay averages whole weights, which parallel.kind={kind} shards; parallel.kind=ddp can")

@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 
 ANY_WORLD_SIZE = frozenset({"ddp", "fsdp", "deepspeed-zero1", "deepspeed-zero2", "deepspeed-zero3", "tensor"})
-"""Shapes whose files can be read by another number of workers than wrote them; what is on each worker's NVMe cannot."""
+"""Shapes whose files can be read by another number of workers than wrote them; parameters on each worker's NVMe are not put together."""
 
 
 @dataclass(frozen=True)

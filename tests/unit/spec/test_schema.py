@@ -127,7 +127,7 @@ GOOD: dict[str, tuple[type[Spec], Document]] = {
             {"kind": "fsdp", "cpu_offload": True, "reshard_after_forward": False},
             {"kind": "tensor", "tensor_parallel_size": 2},
             {"kind": "deepspeed", "zero_stage": 2, "offload_optimizer": "cpu"},
-            {"kind": "deepspeed", "zero_stage": 3, "offload_optimizer": "nvme", "offload_param": "cpu", "nvme_path": "/mnt/nvme"},
+            {"kind": "deepspeed", "zero_stage": 3, "offload_optimizer": "cpu", "offload_param": "nvme", "nvme_path": "/mnt/nvme"},
         )
     },
     "a paged optimizer on GPUs": (

@@ -28,7 +28,7 @@ def async_io_can_be_built() -> bool:
 
 
 def spec(path: Path) -> DeepSpeed:
-    return DeepSpeed(zero_stage=3, offload_optimizer="nvme", nvme_path=str(path))
+    return DeepSpeed(zero_stage=3, offload_param="nvme", nvme_path=str(path))
 
 
 def test_a_machine_without_libaio_is_told_what_to_install_before_a_worker_starts(tmp_path: Path) -> None:
@@ -51,8 +51,8 @@ def test_a_path_that_is_no_folder_is_refused(tmp_path: Path) -> None:
 
 def test_only_what_is_offloaded_stands_in_deepspeeds_configuration(tmp_path: Path) -> None:
     zero = deepspeed_config(spec(tmp_path), Setup(Optim(), [], 4, False, CPU, 0, 2))["zero_optimization"]
-    assert zero["offload_optimizer"] == {"device": "nvme", "pin_memory": False, "nvme_path": str(tmp_path)}
-    assert "offload_param" not in zero
+    assert zero["offload_param"] == {"device": "nvme", "pin_memory": False, "nvme_path": str(tmp_path)}
+    assert "offload_optimizer" not in zero
 
 
 def test_shards_that_cannot_be_put_together_are_one_error_and_leave_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

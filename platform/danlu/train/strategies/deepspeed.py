@@ -65,7 +65,7 @@ def check_nvme(spec: DeepSpeed, device: torch.device) -> None:
     if builder is None or not builder.is_compatible(verbose=False):
         raise ResourceError(
             "offloading to nvme needs DeepSpeed's async_io op, which cannot be built here: libaio's library and headers are missing",
-            where="parallel.offload_optimizer" if spec.offload_optimizer == "nvme" else "parallel.offload_param",
+            where="parallel.offload_param",
             fix="apt install libaio-dev (yum: libaio-devel) on every worker, or offload to cpu",
         )
     assert spec.nvme_path is not None
