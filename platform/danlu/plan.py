@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from danlu.artifact.pretrained import Weight, weight_shapes
-from danlu.errors import ModelError
+from danlu.artifact.trainable import is_embedding, num_layers, num_trainable, targets
+from danlu.errors import ModelError, SpecError
 from danlu.spec.parallel import DeepSpeed
 from danlu.spec.train import TrainJob
-from danlu.spec.tuning import Full, Lora
+from danlu.spec.tuning import Adalora, Full, Qlora
 
 EFFICIENCY = 0.55
 """Share of the measured matrix speed that a packed encoder's training step reaches on a CPU; measured on MiniLM."""
@@ -90,15 +91,21 @@ def make_plan(job: TrainJob, folder: Path, *, num_rows: int, mean_tokens: float,
         )
     hidden = int(config.get("hidden_size") or config.get("dim") or 0)
     num_parameters = sum(w.num_elements for name, w in shapes.items() if not name.endswith("position_ids")) + (hidden + 1) * num_labels
-    embeddings = sum(w.num_elements for name, w in shapes.items() if "embeddings." in name or "embed_tokens" in name)
-    trainable = _num_trainable(job, shapes, num_parameters, embeddings, (hidden + 1) * num_labels)
+    embeddings = sum(w.num_elements for name, w in shapes.items() if is_embedding(name))
+    trainable = num_trainable(job.tuning, shapes, config, head=(hidden + 1) * num_labels)
     bf16, note = _precision(job)
     sharded, stage = (job.workers.num_workers, job.parallel.zero_stage) if isinstance(job.parallel, DeepSpeed) else (1, 0)
     element = 2 if bf16 and stage else 4
     tokens_per_step = mean_tokens * job.global_batch_size
-    layers = int(config.get("num_hidden_layers") or config.get("n_layers") or 0)
+    layers = num_layers(config)
     tokens_at_once = mean_tokens * job.micro_batch_size
     steps = job.max_steps or max(1, math.ceil(job.num_train_epochs * num_rows / job.global_batch_size))
+    if isinstance(job.tuning, Adalora) and job.tuning.tinit + job.tuning.tfinal >= steps:
+        raise SpecError(
+            f"tinit={job.tuning.tinit} and tfinal={job.tuning.tfinal} leave none of the {steps} steps to move ranks in",
+            where="tuning.tfinal",
+            fix="lower them, or train longer",
+        )
     multiplied = num_parameters - embeddings
     # Forward 2, backward through activations 2 and through trained weights 2 operations per multiplied parameter and token.
     backward = 4 if isinstance(job.tuning, Full) else 2
@@ -111,7 +118,7 @@ def make_plan(job: TrainJob, folder: Path, *, num_rows: int, mean_tokens: float,
         num_trainable=trainable,
         precision="bf16" if bf16 else "fp32",
         precision_note=note,
-        weight_bytes=element * num_parameters // (sharded if stage >= 3 else 1),
+        weight_bytes=int(_bytes_per_weight(job, shapes, num_parameters, element) * num_parameters) // (sharded if stage >= 3 else 1),
         gradient_bytes=element * trainable // (sharded if stage >= 2 else 1),
         optimizer_bytes=(8 + masters) * trainable // (sharded if stage >= 1 else 1),
         # About 34 numbers of the hidden size per token and layer (https://arxiv.org/abs/2205.05198, without the attention scores).
@@ -140,23 +147,12 @@ def gib(num_bytes: float) -> str:
     return f"{num_bytes / GIB:.2f} GiB" if num_bytes >= GIB / 10 else f"{num_bytes / (1 << 20):.0f} MiB"
 
 
-def _num_trainable(job: TrainJob, shapes: Mapping[str, Weight], everything: int, embeddings: int, head: int) -> int:
-    match job.tuning:
-        case Full():
-            return everything - (embeddings if job.tuning.freeze_embeddings else 0)
-        case Lora():
-            linears = {
-                name: weight.shape
-                for name, weight in shapes.items()
-                if name.endswith(".weight") and len(weight.shape) == 2 and "embeddings." not in name and "embed_tokens" not in name
-            }
-            targets = job.tuning.target_modules
-            chosen = [
-                shape
-                for name, shape in linears.items()
-                if targets == "all-linear" or any(name.removesuffix(".weight").endswith(target) for target in targets)
-            ]
-            return head + sum(job.tuning.r * (shape[0] + shape[1]) for shape in chosen)
+def _bytes_per_weight(job: TrainJob, shapes: Mapping[str, Weight], num_parameters: int, element: int) -> float:
+    """On average: a quantized base holds its linear layers in fewer bits."""
+    if not isinstance(job.tuning, Qlora):
+        return element
+    small = sum(rows * columns for rows, columns in targets(shapes, "all-linear").values())
+    return (small * job.tuning.bits / 8 + (num_parameters - small) * element) / num_parameters
 
 
 def _precision(job: TrainJob) -> tuple[bool, str]:

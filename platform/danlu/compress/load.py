@@ -10,10 +10,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from danlu.artifact.bundle import Bundle
 from danlu.artifact.pretrained import model_folder
+from danlu.compress.quantized_base import need_bitsandbytes, quantized_base
 from danlu.errors import ModelError
 from danlu.spec.compress import BnbInt8, BnbNf4, Int8
 from danlu.spec.model import Model
 from danlu.spec.task import Classification, Pretrain
+from danlu.spec.tuning import Qlora
 from danlu.tasks.classification import Predictor
 from danlu.tasks.classification import load_predictor as load_from_folder
 from danlu.tasks.packed_decoder import PackedDecoder
@@ -47,12 +49,12 @@ def load_predictor(bundle: Bundle, *, precision: Literal["fp32", "bf16"] | None 
 
 
 def load_model(bundle: Bundle) -> PreTrainedModel:
-    """The Hugging Face model of a bundle; adapters are merged into float32 weights."""
+    """The Hugging Face model of a bundle; adapters are merged into float32 weights, but for those of a quantized base."""
     folder = bundle.path / "model"
     loader = AutoModelForSequenceClassification if isinstance(bundle.meta.task, Classification) else AutoModelForCausalLM
     match bundle.meta.quantization:
         case None if bundle.meta.weights == "adapter":
-            return _merged(bundle)
+            return _adapted(bundle)
         case None:
             model: PreTrainedModel = loader.from_pretrained(folder, dtype=torch.float32)
             return model
@@ -69,19 +71,19 @@ def load_model(bundle: Bundle) -> PreTrainedModel:
             return quantized
 
 
-def need_bitsandbytes() -> None:
-    """ModelError if bitsandbytes is not installed."""
-    try:
-        import bitsandbytes  # noqa: F401
-    except ImportError as error:
-        raise ModelError("bitsandbytes is not installed", where="compress.quantization.kind", fix="pip install 'danlu[bnb]'") from error
-
-
-def _merged(bundle: Bundle) -> PreTrainedModel:
+def _adapted(bundle: Bundle) -> PreTrainedModel:
+    """An adapter on its base: merged where that is exact, else beside the weights it was trained on."""
     from peft import PeftModel
 
-    if bundle.meta.base_model is None:
+    meta = bundle.meta
+    if meta.base_model is None:
         raise ModelError(f"{bundle.path} holds an adapter but does not say of which model", where="bundle.base_model")
-    base = task_file(bundle.meta.task).build_model(model_folder(Model(model_name_or_path=bundle.meta.base_model)), bundle.meta.labels)
-    merged: PreTrainedModel = PeftModel.from_pretrained(base, bundle.path / "model").merge_and_unload()
-    return merged
+    folder = model_folder(Model(model_name_or_path=meta.base_model))
+    match meta.tuning:
+        case Qlora():
+            base = quantized_base(folder, meta.task, meta.labels, meta.tuning, bf16=meta.precision == "bf16")
+            adapted: PreTrainedModel = PeftModel.from_pretrained(base, bundle.path / "model").get_base_model()
+        case _:
+            base = task_file(meta.task).build_model(folder, meta.labels)
+            adapted = PeftModel.from_pretrained(base, bundle.path / "model").merge_and_unload()
+    return adapted

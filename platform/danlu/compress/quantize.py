@@ -9,12 +9,10 @@ from safetensors.torch import save_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 
 from danlu.artifact.bundle import Bundle
-from danlu.compress.load import INT8_FILE, load_model, need_bitsandbytes
+from danlu.compress.load import INT8_FILE, load_model
+from danlu.compress.quantized_base import HEADS, need_bitsandbytes
 from danlu.errors import ModelError
 from danlu.spec.compress import BnbInt8, BnbNf4, Int8, Quantization
-
-HEADS = ["classifier", "score", "pooler", "pre_classifier"]
-"""Layers on top of the encoder, left in full precision: they are small, and every error there is an error in the answer."""
 
 
 def quantize(bundle: Bundle, quantization: Quantization, folder: Path) -> None:

@@ -10,10 +10,10 @@ from danlu.spec.base import DnsLabel, Fraction, NonNegativeInt, PositiveFloat, P
 from danlu.spec.compress import Compress
 from danlu.spec.data import Data
 from danlu.spec.model import Model
-from danlu.spec.parallel import Ddp, Parallel, Workers
+from danlu.spec.parallel import Ddp, DeepSpeed, Parallel, Workers
 from danlu.spec.serve import ServeAfterTraining, Service
 from danlu.spec.task import METRICS, Classification, Task
-from danlu.spec.tuning import Full, Tuning
+from danlu.spec.tuning import Adalora, Full, Qlora, Tuning
 
 
 class Schedule(Spec):
@@ -121,6 +121,31 @@ class TrainJob(Spec):
             for name in ("compress", "serve"):
                 if getattr(self, name) is not None:
                     raise ValueError(f"{name} takes task.kind=classification only; leave it out for task.kind={self.task.kind}")
+        return self
+
+    @model_validator(mode="after")
+    def _tuning_goes_with_the_rest(self) -> Self:
+        sharded = isinstance(self.parallel, DeepSpeed) and self.parallel.zero_stage == 3
+        match self.tuning:
+            case Adalora():
+                if sharded:
+                    raise ValueError(
+                        "tuning.kind=adalora does not go with parallel.zero_stage=3: ranks move by whole weights and gradients, "
+                        "which ZeRO-3 does not keep; use parallel.zero_stage=2, or tuning.kind=lora"
+                    )
+                if self.max_steps is not None and self.tuning.tinit + self.tuning.tfinal >= self.max_steps:
+                    raise ValueError(
+                        f"tuning.tinit={self.tuning.tinit} and tuning.tfinal={self.tuning.tfinal} leave no step of max_steps="
+                        f"{self.max_steps} to move ranks in; lower them, or raise max_steps"
+                    )
+            case Qlora():
+                if self.compress is not None:
+                    raise ValueError(
+                        "compress takes full-precision weights, and tuning.kind=qlora scores and serves a quantized base; "
+                        "leave compress out, or use tuning.kind=lora"
+                    )
+            case _:
+                pass
         return self
 
     @property

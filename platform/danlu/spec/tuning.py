@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from danlu.spec.base import PositiveFloat, PositiveInt, Spec
+from danlu.spec.base import NonNegativeInt, PositiveFloat, PositiveInt, Spec
+
+OpenFraction = Annotated[float, Field(gt=0, lt=1)]
+TargetModules = Annotated[list[str], Field(min_length=1)]
 
 
 class Full(Spec):
@@ -18,15 +21,108 @@ class Full(Spec):
     """Keep the input embeddings as they were: for a small encoder that is half the weights to communicate and to update."""
 
 
-class Lora(Spec):
-    """Low-rank adapters on frozen weights (https://arxiv.org/abs/2106.09685); names are PEFT's."""
+class Freeze(Spec):
+    """The last layers are trained, and all that stands behind them: final norm, pooler, head. What is before them stays."""
 
-    kind: Literal["lora"] = "lora"
+    kind: Literal["freeze"] = "freeze"
+
+    num_trainable_layers: PositiveInt = 2
+    """How many of the model's last layers are trained. An output layer that shares its weights with the embeddings stays frozen."""
+
+
+class LowRank(Spec):
+    """What every kind of LoRA has."""
+
     r: PositiveInt = 16
     lora_alpha: PositiveFloat = 32.0
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    target_modules: list[str] | Literal["all-linear"] = "all-linear"
+    target_modules: TargetModules | Literal["all-linear"] = "all-linear"
     """Names of the linear layers that get an adapter, or `all-linear`. The task's head is always trained whole."""
+    use_rslora: bool = False
+    """Scale by lora_alpha / sqrt(r) instead of lora_alpha / r (https://arxiv.org/abs/2312.03732): a higher rank keeps learning."""
+    use_dora: bool = False
+    """Train each weight's length apart from its direction (https://arxiv.org/abs/2402.09353)."""
+    loraplus_lr_ratio: Annotated[float, Field(ge=1)] = 1.0
+    """LoRA+ (https://arxiv.org/abs/2402.12354): the B matrices learn at so many times the A matrices' rate; the paper's choice is 16."""
 
 
-Tuning = Annotated[Full | Lora, Field(discriminator="kind")]
+class Lora(LowRank):
+    """Low-rank adapters on frozen weights (https://arxiv.org/abs/2106.09685); names are PEFT's."""
+
+    kind: Literal["lora"] = "lora"
+    init_lora_weights: Literal["default", "gaussian", "pissa", "pissa_niter_16", "olora"] = "default"
+    """`default`: A random, B zero. `pissa` takes the largest singular directions out of the frozen weights into the adapter
+    (https://arxiv.org/abs/2404.02948; `pissa_niter_16` finds them by a faster approximation), `olora` those of a QR decomposition
+    (https://arxiv.org/abs/2406.01775). What is stored is an adapter of twice the rank for the untouched weights."""
+
+    @property
+    def moves_base(self) -> bool:
+        """True if starting changes the frozen weights."""
+        return self.init_lora_weights not in ("default", "gaussian")
+
+    @model_validator(mode="after")
+    def _dora_starts_from_the_pretrained_weights(self) -> Self:
+        if self.use_dora and self.moves_base:
+            raise ValueError(
+                f"use_dora=true does not go with init_lora_weights={self.init_lora_weights}: lengths would be those of weights that "
+                "the adapter was taken out of; use init_lora_weights=default, or use_dora=false"
+            )
+        return self
+
+
+class Qlora(LowRank):
+    """LoRA on a base that is held in 4 or 8 bits by bitsandbytes (https://arxiv.org/abs/2305.14314).
+
+    The bundle is the adapter: it is scored, and loaded again, on the same quantized base. It is never merged into quantized weights.
+    """
+
+    kind: Literal["qlora"] = "qlora"
+    bits: Literal[4, 8] = 4
+    """4: each weight is one of 16 values. 8: LLM.int8 (https://arxiv.org/abs/2208.07339)."""
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = "nf4"
+    """Which 16 values: those of a normal distribution, or 4-bit floats."""
+    bnb_4bit_use_double_quant: bool = True
+    """Quantize the quantization constants too: 0.4 bits a weight less."""
+
+    @model_validator(mode="after")
+    def _four_bit_fields_are_for_four_bits(self) -> Self:
+        if self.bits == 8:
+            for name in ("bnb_4bit_quant_type", "bnb_4bit_use_double_quant"):
+                if (value := getattr(self, name)) != type(self).model_fields[name].default:
+                    raise ValueError(f"{name}={value} has no effect with bits=8; leave it out, or use bits=4")
+        return self
+
+
+class Adalora(Spec):
+    """LoRA whose rank moves to where it matters while it trains (https://arxiv.org/abs/2303.10512); names are PEFT's."""
+
+    kind: Literal["adalora"] = "adalora"
+    init_r: PositiveInt = 12
+    """Rank every module starts with."""
+    target_r: PositiveInt = 8
+    """Rank the modules have at the end, on average."""
+    lora_alpha: PositiveFloat = 32.0
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    target_modules: TargetModules | Literal["all-linear"] = "all-linear"
+    """Names of the linear layers that get an adapter, or `all-linear`. The task's head is always trained whole."""
+    tinit: NonNegativeInt = 0
+    """Steps before the first rank is taken away."""
+    tfinal: NonNegativeInt = 0
+    """Steps at the end in which the ranks stay."""
+    deltaT: PositiveInt = 1
+    """Steps from one allocation to the next."""
+    beta1: OpenFraction = 0.85
+    """Smoothing of a weight's importance."""
+    beta2: OpenFraction = 0.85
+    """Smoothing of how uncertain that is."""
+    orth_reg_weight: Annotated[float, Field(ge=0)] = 0.5
+    """How strongly the directions of a module are kept at right angles; added to the loss that is trained, not to the one shown."""
+
+    @model_validator(mode="after")
+    def _ranks_shrink(self) -> Self:
+        if self.target_r >= self.init_r:
+            raise ValueError(f"target_r={self.target_r} is not below init_r={self.init_r}: there is no rank to move; lora has a fixed one")
+        return self
+
+
+Tuning = Annotated[Full | Freeze | Lora | Qlora | Adalora, Field(discriminator="kind")]

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from sklearn.metrics import accuracy_score, confusion_matrix, precision_recall_fscore_support
 from torch import nn
-from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForSequenceClassification, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from danlu.data.columns import labelled
 from danlu.data.encode import Encoded, encode
@@ -67,8 +67,10 @@ def _take(split: Split, rows: np.ndarray) -> Split:
 # model
 
 
-def build_model(folder: str | Path, label_names: Sequence[str], *, dropout: float | None = None) -> PreTrainedModel:
-    """The pretrained encoder with a new head for these labels, in float32."""
+def build_model(
+    folder: str | Path, label_names: Sequence[str], *, dropout: float | None = None, quantization: BitsAndBytesConfig | None = None
+) -> PreTrainedModel:
+    """The pretrained encoder with a new head for these labels, in float32; `quantization` holds its linear layers in fewer bits."""
     config = AutoConfig.from_pretrained(folder)
     config.num_labels = len(label_names)
     config.id2label = dict(enumerate(label_names))
@@ -78,7 +80,8 @@ def build_model(folder: str | Path, label_names: Sequence[str], *, dropout: floa
         for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "dropout", "attention_dropout"):
             if hasattr(config, name):
                 setattr(config, name, dropout)
-    model: PreTrainedModel = AutoModelForSequenceClassification.from_pretrained(folder, config=config, dtype=torch.float32)
+    fewer = {} if quantization is None else {"quantization_config": quantization}
+    model: PreTrainedModel = AutoModelForSequenceClassification.from_pretrained(folder, config=config, dtype=torch.float32, **fewer)
     return model
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from danlu.train.checkpoint import Checkpoints, Progress, after_eval, improved
 from danlu.train.model import Trainee, build, export
 from danlu.train.optim import learning_rate_at, param_groups
 from danlu.train.run import EvalRecord, EventRecord, Run, StepRecord
-from danlu.train.strategy import Setup, State, make_strategy
+from danlu.train.strategy import Setup, State, Strategy, make_strategy
 
 
 @dataclass(frozen=True)
@@ -51,10 +52,10 @@ def train(job: TrainJob, data: Splits, folder: Path, tokenizer: PreTrainedTokeni
     save_steps = job.checkpoint.save_steps or max(1, math.ceil(steps / 5))
     bf16 = uses_bf16(job, run)
     task = task_file(job.task)
-    trainee = build(job, folder, data.label_names)
+    trainee = build(job, folder, data.label_names, bf16=bf16, num_steps=steps)
     strategy = make_strategy(job.parallel)
     model = strategy.prepare(trainee.module, _setup(job, trainee, run, bf16))
-    state = strategy.state()
+    state = _state(strategy, trainee, run)
     batches = Batches(
         data.train.encoded,
         data.train.labels,
@@ -86,7 +87,7 @@ def train(job: TrainJob, data: Splits, folder: Path, tokenizer: PreTrainedTokeni
                 # Each target of the global batch weighs the same, however unevenly they
                 # fall on ranks and micro-batches; ranks average, and we want the sum.
                 loss = task.loss(model, batch, job.task) / num_targets
-                strategy.backward(loss * run.world_size)
+                strategy.backward((loss + trainee.penalty() / (len(micro_batches) * run.world_size)) * run.world_size)
             loss_sum += loss.detach()
         grad_norm = strategy.step(learning_rate(step))
         mean_loss = float(run.all_sum(loss_sum))
@@ -110,6 +111,8 @@ def train(job: TrainJob, data: Splits, folder: Path, tokenizer: PreTrainedTokeni
                 eta_s=eta_s,
             )
         )
+        if trainee.allocator is not None and trainee.allocator.moved:
+            run.report(EventRecord(progress.step, "ranks", _ranks_text(trainee.allocator.ranks())))
         if progress.step % eval_steps == 0 or progress.step == steps:
             progress = _evaluate(job, model, data, progress, run, state, trainee, tokenizer, best_weights, bf16)
             stopped_early = _out_of_patience(job, progress)
@@ -184,8 +187,20 @@ def _evaluate(
 
 
 def _setup(job: TrainJob, trainee: Trainee, run: Run, bf16: bool) -> Setup:
-    groups = param_groups(trainee.module, job.optim, trainee.head)
-    return Setup(job.optim, groups, job.micro_batch_size, bf16, run.device, run.rank, run.world_size)
+    groups = param_groups(trainee.module, job.optim, trainee.head, trainee.lr_scales)
+    return Setup(job.optim, groups, job.micro_batch_size, bf16, run.device, run.rank, run.world_size, trainee.allocator)
+
+
+def _state(strategy: Strategy, trainee: Trainee, run: Run) -> State:
+    if trainee.allocator is None:
+        return strategy.state()
+    from danlu.train.adalora import WithAllocator
+
+    return WithAllocator(strategy.state(), trainee.allocator, run.rank)
+
+
+def _ranks_text(ranks: Mapping[str, int]) -> str:
+    return f"{sum(ranks.values())} in all: " + ", ".join(f"{name} {rank}" for name, rank in ranks.items())
 
 
 def _out_of_patience(job: TrainJob, progress: Progress) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -12,20 +12,22 @@ from torch import nn
 from danlu.spec.train import Optim
 
 
-def param_groups(model: nn.Module, optim: Optim, head: Collection[str]) -> list[dict[str, Any]]:
-    """Trainable parameters by decay (matrices only) and by rate; `head` names those that start from nothing."""
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+def param_groups(model: nn.Module, optim: Optim, head: Collection[str], lr_scales: Mapping[str, float]) -> list[dict[str, Any]]:
+    """Trainable parameters by decay (matrices only) and by rate; `head` names those that start from nothing, `lr_scales` multiplies the
+    rate of those it names."""
+    groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            groups.setdefault((parameter.ndim >= 2, name in head), []).append(parameter)
+            scale = optim.head_learning_rate_multiplier if name in head else lr_scales.get(name, 1.0)
+            groups.setdefault((parameter.ndim >= 2, scale), []).append(parameter)
     return [
         {
             "params": parameters,
             "lr": optim.learning_rate,
             "weight_decay": optim.weight_decay if decays else 0.0,
-            "lr_scale": optim.head_learning_rate_multiplier if is_head else 1.0,
+            "lr_scale": scale,
         }
-        for (decays, is_head), parameters in groups.items()
+        for (decays, scale), parameters in groups.items()
     ]
 
 

@@ -2,34 +2,102 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
 
-from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+import torch
+from peft import AdaLoraConfig, LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model
 from transformers import PreTrainedModel
 
+from danlu.artifact.pretrained import weight_shapes
 from danlu.errors import SpecError
-from danlu.spec.tuning import Lora
+from danlu.spec.task import Classification, Task
+from danlu.spec.tuning import Adalora, Lora, Qlora
+
+ADAPTER = "default"
+"""PEFT's name for the only adapter of a model."""
 
 
-def with_lora(model: PreTrainedModel, tuning: Lora) -> PeftModel:
-    """The model with low-rank adapters; they and the head are trainable. SpecError if a named module is not there."""
+def with_adapter(
+    model: PreTrainedModel, tuning: Lora | Qlora | Adalora, task: Task, *, whole: Collection[str] = (), num_steps: int = 0
+) -> PeftModel:
+    """The model with adapters; they, the head and the modules named `whole` are trainable. SpecError if a target is not there."""
     if tuning.target_modules != "all-linear":
         _check_targets(model, tuning.target_modules)
-    config = LoraConfig(
-        task_type=TaskType.SEQ_CLS,
-        r=tuning.r,
-        lora_alpha=tuning.lora_alpha,
-        lora_dropout=tuning.lora_dropout,
-        target_modules=tuning.target_modules,
+    return get_peft_model(model, _config(tuning, task, whole, num_steps))
+
+
+def _config(tuning: Lora | Qlora | Adalora, task: Task, whole: Collection[str], num_steps: int) -> PeftConfig:
+    shared: dict[str, Any] = {
+        "task_type": TaskType.SEQ_CLS if isinstance(task, Classification) else TaskType.CAUSAL_LM,
+        "lora_alpha": tuning.lora_alpha,
+        "lora_dropout": tuning.lora_dropout,
+        "target_modules": tuning.target_modules,
+        "modules_to_save": sorted(whole) or None,
+    }
+    match tuning:
+        case Adalora():
+            named = ("init_r", "target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight")
+            return AdaLoraConfig(**shared, **{name: getattr(tuning, name) for name in named}, total_step=num_steps)
+        case Lora() | Qlora():
+            start = tuning.init_lora_weights if isinstance(tuning, Lora) and tuning.init_lora_weights != "default" else True
+            rank = {"r": tuning.r, "use_rslora": tuning.use_rslora, "use_dora": tuning.use_dora}
+            return LoraConfig(**shared, **rank, init_lora_weights=start)
+
+
+def new_modules(folder: Path, model: PreTrainedModel, head: Collection[str]) -> set[str]:
+    """Modules of the head that the weights file does not have: frozen and not stored, they would be others at every start."""
+    shapes = weight_shapes(folder)
+    if shapes is None:
+        return set()
+    prefix = f"{model.base_model_prefix}."
+    missing = {name for name in head if name not in shapes and name.removeprefix(prefix) not in shapes}
+    modules = {name.rpartition(".")[0] for name in missing}
+    # PEFT trains these whole of its own accord.
+    return {name for name in modules if name.split(".")[0] not in ("classifier", "score")}
+
+
+def adapter_start(model: PeftModel) -> dict[str, torch.Tensor]:
+    """The adapter's matrices now, by name in `model`."""
+    return {name: p.detach().clone() for name, p in model.named_parameters() if ".lora_A." in name or ".lora_B." in name}
+
+
+def for_untouched_base(model: PeftModel, start: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor], folder: Path) -> None:
+    """Write the adapter `state` as one of twice the rank for the pretrained weights.
+
+    PiSSA and OLoRA start with W - s B0 A0 frozen, so the trained W - s B0 A0 + s B A is W + s [B, -B0] [A; A0]
+    (https://arxiv.org/abs/2404.02948, appendix C).
+    """
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import save_file
+
+    doubled = dict(state)
+    for name, first in start.items():
+        if ".lora_A." in name:
+            doubled[name] = torch.cat([state[name], first.cpu().float()], dim=0)
+        else:
+            doubled[name] = torch.cat([state[name], -first.cpu().float()], dim=1)
+    config = model.peft_config[ADAPTER]
+    scale = 2**0.5 if config.use_rslora else 2.0
+    stored = LoraConfig(
+        **{name: getattr(config, name) for name in ("task_type", "target_modules", "modules_to_save", "lora_dropout", "use_rslora")},
+        r=2 * config.r,
+        lora_alpha=config.lora_alpha * scale,
+        inference_mode=True,
+        base_model_name_or_path=config.base_model_name_or_path,
     )
-    return get_peft_model(model, config)
+    folder.mkdir(parents=True, exist_ok=True)
+    stored.save_pretrained(folder)
+    tensors = get_peft_model_state_dict(model, state_dict=doubled)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "adapter_model.safetensors", {"format": "pt"})
 
 
 def _check_targets(model: PreTrainedModel, targets: Collection[str]) -> None:
     names = [name for name, _ in model.named_modules()]
     for target in targets:
         if not any(name == target or name.endswith(f".{target}") for name in names):
-            there = sorted({name.rpartition(".")[2] for name, module in model.named_modules() if type(module).__name__ == "Linear"})
+            there = sorted({name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)})
             raise SpecError(
                 f"the model has no module named {target!r}",
                 where="tuning.target_modules",
