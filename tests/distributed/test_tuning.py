@@ -24,6 +24,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "freeze": {"kind": "freeze", "num_trainable_layers": 1},
     "dora": {"kind": "lora", "r": 4, "use_dora": True, "loraplus_lr_ratio": 4.0},
     "pissa": {"kind": "lora", "r": 4, "init_lora_weights": "pissa"},
+    "ia3": {"kind": "ia3"},
+    "adapter": {"kind": "adapter", "bottleneck_size": 8, "placement": "houlsby"},
     "adalora": {"kind": "adalora", "init_r": 6, "target_r": 3, "tinit": 1, "tfinal": 1, "deltaT": 1},
 }
 CASES = [(m, p) for m in METHODS for p in PARALLEL if (m, p) != ("adalora", "zero3")]
@@ -70,12 +72,7 @@ def two_ranks(
     folder = tmp_path_factory.mktemp("two-ranks")
     shape = {"workers": {"num_workers": 2}, "micro_batch_size": 4}
     cases = {
-        f"{method}-{parallel}": {
-            "folder": str(models[method]),
-            "parallel": PARALLEL[parallel],
-            **shape,
-            **overrides(method, models[method]),
-        }
+        f"{method}-{parallel}": shape | overrides(method, models[method]) | {"folder": str(models[method]), "parallel": PARALLEL[parallel]}
         for method, parallel in CASES
     }
     (folder / "cases.json").write_text(json.dumps(cases))

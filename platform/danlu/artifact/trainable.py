@@ -8,9 +8,13 @@ from typing import Any
 
 from danlu.artifact.pretrained import Weight
 from danlu.errors import SpecError
-from danlu.spec.tuning import Adalora, Freeze, Full, Lora, Qlora, Tuning
+from danlu.spec.tuning import Adalora, Adapter, Freeze, Full, Ia3, Lora, Qlora, Tuning
 
 LAYER = re.compile(r"(?:^|\.)(?:layer|layers|h|block|blocks)\.(\d+)\.")
+IA3_MODULES = (("k_proj", "v_proj", "down_proj"), ("key", "value", "output.dense"), ("k_lin", "v_lin", "lin2"))
+"""Keys, values and the feed-forward's second layer, as model families name them."""
+ATTENTION_OUTPUTS = ("attention.output.dense", "self_attn.o_proj", "attention.out_lin")
+FEEDFORWARD_OUTPUTS = ("output.dense", "mlp.down_proj", "ffn.lin2")
 EMBEDDINGS = ("embeddings.", "embed_tokens.", "wte.", "wpe.", "word_embedding")
 
 
@@ -53,6 +57,40 @@ def num_trainable(tuning: Tuning, shapes: Mapping[str, Weight], config: Mapping[
         case Adalora():
             chosen = targets(shapes, tuning.target_modules)
             return head + sum(tuning.init_r * (rows + columns + 1) for rows, columns in chosen.values())
+        case Ia3():
+            names, feedforward = ia3_modules(list(shapes), tuning)
+            chosen = targets(shapes, names)
+            return head + sum(columns if _is_one_of(name, feedforward) else rows for name, (rows, columns) in chosen.items())
+        case Adapter():
+            sizes = [shapes[f"{name}.weight"].shape[0] for name in bottleneck_modules(list(shapes), tuning)]
+            return head + sum(2 * size * tuning.bottleneck_size + size + tuning.bottleneck_size for size in sizes)
+
+
+def ia3_modules(names: Sequence[str], tuning: Ia3) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """`target_modules` and `feedforward_modules` for a model with parameters of these names. SpecError if none is known."""
+    if tuning.target_modules is not None:
+        return tuple(tuning.target_modules), tuple(tuning.feedforward_modules or ())
+    modules = {name.removesuffix(".weight") for name in names}
+    for family in IA3_MODULES:
+        if all(any(_is_one_of(module, (target,)) for module in modules) for target in family):
+            return family, family[-1:]
+    fix = "target_modules and feedforward_modules, or tuning.kind=lora"
+    raise SpecError("this model's keys, values and feed-forward are not known by name", where="tuning.target_modules", fix=fix)
+
+
+def bottleneck_modules(names: Sequence[str], tuning: Adapter) -> list[str]:
+    """The linear layers that get a bottleneck behind them, in a model with parameters of these names. SpecError if there are none."""
+    modules = [name.removesuffix(".weight") for name in names if name.endswith(".weight") and LAYER.search(name)]
+    attention = [name for name in modules if _is_one_of(name, ATTENTION_OUTPUTS)]
+    feedforward = [name for name in modules if _is_one_of(name, FEEDFORWARD_OUTPUTS) and name not in attention]
+    if not feedforward or (tuning.placement == "houlsby" and not attention):
+        fix = "tuning.kind=lora, which finds linear layers by their type"
+        raise SpecError("this model's attention and feed-forward outputs are not known by name", where="tuning.placement", fix=fix)
+    return feedforward + (attention if tuning.placement == "houlsby" else [])
+
+
+def _is_one_of(module: str, targets: Sequence[str]) -> bool:
+    return any(module == target or module.endswith(f".{target}") for target in targets)
 
 
 def targets(shapes: Mapping[str, Weight], names: Sequence[str] | str) -> dict[str, tuple[int, int]]:
@@ -63,6 +101,6 @@ def targets(shapes: Mapping[str, Weight], names: Sequence[str] | str) -> dict[st
         if not name.endswith(".weight") or len(weight.shape) != 2 or is_embedding(name):
             continue
         everything = names == "all-linear" and module not in ("lm_head", "score", "classifier")
-        if everything or (names != "all-linear" and any(module == target or module.endswith(f".{target}") for target in names)):
+        if everything or (names != "all-linear" and _is_one_of(module, names)):
             found[module] = (weight.shape[0], weight.shape[1])
     return found

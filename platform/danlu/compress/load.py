@@ -15,7 +15,8 @@ from danlu.errors import ModelError
 from danlu.spec.compress import BnbInt8, BnbNf4, Int8
 from danlu.spec.model import Model
 from danlu.spec.task import Classification, Pretrain
-from danlu.spec.tuning import Qlora
+from danlu.spec.tuning import Adapter, Qlora
+from danlu.tasks import bottleneck
 from danlu.tasks.classification import Predictor
 from danlu.tasks.classification import load_predictor as load_from_folder
 from danlu.tasks.packed_decoder import PackedDecoder
@@ -49,7 +50,7 @@ def load_predictor(bundle: Bundle, *, precision: Literal["fp32", "bf16"] | None 
 
 
 def load_model(bundle: Bundle) -> PreTrainedModel:
-    """The Hugging Face model of a bundle; adapters are merged into float32 weights, but for those of a quantized base."""
+    """The Hugging Face model of a bundle; adapters are merged into float32 weights where they can be."""
     folder = bundle.path / "model"
     loader = AutoModelForSequenceClassification if isinstance(bundle.meta.task, Classification) else AutoModelForCausalLM
     match bundle.meta.quantization:
@@ -73,17 +74,21 @@ def load_model(bundle: Bundle) -> PreTrainedModel:
 
 def _adapted(bundle: Bundle) -> PreTrainedModel:
     """An adapter on its base: merged where that is exact, else beside the weights it was trained on."""
-    from peft import PeftModel
-
     meta = bundle.meta
     if meta.base_model is None:
         raise ModelError(f"{bundle.path} holds an adapter but does not say of which model", where="bundle.base_model")
     folder = model_folder(Model(model_name_or_path=meta.base_model))
     match meta.tuning:
         case Qlora():
+            from peft import PeftModel
+
             base = quantized_base(folder, meta.task, meta.labels, meta.tuning, bf16=meta.precision == "bf16")
             adapted: PreTrainedModel = PeftModel.from_pretrained(base, bundle.path / "model").get_base_model()
+        case Adapter():
+            adapted = bottleneck.load(task_file(meta.task).build_model(folder, meta.labels), bundle.path / "model")
         case _:
+            from peft import PeftModel
+
             base = task_file(meta.task).build_model(folder, meta.labels)
             adapted = PeftModel.from_pretrained(base, bundle.path / "model").merge_and_unload()
     return adapted

@@ -13,7 +13,7 @@ from danlu.spec.model import Model
 from danlu.spec.parallel import Ddp, DeepSpeed, Parallel, Workers
 from danlu.spec.serve import ServeAfterTraining, Service
 from danlu.spec.task import METRICS, Classification, Task
-from danlu.spec.tuning import Adalora, Full, Qlora, Tuning
+from danlu.spec.tuning import Adalora, Full, Tuning, is_merged
 
 
 class Schedule(Spec):
@@ -138,14 +138,13 @@ class TrainJob(Spec):
                         f"tuning.tinit={self.tuning.tinit} and tuning.tfinal={self.tuning.tfinal} leave no step of max_steps="
                         f"{self.max_steps} to move ranks in; lower them, or raise max_steps"
                     )
-            case Qlora():
-                if self.compress is not None:
-                    raise ValueError(
-                        "compress takes full-precision weights, and tuning.kind=qlora scores and serves a quantized base; "
-                        "leave compress out, or use tuning.kind=lora"
-                    )
             case _:
                 pass
+        if self.compress is not None and not is_merged(self.tuning):
+            raise ValueError(
+                f"compress takes full-precision weights of the model's own shape, which tuning.kind={self.tuning.kind} does not end in; "
+                "leave compress out, or use tuning.kind=lora"
+            )
         return self
 
     @property

@@ -125,4 +125,42 @@ class Adalora(Spec):
         return self
 
 
-Tuning = Annotated[Full | Freeze | Lora | Qlora | Adalora, Field(discriminator="kind")]
+class Ia3(Spec):
+    """A factor for each of some activations (https://arxiv.org/abs/2205.05638): the fewest numbers to train; names are PEFT's.
+
+    A rate ten times LoRA's is usual, and weight decay is not applied: it would pull the factors from one to zero.
+    """
+
+    kind: Literal["ia3"] = "ia3"
+    target_modules: TargetModules | None = None
+    """Names of the linear layers whose outputs get factors. Unset: keys, values and the feed-forward's second layer, as in the paper."""
+    feedforward_modules: list[str] | None = None
+    """Which of them get factors on their inputs instead. Unset, with target_modules unset: the feed-forward's second layer."""
+
+    @model_validator(mode="after")
+    def _feedforward_modules_are_targets(self) -> Self:
+        if other := sorted(set(self.feedforward_modules or ()) - set(self.target_modules or ())):
+            raise ValueError(f"feedforward_modules names {other}, which target_modules does not; name them in both")
+        return self
+
+
+class Adapter(Spec):
+    """Small layers behind the frozen ones (https://arxiv.org/abs/1902.00751).
+
+    They cannot be merged: the bundle is these layers, put behind the pretrained ones again whenever it is loaded.
+    """
+
+    kind: Literal["adapter"] = "adapter"
+    bottleneck_size: PositiveInt = 64
+    """Width of the inner layer."""
+    non_linearity: Literal["relu", "gelu", "silu"] = "relu"
+    placement: Literal["houlsby", "pfeiffer"] = "pfeiffer"
+    """`houlsby`: behind every layer's attention and feed-forward; `pfeiffer` (https://arxiv.org/abs/2005.00247): behind the latter only."""
+
+
+Tuning = Annotated[Full | Freeze | Lora | Qlora | Adalora | Ia3 | Adapter, Field(discriminator="kind")]
+
+
+def is_merged(tuning: Tuning) -> bool:
+    """True if a bundle's weights are full-precision ones in the model's own shape once it is loaded."""
+    return not isinstance(tuning, Qlora | Adapter)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from danlu.artifact.pretrained import weight_shapes
 from danlu.artifact.trainable import is_embedding, num_layers, trained_names
 from danlu.errors import ModelError
 from danlu.spec.train import TrainJob
-from danlu.spec.tuning import Adalora, Freeze, Full, Lora, Qlora
+from danlu.spec.tuning import Adalora, Adapter, Freeze, Full, Ia3, Lora, Qlora
 from danlu.tasks.packed import PackedModel
 from danlu.tasks.task import task_file
 
@@ -64,10 +65,12 @@ def build(job: TrainJob, folder: Path, label_names: list[str], *, bf16: bool = F
             _freeze(model, tuning)
             head = frozenset(PREFIX + name for name in task.head_parameters(model))
             return Trainee(module, head, exported, lambda state, folder: model.save_pretrained(folder, state_dict=dict(state)))
-        case Lora() | Qlora() | Adalora():
-            from danlu.train.peft import adapter_start, for_untouched_base, new_modules, with_adapter
+        case Adapter():
+            return _with_bottlenecks(module, tuning, folder, task.head_parameters(model))
+        case Lora() | Qlora() | Adalora() | Ia3():
+            from danlu.train.peft import adapter_start, for_untouched_base, with_adapter
 
-            whole = new_modules(folder, model, task.head_parameters(model))
+            whole = {name.rpartition(".")[0] for name in _new(folder, model, task.head_parameters(model))}
             peft = with_adapter(model, tuning, job.task, whole=whole, num_steps=num_steps)
             module.model = peft
             allocator = None
@@ -84,6 +87,8 @@ def build(job: TrainJob, folder: Path, label_names: list[str], *, bf16: bool = F
 
                     allocator = RankAllocator(peft)
                     write = lambda state, folder: export_ranks(peft, state, folder)  # noqa: E731
+                case Ia3():
+                    pass
             return _adapted(module, write, scales, allocator)
 
 
@@ -120,6 +125,24 @@ def _freeze(model: PreTrainedModel, tuning: Full | Freeze) -> None:
             frozen = set(parameters) - set(trained_names(list(parameters), tuning, num_layers(model.config.to_dict())))
     for name in frozen:
         parameters[name].requires_grad_(False)
+
+
+def _new(folder: Path, model: PreTrainedModel, head: Collection[str]) -> set[str]:
+    """Parameters of the head that the weights file does not have: frozen and not stored, they would be others at every start."""
+    shapes, prefix = weight_shapes(folder), f"{model.base_model_prefix}."
+    return set() if shapes is None else {name for name in head if name not in shapes and name.removeprefix(prefix) not in shapes}
+
+
+def _with_bottlenecks(module: PackedModel, tuning: Adapter, folder: Path, head: Collection[str]) -> Trainee:
+    from danlu.tasks.bottleneck import insert, save
+
+    model = module.model
+    own = {name for name in head if name.split(".")[0] in ("classifier", "score")} | _new(folder, model, head)
+    trained = own | set(insert(model, tuning))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in trained)
+    names = frozenset(PREFIX + name for name in trained)
+    return Trainee(module, frozenset(PREFIX + name for name in own), names, lambda state, folder: save(state, tuning, folder))
 
 
 def _adapted(module: PackedModel, write: Write, scales: Mapping[str, float], allocator: RankAllocator | None) -> Trainee:

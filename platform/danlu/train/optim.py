@@ -19,7 +19,7 @@ def param_groups(model: nn.Module, optim: Optim, head: Collection[str], lr_scale
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             scale = optim.head_learning_rate_multiplier if name in head else lr_scales.get(name, 1.0)
-            groups.setdefault((parameter.ndim >= 2, scale), []).append(parameter)
+            groups.setdefault((_decays(name, parameter), scale), []).append(parameter)
     return [
         {
             "params": parameters,
@@ -29,6 +29,11 @@ def param_groups(model: nn.Module, optim: Optim, head: Collection[str], lr_scale
         }
         for (decays, scale), parameters in groups.items()
     ]
+
+
+def _decays(name: str, parameter: nn.Parameter) -> bool:
+    # IA3's factors are stored as matrices of one row or column, and start at one: decay would put activations out.
+    return parameter.ndim >= 2 and ".ia3_l." not in name
 
 
 def adamw(groups: list[dict[str, Any]], optim: Optim) -> torch.optim.AdamW:

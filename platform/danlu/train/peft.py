@@ -7,35 +7,41 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import AdaLoraConfig, LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model
+from peft import AdaLoraConfig, IA3Config, LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model
 from transformers import PreTrainedModel
 
-from danlu.artifact.pretrained import weight_shapes
+from danlu.artifact.trainable import ia3_modules
 from danlu.errors import SpecError
 from danlu.spec.task import Classification, Task
-from danlu.spec.tuning import Adalora, Lora, Qlora
+from danlu.spec.tuning import Adalora, Ia3, Lora, Qlora
 
 ADAPTER = "default"
 """PEFT's name for the only adapter of a model."""
 
 
 def with_adapter(
-    model: PreTrainedModel, tuning: Lora | Qlora | Adalora, task: Task, *, whole: Collection[str] = (), num_steps: int = 0
+    model: PreTrainedModel, tuning: Lora | Qlora | Adalora | Ia3, task: Task, *, whole: Collection[str] = (), num_steps: int = 0
 ) -> PeftModel:
     """The model with adapters; they, the head and the modules named `whole` are trainable. SpecError if a target is not there."""
-    if tuning.target_modules != "all-linear":
-        _check_targets(model, tuning.target_modules)
-    return get_peft_model(model, _config(tuning, task, whole, num_steps))
-
-
-def _config(tuning: Lora | Qlora | Adalora, task: Task, whole: Collection[str], num_steps: int) -> PeftConfig:
+    named = tuning.target_modules
+    if named is not None and named != "all-linear":
+        _check_targets(model, named)
     shared: dict[str, Any] = {
         "task_type": TaskType.SEQ_CLS if isinstance(task, Classification) else TaskType.CAUSAL_LM,
-        "lora_alpha": tuning.lora_alpha,
-        "lora_dropout": tuning.lora_dropout,
-        "target_modules": tuning.target_modules,
-        "modules_to_save": sorted(whole) or None,
+        # PEFT trains the head that it knows whole of its own accord.
+        "modules_to_save": sorted(name for name in whole if name.split(".")[0] not in ("classifier", "score")) or None,
     }
+    match tuning:
+        case Ia3():
+            targets, feedforward = ia3_modules([name for name, _ in model.named_parameters()], tuning)
+            config: PeftConfig = IA3Config(**shared, target_modules=list(targets), feedforward_modules=list(feedforward))
+        case _:
+            config = _low_rank(tuning, shared, num_steps)
+    return get_peft_model(model, config)
+
+
+def _low_rank(tuning: Lora | Qlora | Adalora, shared: dict[str, Any], num_steps: int) -> PeftConfig:
+    shared = shared | {name: getattr(tuning, name) for name in ("lora_alpha", "lora_dropout", "target_modules")}
     match tuning:
         case Adalora():
             named = ("init_r", "target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight")
@@ -44,18 +50,6 @@ def _config(tuning: Lora | Qlora | Adalora, task: Task, whole: Collection[str], 
             start = tuning.init_lora_weights if isinstance(tuning, Lora) and tuning.init_lora_weights != "default" else True
             rank = {"r": tuning.r, "use_rslora": tuning.use_rslora, "use_dora": tuning.use_dora}
             return LoraConfig(**shared, **rank, init_lora_weights=start)
-
-
-def new_modules(folder: Path, model: PreTrainedModel, head: Collection[str]) -> set[str]:
-    """Modules of the head that the weights file does not have: frozen and not stored, they would be others at every start."""
-    shapes = weight_shapes(folder)
-    if shapes is None:
-        return set()
-    prefix = f"{model.base_model_prefix}."
-    missing = {name for name in head if name not in shapes and name.removeprefix(prefix) not in shapes}
-    modules = {name.rpartition(".")[0] for name in missing}
-    # PEFT trains these whole of its own accord.
-    return {name for name in modules if name.split(".")[0] not in ("classifier", "score")}
 
 
 def adapter_start(model: PeftModel) -> dict[str, torch.Tensor]:

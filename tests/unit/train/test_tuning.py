@@ -42,6 +42,9 @@ METHODS: dict[str, dict[str, Any]] = {
     "pissa, rslora": {"kind": "lora", "r": 4, "lora_alpha": 8.0, "init_lora_weights": "pissa_niter_16", "use_rslora": True},
     "olora": {"kind": "lora", "r": 4, "lora_alpha": 8.0, "init_lora_weights": "olora"},
     "adalora": ADALORA,
+    "ia3": {"kind": "ia3"},
+    "pfeiffer": {"kind": "adapter", "bottleneck_size": 8, "non_linearity": "gelu"},
+    "houlsby": {"kind": "adapter", "bottleneck_size": 8, "placement": "houlsby"},
 }
 NOT_SHARDED = ["adalora"]
 BOUND = 2e-5
