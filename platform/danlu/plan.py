@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from danlu.artifact.pretrained import Weight, weight_shapes
-from danlu.artifact.trainable import is_embedding, num_layers, num_trainable, targets
+from danlu.artifact.trainable import check_prompt_fits, is_embedding, num_layers, num_trainable, targets
 from danlu.errors import ModelError, SpecError
 from danlu.spec.parallel import DeepSpeed
 from danlu.spec.train import TrainJob
-from danlu.spec.tuning import Adalora, Full, Qlora
+from danlu.spec.tuning import Adalora, Full, Qlora, VirtualTokens
 
 EFFICIENCY = 0.55
 """Share of the measured matrix speed that a packed encoder's training step reaches on a CPU; measured on MiniLM."""
@@ -106,6 +106,8 @@ def make_plan(job: TrainJob, folder: Path, *, num_rows: int, mean_tokens: float,
             where="tuning.tfinal",
             fix="lower them, or train longer",
         )
+    if isinstance(job.tuning, VirtualTokens):
+        check_prompt_fits(job.tuning, config, job.model.max_length)
     multiplied = num_parameters - embeddings
     # Forward 2, backward through activations 2 and through trained weights 2 operations per multiplied parameter and token.
     backward = 4 if isinstance(job.tuning, Full) else 2

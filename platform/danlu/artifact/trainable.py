@@ -8,7 +8,7 @@ from typing import Any
 
 from danlu.artifact.pretrained import Weight
 from danlu.errors import SpecError
-from danlu.spec.tuning import Adalora, Adapter, Freeze, Full, Ia3, Lora, Qlora, Tuning
+from danlu.spec.tuning import Adalora, Adapter, Freeze, Full, Ia3, Lora, Prefix, Prompt, PTuning, Qlora, Tuning, VirtualTokens
 
 LAYER = re.compile(r"(?:^|\.)(?:layer|layers|h|block|blocks)\.(\d+)\.")
 IA3_MODULES = (("k_proj", "v_proj", "down_proj"), ("key", "value", "output.dense"), ("k_lin", "v_lin", "lin2"))
@@ -64,6 +64,33 @@ def num_trainable(tuning: Tuning, shapes: Mapping[str, Weight], config: Mapping[
         case Adapter():
             sizes = [shapes[f"{name}.weight"].shape[0] for name in bottleneck_modules(list(shapes), tuning)]
             return head + sum(2 * size * tuning.bottleneck_size + size + tuning.bottleneck_size for size in sizes)
+        case Prompt() | PTuning() | Prefix():
+            return head + _num_in_prompt(tuning, config)
+
+
+def check_prompt_fits(tuning: VirtualTokens, config: Mapping[str, Any], max_length: int) -> None:
+    """SpecError if prompt and row together are longer than the model has positions."""
+    table = int(config.get("max_position_embeddings") or 0)
+    if table and tuning.num_virtual_tokens + max_length > table:
+        raise SpecError(
+            f"{tuning.num_virtual_tokens} virtual tokens and model.max_length={max_length} are more than the model's {table} positions",
+            where="tuning.num_virtual_tokens",
+            fix=f"model.max_length={table - tuning.num_virtual_tokens}" if table > tuning.num_virtual_tokens else "fewer virtual tokens",
+        )
+
+
+def _num_in_prompt(tuning: Prompt | PTuning | Prefix, config: Mapping[str, Any]) -> int:
+    hidden = int(config.get("hidden_size") or config.get("dim") or 0)
+    match tuning:
+        case Prefix():
+            heads = int(config.get("num_attention_heads") or config.get("n_heads") or 1)
+            head_dim = int(config.get("head_dim") or hidden // heads)
+            return tuning.num_virtual_tokens * num_layers(config) * 2 * int(config.get("num_key_value_heads") or heads) * head_dim
+        case Prompt():
+            return tuning.num_virtual_tokens * hidden
+        case PTuning():
+            inner = tuning.encoder_hidden_size
+            return tuning.num_virtual_tokens * hidden + 2 * hidden * inner + inner * inner + 2 * inner + hidden
 
 
 def ia3_modules(names: Sequence[str], tuning: Ia3) -> tuple[tuple[str, ...], tuple[str, ...]]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from pathlib import Path
+from typing import Literal, cast
 
 import torch
 from safetensors.torch import load_file
@@ -15,12 +16,13 @@ from danlu.errors import ModelError
 from danlu.spec.compress import BnbInt8, BnbNf4, Int8
 from danlu.spec.model import Model
 from danlu.spec.task import Classification, Pretrain
-from danlu.spec.tuning import Adapter, Qlora
+from danlu.spec.tuning import Adapter, Qlora, VirtualTokens
 from danlu.tasks import bottleneck
 from danlu.tasks.classification import Predictor
-from danlu.tasks.classification import load_predictor as load_from_folder
+from danlu.tasks.packed import PackedClassifier, PackedModel
 from danlu.tasks.packed_decoder import PackedDecoder
 from danlu.tasks.pretrain import Scorer
+from danlu.tasks.prompted import load_prompt
 from danlu.tasks.task import task_file
 from danlu.tasks.tokenizer import load_tokenizer
 
@@ -34,7 +36,8 @@ def load_judge(bundle: Bundle) -> Predictor | Scorer:
             return load_predictor(bundle)
         case Pretrain():
             tokenizer, bf16 = load_tokenizer(bundle.path / "model"), bundle.meta.precision == "bf16"
-            return Scorer(PackedDecoder(load_model(bundle)), tokenizer, max_length=bundle.meta.max_length, bf16=bf16)
+            module = cast(PackedDecoder, _wrapped(bundle))
+            return Scorer(module, tokenizer, max_length=bundle.meta.max_length, bf16=bf16)
 
 
 def load_predictor(bundle: Bundle, *, precision: Literal["fp32", "bf16"] | None = None, device: torch.device | None = None) -> Predictor:
@@ -42,11 +45,21 @@ def load_predictor(bundle: Bundle, *, precision: Literal["fp32", "bf16"] | None 
     if not isinstance(bundle.meta.task, Classification):
         problem = f"{bundle.meta.name} was trained for {bundle.meta.task.kind}: it gives no labels"
         raise ModelError(problem, where="bundle", fix="a classifier's bundle")
-    model = load_model(bundle)
+    module = cast(PackedClassifier, _wrapped(bundle))
     if device is not None:
-        model.to(device)
+        module.to(device)
     bf16 = (precision or bundle.meta.precision) == "bf16" and bundle.meta.quantization is None
-    return load_from_folder(bundle.path / "model", bundle.meta.labels, max_length=bundle.meta.max_length, bf16=bf16, model=model)
+    tokenizer = load_tokenizer(bundle.path / "model")
+    return Predictor(module, tokenizer, bundle.meta.labels, max_length=bundle.meta.max_length, bf16=bf16)
+
+
+def _wrapped(bundle: Bundle) -> PackedModel:
+    """The model as a task calls it, with its prompt where it has one."""
+    task = task_file(bundle.meta.task)
+    if not isinstance(bundle.meta.tuning, VirtualTokens):
+        return task.wrap(load_model(bundle))
+    base = task.build_model(_base_folder(bundle), bundle.meta.labels)
+    return load_prompt(base, task.wrap(base), bundle.path / "model")
 
 
 def load_model(bundle: Bundle) -> PreTrainedModel:
@@ -74,10 +87,7 @@ def load_model(bundle: Bundle) -> PreTrainedModel:
 
 def _adapted(bundle: Bundle) -> PreTrainedModel:
     """An adapter on its base: merged where that is exact, else beside the weights it was trained on."""
-    meta = bundle.meta
-    if meta.base_model is None:
-        raise ModelError(f"{bundle.path} holds an adapter but does not say of which model", where="bundle.base_model")
-    folder = model_folder(Model(model_name_or_path=meta.base_model))
+    meta, folder = bundle.meta, _base_folder(bundle)
     match meta.tuning:
         case Qlora():
             from peft import PeftModel
@@ -92,3 +102,9 @@ def _adapted(bundle: Bundle) -> PreTrainedModel:
             base = task_file(meta.task).build_model(folder, meta.labels)
             adapted = PeftModel.from_pretrained(base, bundle.path / "model").merge_and_unload()
     return adapted
+
+
+def _base_folder(bundle: Bundle) -> Path:
+    if bundle.meta.base_model is None:
+        raise ModelError(f"{bundle.path} holds an adapter but does not say of which model", where="bundle.base_model")
+    return model_folder(Model(model_name_or_path=bundle.meta.base_model))

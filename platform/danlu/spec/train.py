@@ -13,7 +13,7 @@ from danlu.spec.model import Model
 from danlu.spec.parallel import Ddp, DeepSpeed, Parallel, Workers
 from danlu.spec.serve import ServeAfterTraining, Service
 from danlu.spec.task import METRICS, Classification, Task
-from danlu.spec.tuning import Adalora, Full, Tuning, is_merged
+from danlu.spec.tuning import Adalora, Full, Tuning, VirtualTokens, is_merged
 
 
 class Schedule(Spec):
@@ -138,6 +138,11 @@ class TrainJob(Spec):
                         f"tuning.tinit={self.tuning.tinit} and tuning.tfinal={self.tuning.tfinal} leave no step of max_steps="
                         f"{self.max_steps} to move ranks in; lower them, or raise max_steps"
                     )
+            case VirtualTokens() if sharded:
+                raise ValueError(
+                    f"tuning.kind={self.tuning.kind} does not go with parallel.zero_stage=3: the prompt is made outside the modules whose "
+                    "weights ZeRO-3 gathers; use parallel.zero_stage=2, or tuning.kind=lora"
+                )
             case _:
                 pass
         if self.compress is not None and not is_merged(self.tuning):

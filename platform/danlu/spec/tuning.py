@@ -158,9 +158,36 @@ class Adapter(Spec):
     """`houlsby`: behind every layer's attention and feed-forward; `pfeiffer` (https://arxiv.org/abs/2005.00247): behind the latter only."""
 
 
-Tuning = Annotated[Full | Freeze | Lora | Qlora | Adalora | Ia3 | Adapter, Field(discriminator="kind")]
+class VirtualTokens(Spec):
+    """What every kind of prompt learning has. Rows are padded instead of packed, and the prompt counts as part of each."""
+
+    num_virtual_tokens: PositiveInt = 20
+    """Length of what is learned, in tokens."""
+
+
+class Prompt(VirtualTokens):
+    """Embeddings in front of every row (https://arxiv.org/abs/2104.08691)."""
+
+    kind: Literal["prompt"] = "prompt"
+
+
+class PTuning(VirtualTokens):
+    """Embeddings in front of every row, made by a small network while training (https://arxiv.org/abs/2103.10385)."""
+
+    kind: Literal["p_tuning"] = "p_tuning"
+    encoder_hidden_size: PositiveInt = 128
+    """Width of that network."""
+
+
+class Prefix(VirtualTokens):
+    """Keys and values in front of every row's, in each layer (https://arxiv.org/abs/2101.00190)."""
+
+    kind: Literal["prefix"] = "prefix"
+
+
+Tuning = Annotated[Full | Freeze | Lora | Qlora | Adalora | Ia3 | Adapter | Prompt | PTuning | Prefix, Field(discriminator="kind")]
 
 
 def is_merged(tuning: Tuning) -> bool:
     """True if a bundle's weights are full-precision ones in the model's own shape once it is loaded."""
-    return not isinstance(tuning, Qlora | Adapter)
+    return not isinstance(tuning, Qlora | Adapter | VirtualTokens)

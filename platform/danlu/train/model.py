@@ -14,7 +14,7 @@ from danlu.artifact.pretrained import weight_shapes
 from danlu.artifact.trainable import is_embedding, num_layers, trained_names
 from danlu.errors import ModelError
 from danlu.spec.train import TrainJob
-from danlu.spec.tuning import Adalora, Adapter, Freeze, Full, Ia3, Lora, Qlora
+from danlu.spec.tuning import Adalora, Adapter, Freeze, Full, Ia3, Lora, Prefix, Prompt, PTuning, Qlora
 from danlu.tasks.packed import PackedModel
 from danlu.tasks.task import task_file
 
@@ -67,6 +67,13 @@ def build(job: TrainJob, folder: Path, label_names: list[str], *, bf16: bool = F
             return Trainee(module, head, exported, lambda state, folder: model.save_pretrained(folder, state_dict=dict(state)))
         case Adapter():
             return _with_bottlenecks(module, tuning, folder, task.head_parameters(model))
+        case Prompt() | PTuning() | Prefix():
+            from danlu.tasks.prompted import put_prompt
+            from danlu.train.peft import export_prompt, with_prompt
+
+            prompted = with_prompt(model, tuning, job.task)
+            put_prompt(module, prompted)
+            return _adapted(module, lambda state, folder: export_prompt(prompted, state, folder), {}, None)
         case Lora() | Qlora() | Adalora() | Ia3():
             from danlu.train.peft import adapter_start, for_untouched_base, with_adapter
 

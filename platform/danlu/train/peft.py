@@ -3,17 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from copy import copy
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import AdaLoraConfig, IA3Config, LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model
+from peft import (
+    AdaLoraConfig,
+    IA3Config,
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    PrefixTuningConfig,
+    PromptEncoderConfig,
+    PromptTuningConfig,
+    TaskType,
+    get_peft_model,
+    get_peft_model_state_dict,
+)
+from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from danlu.artifact.trainable import ia3_modules
 from danlu.errors import SpecError
 from danlu.spec.task import Classification, Task
-from danlu.spec.tuning import Adalora, Ia3, Lora, Qlora
+from danlu.spec.tuning import Adalora, Ia3, Lora, Prefix, Prompt, PTuning, Qlora
 
 ADAPTER = "default"
 """PEFT's name for the only adapter of a model."""
@@ -52,6 +66,40 @@ def _low_rank(tuning: Lora | Qlora | Adalora, shared: dict[str, Any], num_steps:
             return LoraConfig(**shared, **rank, init_lora_weights=start)
 
 
+def with_prompt(model: PreTrainedModel, tuning: Prompt | PTuning | Prefix, task: Task) -> PeftModel:
+    """The model with a prompt in front of each row; it and the head are trainable."""
+    task_type = TaskType.SEQ_CLS if isinstance(task, Classification) else TaskType.CAUSAL_LM
+    shared: dict[str, Any] = {"task_type": task_type, "num_virtual_tokens": tuning.num_virtual_tokens}
+    match tuning:
+        case Prompt():
+            config: PeftConfig = PromptTuningConfig(**shared)
+        case PTuning():
+            config = PromptEncoderConfig(**shared, encoder_hidden_size=tuning.encoder_hidden_size)
+        case Prefix():
+            config = PrefixTuningConfig(**shared)
+    return get_peft_model(model, config)
+
+
+@torch.no_grad()
+def export_prompt(model: PeftModel, state: Mapping[str, torch.Tensor], folder: Path) -> None:
+    """Write the prompt as PEFT does: what the network made of it, so that nobody who loads it needs the network."""
+    folder.mkdir(parents=True, exist_ok=True)
+    encoder, prefix = model.prompt_encoder[ADAPTER], f"prompt_encoder.{ADAPTER}."
+    weights = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+    tokens = torch.arange(model.peft_config[ADAPTER].num_virtual_tokens)
+    tensors = get_peft_model_state_dict(model, state_dict=dict(state))
+    tensors["prompt_embeddings"] = torch.func.functional_call(encoder, weights, (tokens,))
+    _write(tensors, model.peft_config[ADAPTER], folder)
+
+
+def _write(tensors: Mapping[str, torch.Tensor], config: PeftConfig, folder: Path) -> None:
+    stored = copy(config)
+    stored.inference_mode = True
+    stored.save_pretrained(folder)
+    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    save_file(whole, folder / "adapter_model.safetensors", {"format": "pt"})
+
+
 def adapter_start(model: PeftModel) -> dict[str, torch.Tensor]:
     """The adapter's matrices now, by name in `model`."""
     return {name: p.detach().clone() for name, p in model.named_parameters() if ".lora_A." in name or ".lora_B." in name}
@@ -63,9 +111,6 @@ def for_untouched_base(model: PeftModel, start: Mapping[str, torch.Tensor], stat
     PiSSA and OLoRA start with W - s B0 A0 frozen, so the trained W - s B0 A0 + s B A is W + s [B, -B0] [A; A0]
     (https://arxiv.org/abs/2404.02948, appendix C).
     """
-    from peft import get_peft_model_state_dict
-    from safetensors.torch import save_file
-
     doubled = dict(state)
     for name, first in start.items():
         if ".lora_A." in name:
@@ -78,13 +123,10 @@ def for_untouched_base(model: PeftModel, start: Mapping[str, torch.Tensor], stat
         **{name: getattr(config, name) for name in ("task_type", "target_modules", "modules_to_save", "lora_dropout", "use_rslora")},
         r=2 * config.r,
         lora_alpha=config.lora_alpha * scale,
-        inference_mode=True,
         base_model_name_or_path=config.base_model_name_or_path,
     )
     folder.mkdir(parents=True, exist_ok=True)
-    stored.save_pretrained(folder)
-    tensors = get_peft_model_state_dict(model, state_dict=doubled)
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "adapter_model.safetensors", {"format": "pt"})
+    _write(get_peft_model_state_dict(model, state_dict=doubled), stored, folder)
 
 
 def _check_targets(model: PreTrainedModel, targets: Collection[str]) -> None:

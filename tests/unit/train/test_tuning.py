@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,16 +13,21 @@ import torch
 from peft import AdaLoraConfig, get_peft_model
 from peft.optimizers import create_loraplus_optimizer
 from pydantic import ValidationError
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from danlu.artifact.runs import open_run
 from danlu.compress.load import load_judge
-from danlu.data.pack import Batches
-from danlu.errors import SpecError
+from danlu.compress.quantize import quantize
+from danlu.data.pack import Batches, pack_rows
+from danlu.errors import ModelError, SpecError
 from danlu.handover import Trained, make_bundle
 from danlu.sdk import prepare
+from danlu.spec.compress import Int8
 from danlu.spec.train import TrainJob
+from danlu.spec.tuning import Adapter
 from danlu.tasks import pretrain
+from danlu.tasks.bottleneck import insert
 from danlu.train import loop
 from danlu.train.model import build
 from danlu.train.optim import param_groups, set_learning_rate
@@ -44,9 +50,14 @@ METHODS: dict[str, dict[str, Any]] = {
     "adalora": ADALORA,
     "ia3": {"kind": "ia3"},
     "pfeiffer": {"kind": "adapter", "bottleneck_size": 8, "non_linearity": "gelu"},
+    "prompt": {"kind": "prompt", "num_virtual_tokens": 5},
+    "p_tuning": {"kind": "p_tuning", "num_virtual_tokens": 5, "encoder_hidden_size": 16},
+    "prefix": {"kind": "prefix", "num_virtual_tokens": 5},
     "houlsby": {"kind": "adapter", "bottleneck_size": 8, "placement": "houlsby"},
 }
-NOT_SHARDED = ["adalora"]
+NOT_SHARDED = ["adalora", "prompt", "p_tuning", "prefix"]
+PROMPT_RATE = 0.1
+"""There is little to learn with."""
 BOUND = 2e-5
 """Of logits and of a row's summed loss, float32: a merged weight is rounded once more than an adapter beside it."""
 
@@ -75,7 +86,7 @@ class Setting:
             "model": {"model_name_or_path": str(self.models[task]), "max_length": 16},
             "data": {"train": self.files["train"], "test": self.files["test"], "cache_dir": str(self.folder / "cache")},
             "task": {"kind": task},
-            "optim": {"learning_rate": 1e-2, "schedule": {"kind": "constant"}},
+            "optim": {"learning_rate": PROMPT_RATE if "num_virtual_tokens" in tuning else 1e-2, "schedule": {"kind": "constant"}},
             "evaluation": {"eval_steps": 24, "metric_for_best_model": "loss"},
             "precision": "fp32",
             "global_batch_size": 16,
@@ -240,3 +251,73 @@ def test_a_killed_run_goes_on_to_the_losses_and_ranks_of_the_uninterrupted_one(
 def told(record: Record) -> bool:
     """What a resumed run must tell again, word by word."""
     return record.step > 5 and (isinstance(record, StepRecord) or (isinstance(record, EventRecord) and record.event == "ranks"))
+
+
+def test_a_decoders_prompt_gives_the_losses_of_peft_by_hand(setting: Setting) -> None:
+    """The first token of a row is no target, though behind a prompt it could be one."""
+    for method in ("prompt", "p_tuning", "prefix"):
+        job = setting.job("pretrain", METHODS[method])
+        trainee = build(job, setting.models["pretrain"], [])
+        rows = prepare(job, calibrate=False).splits.train.encoded
+        batch = pack_rows(rows, [0, 1, 2])
+        ours = trainee.module.eval()(batch.input_ids, batch.position_ids, batch.cu_seqlens)
+        for index in range(3):
+            ids = torch.from_numpy(rows.row(index).astype(np.int64))[None]
+            model = trainee.module.model
+            logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, -ids.shape[1] :]
+            loss = torch.nn.functional.cross_entropy(logits[:-1], ids[0, 1:], reduction="sum")
+            assert float(ours[index]) == pytest.approx(float(loss), rel=1e-5)
+
+
+def test_a_prompt_that_does_not_fit_in_front_of_the_longest_row_is_refused(setting: Setting) -> None:
+    with pytest.raises(SpecError, match=r"50 virtual tokens and model.max_length=16 are more than the model's 64 positions"):
+        prepare(setting.job("classification", {"kind": "prompt", "num_virtual_tokens": 50}), calibrate=False)
+
+
+@pytest.mark.parametrize("task", ["classification", "pretrain"])
+def test_ia3_finds_the_feed_forward_and_bottlenecks_start_as_the_pretrained_model(task: str, setting: Setting) -> None:
+    ia3 = build(setting.job(task, METHODS["ia3"]), setting.models[task], ["a", "b"])
+    factors = {name.rpartition(".ia3_l")[0]: tuple(p.shape) for name, p in ia3.module.named_parameters() if ".ia3_l." in name}
+    second = ".output.dense" if task == "classification" else ".mlp.down_proj"
+    assert {shape[0] == 1 for name, shape in factors.items() if name.endswith(second)} == {True}
+    assert {shape[1] == 1 for name, shape in factors.items() if not name.endswith(second)} == {True}
+    outputs = []
+    for method in ("houlsby", "freeze"):
+        trainee = build(setting.job(task, METHODS[method]), setting.models[task], ["a", "b"])
+        batch = pack_rows(prepare(setting.job(task, METHODS[method]), calibrate=False).splits.train.encoded, [0, 1, 2])
+        with torch.no_grad():
+            outputs.append(trainee.module.eval()(batch.input_ids, batch.position_ids, batch.cu_seqlens))
+    assert torch.equal(outputs[0], outputs[1])
+
+
+def test_a_bottleneck_is_the_two_layers_of_the_paper(setting: Setting) -> None:
+    torch.manual_seed(0)
+    model = pretrain.build_model(setting.models["pretrain"])
+    insert(model, Adapter(bottleneck_size=8, non_linearity="silu"))
+    layer = model.model.layers[1].mlp.down_proj
+    torch.nn.init.normal_(layer.bottleneck.up.weight)
+    x = torch.randn(3, 64)
+    h = x @ layer.weight.T
+    inner = h @ layer.bottleneck.down.weight.T + layer.bottleneck.down.bias
+    expected = h + (inner * torch.sigmoid(inner)) @ layer.bottleneck.up.weight.T + layer.bottleneck.up.bias
+    torch.testing.assert_close(layer(x), expected)
+
+
+@pytest.mark.parametrize("method", ["dora", "pfeiffer"])
+def test_a_pooler_that_the_weights_file_has_not_is_stored_with_the_adapter(method: str, setting: Setting, tmp_path: Path) -> None:
+    """It starts at random: a bundle without it would answer differently at every load."""
+    shutil.copytree(setting.models["classification"], tmp_path / "no-pooler")
+    weights = load_file(tmp_path / "no-pooler" / "model.safetensors")
+    kept = {name: tensor for name, tensor in weights.items() if not name.startswith("pooler.")}
+    assert len(kept) < len(weights)
+    save_file(kept, tmp_path / "no-pooler" / "model.safetensors", {"format": "pt"})
+    setting.models["classification"] = tmp_path / "no-pooler"
+    assert_its_bundle_is_the_live_model(setting, setting.train(setting.job("classification", METHODS[method], max_steps=4)))
+
+
+def test_what_cannot_be_merged_is_not_quantized(setting: Setting) -> None:
+    live = setting.train(setting.job("classification", METHODS["pfeiffer"], max_steps=2))
+    with pytest.raises(ModelError, match="was tuned by adapter, which does not end in full-precision weights"):
+        quantize(live.trained.bundle, Int8(), setting.folder / "int8")
+    with pytest.raises(ValidationError, match="compress takes full-precision weights"):
+        setting.job("classification", METHODS["prompt"], compress={})
