@@ -169,6 +169,8 @@ class Prompt(VirtualTokens):
     """Embeddings in front of every row (https://arxiv.org/abs/2104.08691)."""
 
     kind: Literal["prompt"] = "prompt"
+    prompt_tuning_init: Literal["sample_vocab", "random"] = "sample_vocab"
+    """Start as the embeddings of tokens drawn from the vocabulary, which the paper finds better, or as random numbers."""
 
 
 class PTuning(VirtualTokens):

@@ -72,7 +72,7 @@ def with_prompt(model: PreTrainedModel, tuning: Prompt | PTuning | Prefix, task:
     shared: dict[str, Any] = {"task_type": task_type, "num_virtual_tokens": tuning.num_virtual_tokens}
     match tuning:
         case Prompt():
-            config: PeftConfig = PromptTuningConfig(**shared)
+            config: PeftConfig = PromptTuningConfig(**shared, prompt_tuning_init=tuning.prompt_tuning_init.upper())
         case PTuning():
             config = PromptEncoderConfig(**shared, encoder_hidden_size=tuning.encoder_hidden_size)
         case Prefix():
