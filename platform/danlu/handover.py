@@ -14,7 +14,7 @@ from danlu.artifact.runs import RunFolder
 from danlu.artifact.store import Store
 from danlu.errors import StorageError
 from danlu.spec.train import TrainJob
-from danlu.spec.tuning import Lora
+from danlu.spec.tuning import Freeze, Full
 
 if TYPE_CHECKING:
     from danlu.evaluate.score import Delta, Evaluation
@@ -68,6 +68,7 @@ def make_bundle(prepared: Prepared, run: RunFolder, outcome: dict[str, Any], spe
     from danlu.evaluate.score import evaluate as score
 
     job, splits = prepared.job, prepared.splits
+    whole = isinstance(job.tuning, Full | Freeze)
     with tempfile.TemporaryDirectory(prefix="danlu-bundle-") as temporary:
         folder = Path(temporary)
         _fetch(f"{run.uri}/best/step-{outcome['best_step']:06d}", folder / "model")
@@ -79,8 +80,9 @@ def make_bundle(prepared: Prepared, run: RunFolder, outcome: dict[str, Any], spe
             labels=splits.label_names,
             max_length=job.model.max_length,
             precision="bf16" if outcome["bf16"] else "fp32",
-            weights="adapter" if isinstance(job.tuning, Lora) else "full",
-            base_model=_anywhere(job.model.model_name_or_path) if isinstance(job.tuning, Lora) else None,
+            weights="full" if whole else "adapter",
+            base_model=None if whole else _anywhere(job.model.model_name_or_path),
+            tuning=None if whole else job.tuning,
             lineage=make_lineage(job, splits, run, spec_digest),
         )
         draft = write_bundle(folder, meta)

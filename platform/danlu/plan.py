@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from danlu.artifact.pretrained import Weight
+from danlu.artifact.trainable import check_prompt_fits, is_embedding, new_parameters, num_layers, num_trainable, targets
+from danlu.errors import SpecError
 from danlu.spec.optim import Adafactor, AdamW, BnbAdamW, Lion, Optimizer
 from danlu.spec.parallel import Ddp, DeepSpeed, Fsdp, Tensor
 from danlu.spec.train import TrainJob
-from danlu.spec.tuning import Full, Lora
+from danlu.spec.tuning import Adalora, Full, Qlora, VirtualTokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -89,20 +93,30 @@ def make_plan(job: TrainJob, folder: Path, *, num_rows: int, mean_tokens: float,
     """
     from danlu.tasks.task import task_file
 
-    model = task_file(job.task).skeleton(folder, num_labels)
-    num_parameters = sum(p.numel() for p in model.parameters())
-    embeddings = sum(
-        p.numel() for name, p in model.base_model.named_parameters() if name.startswith("embeddings.") or name == "embed_tokens.weight"
-    )
-    trainable = _num_trainable(job, model, num_parameters, embeddings)
+    task = task_file(job.task)
+    model = task.skeleton(folder, num_labels)
+    config = model.config.to_dict()
+    shapes = {name: Weight(tuple(parameter.shape), "F32") for name, parameter in model.named_parameters()}
+    head = _head_names(model) | new_parameters(folder, task.head_parameters(model), model.base_model_prefix)
+    num_parameters = sum(weight.num_elements for weight in shapes.values())
+    embeddings = sum(weight.num_elements for name, weight in shapes.items() if is_embedding(name))
+    body = {name: weight for name, weight in shapes.items() if name not in head}
+    trainable = num_trainable(job.tuning, body, config, head=sum(shapes[name].num_elements for name in head))
     bf16, note = _precision(job)
     tokens_per_step = mean_tokens * job.global_batch_size
-    hidden, layers = int(model.config.hidden_size), int(model.config.num_hidden_layers)
+    hidden, layers = int(model.config.hidden_size), num_layers(config)
     tokens_at_once = mean_tokens * job.micro_batch_size
     steps = job.max_steps or max(1, math.ceil(job.num_train_epochs * num_rows / job.global_batch_size))
+    if isinstance(job.tuning, Adalora) and job.tuning.tinit + job.tuning.tfinal >= steps:
+        raise SpecError(
+            f"tinit={job.tuning.tinit} and tfinal={job.tuning.tfinal} leave none of the {steps} steps to move ranks in",
+            where="tuning.tfinal",
+            fix="lower them, or train longer",
+        )
+    if isinstance(job.tuning, VirtualTokens):
+        check_prompt_fits(job.tuning, config, job.model.max_length)
     # A language model's output layer multiplies, also where it is the embeddings over again.
-    output = model.get_output_embeddings()
-    tied = output is not None and not any(name == "lm_head.weight" for name, _ in model.named_parameters())
+    tied = model.get_output_embeddings() is not None and "lm_head.weight" not in shapes
     multiplied = num_parameters - (0 if tied else embeddings)
     # Forward 2, backward through activations 2 and through trained weights 2 operations per multiplied parameter and token.
     backward = 4 if isinstance(job.tuning, Full) else 2
@@ -115,7 +129,7 @@ def make_plan(job: TrainJob, folder: Path, *, num_rows: int, mean_tokens: float,
         num_trainable=trainable,
         precision="bf16" if bf16 else "fp32",
         precision_note=note,
-        weight_bytes=held.weights,
+        weight_bytes=round(held.weights * _smaller(job, body, num_parameters, 2 if bf16 and job.parallel.kind == "deepspeed" else 4)),
         gradient_bytes=held.gradients,
         optimizer_bytes=held.optimizer,
         # About 34 numbers of the hidden size per token and layer (https://arxiv.org/abs/2205.05198, without the attention scores).
@@ -212,23 +226,18 @@ def gib(num_bytes: float) -> str:
     return f"{num_bytes / GIB:.2f} GiB" if num_bytes >= GIB / 10 else f"{num_bytes / (1 << 20):.0f} MiB"
 
 
-def _num_trainable(job: TrainJob, model: PreTrainedModel, everything: int, embeddings: int) -> int:
-    match job.tuning:
-        case Full():
-            return everything - (embeddings if job.tuning.freeze_embeddings else 0)
-        case Lora():
-            # PEFT trains the head whole, and finds it by these endings (its SEQ_CLS_HEAD_NAMES).
-            head = {name for name, _ in model.named_modules() if name.endswith(("classifier", "score"))}
-            targets = job.tuning.target_modules
-            chosen = [
-                module.weight.shape
-                for name, module in model.named_modules()
-                if type(module).__name__ == "Linear"
-                and not any(name == part or name.startswith(f"{part}.") for part in head)
-                and (targets == "all-linear" or any(name == target or name.endswith(f".{target}") for target in targets))
-            ]
-            whole: int = sum(p.numel() for name, p in model.named_parameters() if any(name.startswith(f"{part}.") for part in head))
-            return whole + sum(job.tuning.r * int(shape[0] + shape[1]) for shape in chosen)
+def _head_names(model: PreTrainedModel) -> set[str]:
+    """Parameters of the task's head, which adapters train whole: PEFT finds it by these endings (its SEQ_CLS_HEAD_NAMES)."""
+    heads = {name for name, _ in model.named_modules() if name.endswith(("classifier", "score"))}
+    return {name for name, _ in model.named_parameters() if any(name.startswith(f"{head}.") for head in heads)}
+
+
+def _smaller(job: TrainJob, shapes: Mapping[str, Weight], num_parameters: int, element: int) -> float:
+    """Size of the weights as a share of what they are in full: a quantized base holds its linear layers in fewer bits."""
+    if not isinstance(job.tuning, Qlora):
+        return 1.0
+    small = sum(rows * columns for rows, columns in targets(shapes, "all-linear").values())
+    return (small * job.tuning.bits / 8 + (num_parameters - small) * element) / (num_parameters * element)
 
 
 def _precision(job: TrainJob) -> tuple[bool, str]:

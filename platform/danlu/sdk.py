@@ -166,7 +166,16 @@ def quantize(
         folder = Path(temporary)
         write_quantized(original, budget.quantization, folder / "model")
         draft = write_bundle(
-            folder, original.meta.model_copy(update={"quantization": budget.quantization, "weights": "full", "probes": [], "version": None})
+            folder,
+            original.meta.model_copy(
+                update={
+                    "quantization": budget.quantization,
+                    "weights": "full",
+                    "tuning": None,
+                    "probes": [],
+                    "version": None,
+                }
+            ),
         )
         smaller = load_predictor(draft)
         delta = compare(

@@ -1,4 +1,5 @@
-"""Runs training cases on a process group of gloo ranks and writes the losses and gradient norms as JSON.
+"""Runs training cases on a process group of gloo ranks and writes the losses and gradient norms as JSON; beside them, in OUT.events, what
+happened in each.
 
 python ranks.py WORLD MODEL TRAIN_CSV OUT CASE.json   (CASE.json: {name: {overrides of the TrainJob}}; "folder" there is another model)
 """
@@ -20,7 +21,7 @@ from danlu.spec.train import TrainJob
 from danlu.tasks.task import task_file
 from danlu.tasks.tokenizer import load_tokenizer
 from danlu.train.loop import train
-from danlu.train.run import LocalRun, RayRun, StepRecord
+from danlu.train.run import EventRecord, LocalRun, RayRun, StepRecord
 
 
 def job_of(model: str, train_file: str, overrides: dict[str, Any]) -> TrainJob:
@@ -54,14 +55,16 @@ def _rank(rank: int, world: int, port: int, model: str, train_file: str, out: st
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     dist.init_process_group("gloo", rank=rank, world_size=world)
-    curves = {}
+    curves, events = {}, {}
     for name, overrides in json.loads(Path(cases).read_text()).items():
         records: list[Any] = []
         run_uri = overrides.pop("run_uri", None) or f"{out}.{name}"
         job = job_of(overrides.pop("folder", model), train_file, overrides)
         curves[name] = curve(job, RayRun(torch.device("cpu"), records.append), records, run_uri)
+        events[name] = [(record.event, record.detail) for record in records if isinstance(record, EventRecord)]
     if rank == 0:
         Path(out).write_text(json.dumps(curves))
+        Path(f"{out}.events").write_text(json.dumps(events))
     dist.destroy_process_group()
 
 

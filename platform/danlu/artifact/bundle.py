@@ -16,6 +16,7 @@ from danlu.errors import ModelError
 from danlu.spec.base import Spec
 from danlu.spec.compress import Quantization
 from danlu.spec.task import Task
+from danlu.spec.tuning import Tuning
 
 FILE = "bundle.json"
 
@@ -71,6 +72,8 @@ class BundleMeta(Spec):
     weights: Literal["full", "adapter"] = "full"
     base_model: str | None = None
     """Of an adapter: the model it belongs to."""
+    tuning: Tuning | None = None
+    """Of an adapter: how it was trained, which says what its base has to be."""
     quantization: Quantization | None = None
     scores: dict[str, dict[str, float]] = Field(default_factory=dict)
     """Split -> metric -> value."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from pathlib import Path
+from typing import Literal, cast
 
 import torch
 from safetensors.torch import load_file
@@ -10,15 +11,18 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from danlu.artifact.bundle import Bundle
 from danlu.artifact.pretrained import model_folder
+from danlu.compress.quantized_base import need_bitsandbytes, quantized_base
 from danlu.errors import ModelError
 from danlu.spec.compress import BnbInt8, BnbNf4, Int8
 from danlu.spec.model import Model
 from danlu.spec.task import Classification, Pretrain
+from danlu.spec.tuning import Adapter, Qlora, VirtualTokens
+from danlu.tasks import bottleneck
 from danlu.tasks.classification import Predictor
-from danlu.tasks.classification import load_predictor as load_from_folder
-from danlu.tasks.packed import PackedClassifier
+from danlu.tasks.packed import PackedClassifier, PackedModel
 from danlu.tasks.packed_decoder import PackedDecoder
 from danlu.tasks.pretrain import Scorer
+from danlu.tasks.prompted import load_prompt
 from danlu.tasks.task import task_file
 from danlu.tasks.tokenizer import load_tokenizer
 
@@ -32,7 +36,8 @@ def load_judge(bundle: Bundle) -> Predictor | Scorer:
             return load_predictor(bundle)
         case Pretrain():
             tokenizer, bf16 = load_tokenizer(bundle.path / "model"), bundle.meta.precision == "bf16"
-            return Scorer(PackedDecoder(load_model(bundle)), tokenizer, max_length=bundle.meta.max_length, bf16=bf16)
+            module = cast(PackedDecoder, _wrapped(bundle))
+            return Scorer(module, tokenizer, max_length=bundle.meta.max_length, bf16=bf16)
 
 
 def load_predictor(bundle: Bundle, *, precision: Literal["fp32", "bf16"] | None = None, device: torch.device | None = None) -> Predictor:
@@ -40,12 +45,23 @@ def load_predictor(bundle: Bundle, *, precision: Literal["fp32", "bf16"] | None 
     if not isinstance(bundle.meta.task, Classification):
         problem = f"{bundle.meta.name} was trained for {bundle.meta.task.kind}: it gives no labels"
         raise ModelError(problem, where="bundle", fix="a classifier's bundle")
-    model = load_model(bundle)
+    module = cast(PackedClassifier, _wrapped(bundle))
     if device is not None:
-        model.to(device)
-    classifier = PackedClassifier(model, packed=None if bundle.meta.quantization is None else _can_be_packed(bundle))
+        module.to(device)
     bf16 = (precision or bundle.meta.precision) == "bf16" and bundle.meta.quantization is None
-    return load_from_folder(bundle.path / "model", bundle.meta.labels, max_length=bundle.meta.max_length, bf16=bf16, model=classifier)
+    tokenizer = load_tokenizer(bundle.path / "model")
+    return Predictor(module, tokenizer, bundle.meta.labels, max_length=bundle.meta.max_length, bf16=bf16)
+
+
+def _wrapped(bundle: Bundle) -> PackedModel:
+    """The model as a task calls it, with its prompt where it has one."""
+    task = task_file(bundle.meta.task)
+    if bundle.meta.quantization is not None:
+        return PackedClassifier(load_model(bundle), packed=_can_be_packed(bundle))
+    if not isinstance(bundle.meta.tuning, VirtualTokens):
+        return task.wrap(load_model(bundle))
+    base = task.build_model(_base_folder(bundle), bundle.meta.labels)
+    return load_prompt(base, task.wrap(base), bundle.path / "model")
 
 
 def _can_be_packed(bundle: Bundle) -> bool:
@@ -56,12 +72,12 @@ def _can_be_packed(bundle: Bundle) -> bool:
 
 
 def load_model(bundle: Bundle) -> PreTrainedModel:
-    """The Hugging Face model of a bundle; adapters are merged into float32 weights."""
+    """The Hugging Face model of a bundle; adapters are merged into float32 weights where they can be."""
     folder = bundle.path / "model"
     loader = AutoModelForSequenceClassification if isinstance(bundle.meta.task, Classification) else AutoModelForCausalLM
     match bundle.meta.quantization:
         case None if bundle.meta.weights == "adapter":
-            return _merged(bundle)
+            return _adapted(bundle)
         case None:
             model: PreTrainedModel = loader.from_pretrained(folder, dtype=torch.float32)
             return model
@@ -78,19 +94,26 @@ def load_model(bundle: Bundle) -> PreTrainedModel:
             return quantized
 
 
-def need_bitsandbytes() -> None:
-    """ModelError if bitsandbytes is not installed."""
-    try:
-        import bitsandbytes  # noqa: F401
-    except ImportError as error:
-        raise ModelError("bitsandbytes is not installed", where="compress.quantization.kind", fix="pip install 'danlu[bnb]'") from error
+def _adapted(bundle: Bundle) -> PreTrainedModel:
+    """An adapter on its base: merged where that is exact, else beside the weights it was trained on."""
+    meta, folder = bundle.meta, _base_folder(bundle)
+    match meta.tuning:
+        case Qlora():
+            from peft import PeftModel
+
+            base = quantized_base(folder, meta.task, meta.labels, meta.tuning, bf16=meta.precision == "bf16")
+            adapted: PreTrainedModel = PeftModel.from_pretrained(base, bundle.path / "model").get_base_model()
+        case Adapter():
+            adapted = bottleneck.load(task_file(meta.task).build_model(folder, meta.labels), bundle.path / "model")
+        case _:
+            from peft import PeftModel
+
+            base = task_file(meta.task).build_model(folder, meta.labels)
+            adapted = PeftModel.from_pretrained(base, bundle.path / "model").merge_and_unload()
+    return adapted
 
 
-def _merged(bundle: Bundle) -> PreTrainedModel:
-    from peft import PeftModel
-
+def _base_folder(bundle: Bundle) -> Path:
     if bundle.meta.base_model is None:
         raise ModelError(f"{bundle.path} holds an adapter but does not say of which model", where="bundle.base_model")
-    base = task_file(bundle.meta.task).build_model(model_folder(Model(model_name_or_path=bundle.meta.base_model)), bundle.meta.labels)
-    merged: PreTrainedModel = PeftModel.from_pretrained(base, bundle.path / "model").merge_and_unload()
-    return merged
+    return model_folder(Model(model_name_or_path=bundle.meta.base_model))

@@ -9,12 +9,11 @@ from safetensors.torch import save_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 
 from danlu.artifact.bundle import Bundle
-from danlu.compress.load import INT8_FILE, load_model, need_bitsandbytes
+from danlu.compress.load import INT8_FILE, load_model
+from danlu.compress.quantized_base import HEADS, need_bitsandbytes
 from danlu.errors import ModelError
 from danlu.spec.compress import BnbInt8, BnbNf4, Int8, Quantization
-
-HEADS = ["classifier", "score", "pooler", "pre_classifier"]
-"""Layers on top of the encoder, left in full precision: they are small, and every error there is an error in the answer."""
+from danlu.spec.tuning import is_merged
 
 
 def quantize(bundle: Bundle, quantization: Quantization, folder: Path) -> None:
@@ -24,6 +23,12 @@ def quantize(bundle: Bundle, quantization: Quantization, folder: Path) -> None:
             f"{bundle.meta.name} is quantized already ({bundle.meta.quantization.kind})",
             where=str(bundle.path),
             fix="the original's version",
+        )
+    if bundle.meta.tuning is not None and not is_merged(bundle.meta.tuning):
+        raise ModelError(
+            f"{bundle.meta.name} was tuned by {bundle.meta.tuning.kind}, which does not end in full-precision weights of the model's shape",
+            where=str(bundle.path),
+            fix="a bundle tuned by full, freeze, lora, adalora or ia3",
         )
     model = load_model(bundle)
     folder.mkdir(parents=True, exist_ok=True)

@@ -11,10 +11,10 @@ from danlu.spec.compress import Compress
 from danlu.spec.data import Data
 from danlu.spec.model import Model
 from danlu.spec.optim import Adafactor, BnbAdamW, Lion, Optim, Wsd
-from danlu.spec.parallel import Ddp, Parallel, Workers
+from danlu.spec.parallel import Ddp, DeepSpeed, Parallel, Workers
 from danlu.spec.serve import ServeAfterTraining, Service
 from danlu.spec.task import METRICS, Classification, Task
-from danlu.spec.tuning import Full, Tuning
+from danlu.spec.tuning import Adalora, Full, Tuning, VirtualTokens, is_merged
 
 
 class Evaluation(Spec):
@@ -141,6 +141,35 @@ class TrainJob(Spec):
             for name in ("compress", "serve"):
                 if getattr(self, name) is not None:
                     raise ValueError(f"{name} takes task.kind=classification only; leave it out for task.kind={self.task.kind}")
+        return self
+
+    @model_validator(mode="after")
+    def _tuning_goes_with_the_rest(self) -> Self:
+        sharded = isinstance(self.parallel, DeepSpeed) and self.parallel.zero_stage == 3
+        match self.tuning:
+            case Adalora():
+                if sharded:
+                    raise ValueError(
+                        "tuning.kind=adalora does not go with parallel.zero_stage=3: ranks move by whole weights and gradients, "
+                        "which ZeRO-3 does not keep; use parallel.zero_stage=2, or tuning.kind=lora"
+                    )
+                if self.max_steps is not None and self.tuning.tinit + self.tuning.tfinal >= self.max_steps:
+                    raise ValueError(
+                        f"tuning.tinit={self.tuning.tinit} and tuning.tfinal={self.tuning.tfinal} leave no step of max_steps="
+                        f"{self.max_steps} to move ranks in; lower them, or raise max_steps"
+                    )
+            case VirtualTokens() if sharded:
+                raise ValueError(
+                    f"tuning.kind={self.tuning.kind} does not go with parallel.zero_stage=3: the prompt is made outside the modules whose "
+                    "weights ZeRO-3 gathers; use parallel.zero_stage=2, or tuning.kind=lora"
+                )
+            case _:
+                pass
+        if self.compress is not None and not is_merged(self.tuning):
+            raise ValueError(
+                f"compress takes full-precision weights of the model's own shape, which tuning.kind={self.tuning.kind} does not end in; "
+                "leave compress out, or use tuning.kind=lora"
+            )
         return self
 
     @property

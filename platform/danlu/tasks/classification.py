@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from sklearn.metrics import accuracy_score, confusion_matrix, precision_recall_fscore_support
 from torch import nn
-from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForSequenceClassification, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from danlu.data.columns import labelled
 from danlu.data.encode import Encoded, encode
@@ -68,8 +68,13 @@ def _take(split: Split, rows: np.ndarray) -> Split:
 # model
 
 
-def build_model(folder: str | Path, label_names: Sequence[str], *, dropout: float | None = None) -> PreTrainedModel:
-    """The pretrained encoder with a new head for these labels, in float32. ModelError if the folder lacks some of the encoder."""
+def build_model(
+    folder: str | Path, label_names: Sequence[str], *, dropout: float | None = None, quantization: BitsAndBytesConfig | None = None
+) -> PreTrainedModel:
+    """The pretrained encoder with a new head for these labels, in float32; `quantization` holds its linear layers in fewer bits.
+
+    ModelError if the folder lacks some of the encoder.
+    """
     config = AutoConfig.from_pretrained(folder)
     config.num_labels = len(label_names)
     config.id2label = dict(enumerate(label_names))
@@ -79,9 +84,10 @@ def build_model(folder: str | Path, label_names: Sequence[str], *, dropout: floa
         for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "dropout", "attention_dropout"):
             if hasattr(config, name):
                 setattr(config, name, dropout)
+    fewer = {} if quantization is None else {"quantization_config": quantization}
     model: PreTrainedModel
     model, loaded = AutoModelForSequenceClassification.from_pretrained(
-        folder, config=config, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
+        folder, config=config, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True, **fewer
     )
     # Only a head may be missing, or be another number of labels' own; an encoder's layer would silently start from nothing.
     unloaded = {*loaded["missing_keys"], *(name for name, *_ in loaded["mismatched_keys"])} - head_parameters(model)

@@ -77,10 +77,12 @@ AttentionInterface.register(ATTENTION, packed_attention)
 
 
 class PackedModel(nn.Module):
-    """A Hugging Face model, called with packed rows. `packed` is False where it gets padded ones inside."""
+    """A Hugging Face model, called with packed rows. `packed` is False where it gets padded ones inside, as with a learned prompt
+    (`prompted`)."""
 
     model: PreTrainedModel
     packed: bool
+    prompted: bool = False
 
 
 class PackedClassifier(PackedModel):

@@ -94,6 +94,11 @@ class PackedDecoder(PackedModel):
             return nn.utils.rnn.pad_sequence(list(torch.split(tensor, lengths)), batch_first=True, padding_value=value)
 
         mask = padded(torch.ones_like(input_ids), 0)
+        if self.prompted:
+            from danlu.tasks.prompted import hidden_behind_prompt
+
+            behind = hidden_behind_prompt(self.model, padded(input_ids, self.pad_token_id), mask)
+            return behind[mask.bool()]
         output = backbone(input_ids=padded(input_ids, self.pad_token_id), attention_mask=mask, use_cache=False)
         flat: torch.Tensor = output.last_hidden_state[mask.bool()]
         return flat

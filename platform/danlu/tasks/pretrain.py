@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from danlu.data.columns import labelled
 from danlu.data.encode import Encoded, encode
@@ -77,15 +77,18 @@ def cut(whole: Encoded, max_length: int, *, end: int | None) -> Encoded:
 # model
 
 
-def build_model(folder: str | Path, label_names: Sequence[str] = (), *, dropout: float | None = None) -> PreTrainedModel:
-    """The pretrained decoder, in float32."""
+def build_model(
+    folder: str | Path, label_names: Sequence[str] = (), *, dropout: float | None = None, quantization: BitsAndBytesConfig | None = None
+) -> PreTrainedModel:
+    """The pretrained decoder, in float32; `quantization` holds its linear layers in fewer bits."""
     config = AutoConfig.from_pretrained(folder)
     if dropout is not None:
         for name in ("attention_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop", "hidden_dropout"):
             if hasattr(config, name):
                 setattr(config, name, dropout)
+    fewer = {} if quantization is None else {"quantization_config": quantization}
     model: PreTrainedModel
-    model, loaded = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=torch.float32, output_loading_info=True)
+    model, loaded = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=torch.float32, output_loading_info=True, **fewer)
     if loaded["missing_keys"]:
         raise ModelError(
             f"the weights in {folder} lack {len(loaded['missing_keys'])} of the model's parameters, such as {min(loaded['missing_keys'])}",

@@ -9,7 +9,7 @@ from typing import Any, Protocol, cast
 import numpy as np
 import torch
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from danlu.data.pack import Packed
 from danlu.spec import task as spec
@@ -31,8 +31,15 @@ class TaskFile(Protocol):
         """Rows of other files than the job's, for scoring a model that knows `label_names`."""
         ...
 
-    def build_model(self, folder: str | Path, label_names: Sequence[str], *, dropout: float | None = None) -> PreTrainedModel:
-        """The pretrained model with what the task puts on top, in float32."""
+    def build_model(
+        self,
+        folder: str | Path,
+        label_names: Sequence[str],
+        *,
+        dropout: float | None = None,
+        quantization: BitsAndBytesConfig | None = None,
+    ) -> PreTrainedModel:
+        """The pretrained model with what the task puts on top, in float32; `quantization` holds its linear layers in fewer bits."""
         ...
 
     def skeleton(self, folder: str | Path, num_labels: int) -> PreTrainedModel:

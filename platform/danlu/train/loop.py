@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,7 +27,7 @@ from danlu.train.ema import Ema, EmaState
 from danlu.train.model import Trainee, build, export
 from danlu.train.optim import learning_rate_at, param_groups
 from danlu.train.run import EvalRecord, EventRecord, Models, Run, StepRecord
-from danlu.train.strategy import Setup, State, make_strategy
+from danlu.train.strategy import Setup, State, Strategy, make_strategy
 
 
 @dataclass(frozen=True)
@@ -53,11 +54,12 @@ def train(job: TrainJob, data: Splits, folder: Path, tokenizer: PreTrainedTokeni
     save_steps = job.checkpoint.save_steps or max(1, math.ceil(steps / 5))
     bf16 = uses_bf16(job, run)
     task = task_file(job.task)
-    trainee = build(job, folder, data.label_names)
+    trainee = build(job, folder, data.label_names, bf16=bf16, num_steps=steps)
     strategy = make_strategy(job.parallel)
     model = strategy.prepare(trainee.module, _setup(job, trainee, run, bf16))
     ema = Ema(trainee.module, job.optim.ema_decay) if job.optim.ema_decay is not None else None
-    state = strategy.state() if ema is None else EmaState(strategy.state(), ema, run.rank)
+    state = _state(strategy, trainee, run)
+    state = state if ema is None else EmaState(state, ema, run.rank)
     models = Models(run, job.parallel.workers_per_model)
     batches = Batches(
         data.train.encoded,
@@ -91,7 +93,7 @@ def train(job: TrainJob, data: Splits, folder: Path, tokenizer: PreTrainedTokeni
                 # Each target of the global batch weighs the same, however unevenly they
                 # fall on ranks and micro-batches; ranks average, and we want the sum.
                 loss = task.loss(model, batch, job.task) / num_targets
-                strategy.backward(loss * models.world_size)
+                strategy.backward((loss + trainee.penalty() / (len(micro_batches) * models.world_size)) * models.world_size)
             loss_sum += loss.detach()
         grad_norm = strategy.step(learning_rate(step))
         if ema is not None:
@@ -117,6 +119,8 @@ def train(job: TrainJob, data: Splits, folder: Path, tokenizer: PreTrainedTokeni
                 eta_s=eta_s,
             )
         )
+        if trainee.allocator is not None and trainee.allocator.moved:
+            run.report(EventRecord(progress.step, "ranks", _ranks_text(trainee.allocator.ranks())))
         if progress.step % eval_steps == 0 or progress.step == steps:
             with nullcontext() if ema is None else ema.applied():
                 progress = _evaluate(job, model, data, progress, models, state, trainee, tokenizer, best_weights, bf16)
@@ -195,8 +199,20 @@ def _evaluate(
 
 
 def _setup(job: TrainJob, trainee: Trainee, run: Run, bf16: bool) -> Setup:
-    groups = param_groups(trainee.module, job.optim, trainee.head)
-    return Setup(job.optim, groups, job.micro_batch_size, bf16, run.device, run.rank, run.world_size)
+    groups = param_groups(trainee.module, job.optim, trainee.head, trainee.lr_scales)
+    return Setup(job.optim, groups, job.micro_batch_size, bf16, run.device, run.rank, run.world_size, trainee.allocator)
+
+
+def _state(strategy: Strategy, trainee: Trainee, run: Run) -> State:
+    if trainee.allocator is None:
+        return strategy.state()
+    from danlu.train.adalora import WithAllocator
+
+    return WithAllocator(strategy.state(), trainee.allocator, run.rank)
+
+
+def _ranks_text(ranks: Mapping[str, int]) -> str:
+    return f"{sum(ranks.values())} in all: " + ", ".join(f"{name} {rank}" for name, rank in ranks.items())
 
 
 def _out_of_patience(job: TrainJob, progress: Progress) -> bool:

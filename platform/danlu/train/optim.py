@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -16,14 +16,16 @@ from danlu.spec.optim import Adafactor, AdamW, BnbAdamW, Constant, Cosine, Linea
 LAYER = re.compile(r"\.(?:layer|layers|h|block|blocks|albert_layers)\.(\d+)\.")
 
 
-def param_groups(model: nn.Module, optim: Optim, head: Collection[str]) -> list[dict[str, Any]]:
-    """Trainable parameters by decay (matrices only) and by rate; `head` names those that start from nothing."""
+def param_groups(model: nn.Module, optim: Optim, head: Collection[str], lr_scales: Mapping[str, float]) -> list[dict[str, Any]]:
+    """Trainable parameters by decay (matrices only) and by rate; `head` names those that start from nothing, `lr_scales` multiplies the
+    rate of those it names."""
     groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
     depth = _num_layers(model)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            scale = optim.head_learning_rate_multiplier if name in head else optim.layer_learning_rate_decay ** _below_top(name, depth)
-            groups.setdefault((parameter.ndim >= 2, scale), []).append(parameter)
+            scale = optim.layer_learning_rate_decay ** _below_top(name, depth) * lr_scales.get(name, 1.0)
+            scale = optim.head_learning_rate_multiplier if name in head else scale
+            groups.setdefault((_decays(name, parameter), scale), []).append(parameter)
     return [
         {
             "params": parameters,
@@ -33,6 +35,11 @@ def param_groups(model: nn.Module, optim: Optim, head: Collection[str]) -> list[
         }
         for (decays, scale), parameters in groups.items()
     ]
+
+
+def _decays(name: str, parameter: nn.Parameter) -> bool:
+    # IA3's factors are stored as matrices of one row or column, and start at one: decay would put activations out.
+    return parameter.ndim >= 2 and ".ia3_l." not in name
 
 
 def _num_layers(model: nn.Module) -> int:

@@ -2,34 +2,138 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from copy import copy
+from pathlib import Path
+from typing import Any
 
-from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+import torch
+from peft import (
+    AdaLoraConfig,
+    IA3Config,
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    PrefixTuningConfig,
+    PromptEncoderConfig,
+    PromptTuningConfig,
+    TaskType,
+    get_peft_model,
+    get_peft_model_state_dict,
+)
+from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
+from danlu.artifact.trainable import ia3_modules
 from danlu.errors import SpecError
-from danlu.spec.tuning import Lora
+from danlu.spec.task import Classification, Task
+from danlu.spec.tuning import Adalora, Ia3, Lora, Prefix, Prompt, PTuning, Qlora
+
+ADAPTER = "default"
+"""PEFT's name for the only adapter of a model."""
 
 
-def with_lora(model: PreTrainedModel, tuning: Lora) -> PeftModel:
-    """The model with low-rank adapters; they and the head are trainable. SpecError if a named module is not there."""
-    if tuning.target_modules != "all-linear":
-        _check_targets(model, tuning.target_modules)
-    config = LoraConfig(
-        task_type=TaskType.SEQ_CLS,
-        r=tuning.r,
-        lora_alpha=tuning.lora_alpha,
-        lora_dropout=tuning.lora_dropout,
-        target_modules=tuning.target_modules,
-    )
+def with_adapter(
+    model: PreTrainedModel, tuning: Lora | Qlora | Adalora | Ia3, task: Task, *, whole: Collection[str] = (), num_steps: int = 0
+) -> PeftModel:
+    """The model with adapters; they, the head and the modules named `whole` are trainable. SpecError if a target is not there."""
+    named = tuning.target_modules
+    if named is not None and named != "all-linear":
+        _check_targets(model, named)
+    shared: dict[str, Any] = {
+        "task_type": TaskType.SEQ_CLS if isinstance(task, Classification) else TaskType.CAUSAL_LM,
+        # PEFT trains the head that it knows whole of its own accord.
+        "modules_to_save": sorted(name for name in whole if name.split(".")[0] not in ("classifier", "score")) or None,
+    }
+    match tuning:
+        case Ia3():
+            targets, feedforward = ia3_modules([name for name, _ in model.named_parameters()], tuning)
+            config: PeftConfig = IA3Config(**shared, target_modules=list(targets), feedforward_modules=list(feedforward))
+        case _:
+            config = _low_rank(tuning, shared, num_steps)
     return get_peft_model(model, config)
+
+
+def _low_rank(tuning: Lora | Qlora | Adalora, shared: dict[str, Any], num_steps: int) -> PeftConfig:
+    shared = shared | {name: getattr(tuning, name) for name in ("lora_alpha", "lora_dropout", "target_modules")}
+    match tuning:
+        case Adalora():
+            named = ("init_r", "target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight")
+            return AdaLoraConfig(**shared, **{name: getattr(tuning, name) for name in named}, total_step=num_steps)
+        case Lora() | Qlora():
+            start = tuning.init_lora_weights if isinstance(tuning, Lora) and tuning.init_lora_weights != "default" else True
+            rank = {"r": tuning.r, "use_rslora": tuning.use_rslora, "use_dora": tuning.use_dora}
+            return LoraConfig(**shared, **rank, init_lora_weights=start)
+
+
+def with_prompt(model: PreTrainedModel, tuning: Prompt | PTuning | Prefix, task: Task) -> PeftModel:
+    """The model with a prompt in front of each row; it and the head are trainable."""
+    task_type = TaskType.SEQ_CLS if isinstance(task, Classification) else TaskType.CAUSAL_LM
+    shared: dict[str, Any] = {"task_type": task_type, "num_virtual_tokens": tuning.num_virtual_tokens}
+    match tuning:
+        case Prompt():
+            config: PeftConfig = PromptTuningConfig(**shared, prompt_tuning_init=tuning.prompt_tuning_init.upper())
+        case PTuning():
+            config = PromptEncoderConfig(**shared, encoder_hidden_size=tuning.encoder_hidden_size)
+        case Prefix():
+            config = PrefixTuningConfig(**shared)
+    return get_peft_model(model, config)
+
+
+@torch.no_grad()
+def export_prompt(model: PeftModel, state: Mapping[str, torch.Tensor], folder: Path) -> None:
+    """Write the prompt as PEFT does: what the network made of it, so that nobody who loads it needs the network."""
+    folder.mkdir(parents=True, exist_ok=True)
+    encoder, prefix = model.prompt_encoder[ADAPTER], f"prompt_encoder.{ADAPTER}."
+    weights = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+    tokens = torch.arange(model.peft_config[ADAPTER].num_virtual_tokens)
+    tensors = get_peft_model_state_dict(model, state_dict=dict(state))
+    tensors["prompt_embeddings"] = torch.func.functional_call(encoder, weights, (tokens,))
+    _write(tensors, model.peft_config[ADAPTER], folder)
+
+
+def _write(tensors: Mapping[str, torch.Tensor], config: PeftConfig, folder: Path) -> None:
+    stored = copy(config)
+    stored.inference_mode = True
+    stored.save_pretrained(folder)
+    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    save_file(whole, folder / "adapter_model.safetensors", {"format": "pt"})
+
+
+def adapter_start(model: PeftModel) -> dict[str, torch.Tensor]:
+    """The adapter's matrices now, by name in `model`."""
+    return {name: p.detach().clone() for name, p in model.named_parameters() if ".lora_A." in name or ".lora_B." in name}
+
+
+def for_untouched_base(model: PeftModel, start: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor], folder: Path) -> None:
+    """Write the adapter `state` as one of twice the rank for the pretrained weights.
+
+    PiSSA and OLoRA start with W - s B0 A0 frozen, so the trained W - s B0 A0 + s B A is W + s [B, -B0] [A; A0]
+    (https://arxiv.org/abs/2404.02948, appendix C).
+    """
+    doubled = dict(state)
+    for name, first in start.items():
+        if ".lora_A." in name:
+            doubled[name] = torch.cat([state[name], first.cpu().float()], dim=0)
+        else:
+            doubled[name] = torch.cat([state[name], -first.cpu().float()], dim=1)
+    config = model.peft_config[ADAPTER]
+    scale = 2**0.5 if config.use_rslora else 2.0
+    stored = LoraConfig(
+        **{name: getattr(config, name) for name in ("task_type", "target_modules", "modules_to_save", "lora_dropout", "use_rslora")},
+        r=2 * config.r,
+        lora_alpha=config.lora_alpha * scale,
+        base_model_name_or_path=config.base_model_name_or_path,
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    _write(get_peft_model_state_dict(model, state_dict=doubled), stored, folder)
 
 
 def _check_targets(model: PreTrainedModel, targets: Collection[str]) -> None:
     names = [name for name, _ in model.named_modules()]
     for target in targets:
         if not any(name == target or name.endswith(f".{target}") for name in names):
-            there = sorted({name.rpartition(".")[2] for name, module in model.named_modules() if type(module).__name__ == "Linear"})
+            there = sorted({name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)})
             raise SpecError(
                 f"the model has no module named {target!r}",
                 where="tuning.target_modules",

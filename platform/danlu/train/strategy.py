@@ -6,13 +6,16 @@ from collections.abc import Collection
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import nn
 
 from danlu.spec.optim import Optim
 from danlu.spec.parallel import Ddp, DeepSpeed, Fsdp, Parallel, Tensor
+
+if TYPE_CHECKING:
+    from danlu.train.adalora import RankAllocator
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,8 @@ class Setup:
     device: torch.device
     rank: int
     world_size: int
+    allocator: RankAllocator | None = None
+    """What moves ranks after each update, seeing weights and whole gradients."""
 
 
 class Strategy(Protocol):

@@ -55,7 +55,11 @@ PROBLEMS = {
     "a misplaced field": ("learning_rate: 3", "learning_rate (line 5)", "it belongs at optim.learning_rate"),
     "a misplaced inner field": ("optim: {global_batch_size: 8}", "optim.global_batch_size (line 5)", "it belongs at global_batch_size"),
     "a field that is nothing": ("zzz: 1", "zzz (line 5): there is no such field here", "fields here: kind, name, model, data, task"),
-    "another variant's field": ("tuning: {kind: full, r: 4}", "tuning.r (line 5)", "only kind: lora has it, and this is kind: full"),
+    "another variant's field": (
+        "tuning: {kind: full, r: 4}",
+        "tuning.r (line 5)",
+        "only kind: lora or qlora has it",
+    ),
     "the default variant's other": ("parallel: {kind: ddp, zero_stage: 2}", "parallel.zero_stage (line 5)", "only kind: deepspeed has it"),
     "a quoted number": ("optim: {learning_rate: '1e-4'}", "'1e-4': a number is needed", "try: 0.0001, without quotes"),
     "a quoted whole number": ("seed: '1'", "seed (line 5): '1': a whole number is needed", "try: 1, without quotes"),
@@ -75,9 +79,9 @@ PROBLEMS = {
     "a list for a mapping": ("optim: [a]", "optim (line 5): a list: a mapping is needed", ""),
     "nothing for a mapping": ("optim:", "optim (line 5): nothing: a mapping is needed", ""),
     "a tag for a mapping": ("tuning: lora", "tuning (line 5): 'lora': a mapping is needed", "try: tuning: {kind: lora}"),
-    "no tag": ("tuning: {r: 4}", "tuning (line 5): `kind` is needed", "try: kind: full or lora"),
-    "an unknown tag": ("tuning: {kind: bitfit}", "tuning (line 5): there is no kind 'bitfit'", "try: kind: full or lora"),
-    "a misspelt tag": ("tuning: {kind: lroa}", "there is no kind 'lroa'", "did you mean lora? choices: full, lora"),
+    "no tag": ("tuning: {r: 4}", "tuning (line 5): `kind` is needed", "try: kind: full or freeze or lora or"),
+    "an unknown tag": ("tuning: {kind: bitfit}", "tuning (line 5): there is no kind 'bitfit'", "try: kind: full or freeze or lora or"),
+    "a misspelt tag": ("tuning: {kind: lroa}", "there is no kind 'lroa'", "did you mean lora? choices: full, freeze, lora,"),
     "an unknown inner tag": (
         "compress: {quantization: {kind: int3}}",
         "compress.quantization (line 5)",
@@ -171,7 +175,7 @@ def test_everything_that_is_wrong_is_said_at_once_each_with_its_line() -> None:
         "  learning_rate: '1e-4'\n"
         "  schedule:\n"
         "    kind: linaer\n"
-        "tuning: {kind: qlora}\n"
+        "tuning: {kind: loora}\n"
         "global_batch_size: 1.5\n"
         "lr: 3\n"
     )
@@ -182,7 +186,7 @@ def test_everything_that_is_wrong_is_said_at_once_each_with_its_line() -> None:
         "  data.trian (line 3): there is no such field here\n    try: did you mean data.train?",
         "  optim.learning_rate (line 5): '1e-4': a number is needed\n",
         "  optim.schedule (line 6): there is no kind 'linaer'\n    try: did you mean linear?",
-        "  tuning (line 8): there is no kind 'qlora'\n    try: did you mean lora?",
+        "  tuning (line 8): there is no kind 'loora'\n    try: did you mean lora?",
         "  global_batch_size (line 9): 1.5: a whole number is needed\n",
         "  lr (line 10): there is no such field here\n    try: here that is optim.learning_rate",
     ):

@@ -105,7 +105,46 @@ GOOD: dict[str, tuple[type[Spec], Document]] = {
     "a frozen full": (TrainJob, JOB | {"tuning": {"kind": "full", "freeze_embeddings": True}}),
     "another variant's defaults": (TrainJob, JOB | {"tuning": {"kind": "lora"}, "parallel": {"kind": "deepspeed"}}),
     "all linears": (TrainJob, JOB | {"tuning": {"kind": "lora", "target_modules": "all-linear", "r": 1}}),
-    "no linears": (TrainJob, JOB | {"tuning": {"kind": "lora", "target_modules": []}}),
+    **{
+        f"tuning: {tuning}": (TrainJob, JOB | {"tuning": tuning})
+        for tuning in (
+            {"kind": "freeze", "num_trainable_layers": 1},
+            {"kind": "lora", "use_rslora": True, "use_dora": True, "loraplus_lr_ratio": 16, "init_lora_weights": "gaussian"},
+            {
+                "kind": "qlora",
+                "bits": 4,
+                "bnb_4bit_quant_type": "fp4",
+                "bnb_4bit_use_double_quant": False,
+                "r": 2,
+                "lora_alpha": 4,
+                "lora_dropout": 0.1,
+                "target_modules": ["query"],
+                "use_rslora": True,
+                "use_dora": False,
+                "loraplus_lr_ratio": 2,
+            },
+            {"kind": "qlora", "bits": 8},
+            {
+                "kind": "adalora",
+                "init_r": 6,
+                "target_r": 3,
+                "lora_alpha": 8,
+                "lora_dropout": 0.1,
+                "target_modules": "all-linear",
+                "tinit": 1,
+                "tfinal": 2,
+                "deltaT": 3,
+                "beta1": 0.9,
+                "beta2": 0.9,
+                "orth_reg_weight": 0,
+            },
+            {"kind": "ia3", "target_modules": ["key", "output.dense"], "feedforward_modules": ["output.dense"]},
+            {"kind": "adapter", "bottleneck_size": 8, "non_linearity": "gelu", "placement": "houlsby"},
+            {"kind": "prompt", "num_virtual_tokens": 5, "prompt_tuning_init": "random"},
+            {"kind": "p_tuning", "num_virtual_tokens": 5, "encoder_hidden_size": 16},
+            {"kind": "prefix", "num_virtual_tokens": 5},
+        )
+    },
     "its labels": (TrainJob, JOB | {"task": {"kind": "classification", "labels": ["b", "a", "c"]}}),
     "a language model": (TrainJob, JOB | {"task": {"kind": "pretrain"}, "group_by_length": True}),
     **{
@@ -178,12 +217,12 @@ BAD: dict[str, tuple[type[Spec], Document, str, object]] = {
         "task.kind": ["chat", None],
         "task.labels": [["a"], [], "a", ["a", 1], ["a", "a"]],
         "task.label_smoothing": [1, -0.5, None],
-        "tuning": [None, "lora", {}, {"r": 4}, {"kind": "qlora"}, {"kind": None}, {"kind": "full", "r": 4}],
+        "tuning": [None, "lora", {}, {"r": 4}, {"kind": "loora"}, {"kind": None}, {"kind": "full", "r": 4}],
         "tuning.freeze_embeddings": [True],
         "tuning.r": [0, 1.5, "4", None],
         "tuning.lora_alpha": [0, -1, None],
         "tuning.lora_dropout": [1],
-        "tuning.target_modules": ["query", [1], None],
+        "tuning.target_modules": ["query", [1], [], None],
         "parallel": [
             {"kind": "ddp", "zero_stage": 2}, {"zero_stage": 2}, {"kind": "fsdp", "zero_stage": 2}, {"kind": "tensor", "cpu_offload": True},
         ],
@@ -364,7 +403,7 @@ def test_the_documents_set_every_field_of_every_spec() -> None:
 
     def collect(spec: BaseModel) -> None:
         for name in spec.model_fields_set:
-            found.add((type(spec).__name__, name))
+            found.update((part.__name__, name) for part in type(spec).__mro__)
             if isinstance(value := getattr(spec, name), BaseModel):
                 collect(value)
 

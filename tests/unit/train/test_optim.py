@@ -132,13 +132,13 @@ def test_each_layer_learns_slower_than_the_one_above_it(tiny_model: Path) -> Non
     model = AutoModelForSequenceClassification.from_pretrained(tiny_model, num_labels=3)
     head = classification.head_parameters(model)
     optim = Optim(layer_learning_rate_decay=0.5, head_learning_rate_multiplier=4.0)
-    scales = {id(p): group["lr_scale"] for group in param_groups(model, optim, head) for p in group["params"]}
+    scales = {id(p): group["lr_scale"] for group in param_groups(model, optim, head, {}) for p in group["params"]}
     by_name = {name: scales[id(parameter)] for name, parameter in model.named_parameters()}
     assert by_name["classifier.weight"] == 4.0
     assert by_name["bert.encoder.layer.1.output.dense.weight"] == 0.5
     assert by_name["bert.encoder.layer.0.output.dense.bias"] == 0.25
     assert by_name["bert.embeddings.word_embeddings.weight"] == 0.125
-    decays = {id(p): group["weight_decay"] for group in param_groups(model, optim, head) for p in group["params"]}
+    decays = {id(p): group["weight_decay"] for group in param_groups(model, optim, head, {}) for p in group["params"]}
     assert decays[id(model.classifier.bias)] == 0.0
     assert decays[id(model.classifier.weight)] == 0.01
 

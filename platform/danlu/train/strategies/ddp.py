@@ -44,6 +44,8 @@ class DdpStrategy:
         grad_norm = nn.utils.clip_grad_norm_(self.trained, float("inf") if limit is None else limit)
         set_learning_rate(self.optimizer.param_groups, learning_rate)
         self.optimizer.step()
+        if self.setup.allocator is not None:
+            self.setup.allocator.update()
         # Kept, not freed: with gradient_as_bucket_view they are the buckets that DDP communicates.
         self.optimizer.zero_grad(set_to_none=self.setup.world_size == 1)
         return float(grad_norm)

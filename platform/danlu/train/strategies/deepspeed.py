@@ -7,7 +7,7 @@ import os
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -18,6 +18,9 @@ from danlu.train.optim import make_optimizer, set_learning_rate
 from danlu.train.strategies.group import ensure_process_group
 from danlu.train.strategies.universal import TAG, converted, num_writers
 from danlu.train.strategy import Setup, State
+
+if TYPE_CHECKING:
+    from danlu.train.adalora import RankAllocator
 
 
 def deepspeed_config(spec: DeepSpeed, setup: Setup) -> dict[str, Any]:
@@ -107,8 +110,35 @@ class DeepSpeedStrategy:
 
     def step(self, learning_rate: float) -> float:
         set_learning_rate(self.optimizer.param_groups, learning_rate)
+        gradients = self._adapter_gradients()
         self.engine.step()
-        return float(self.engine.get_global_grad_norm() or 0.0)
+        grad_norm = float(self.engine.get_global_grad_norm() or 0.0)
+        if self.setup.allocator is not None:
+            self._allocate(self.setup.allocator, gradients, grad_norm)
+        return grad_norm
+
+    def _adapter_gradients(self) -> list[torch.Tensor]:
+        """Whole gradients of what the allocator weighs: after the step they are gone."""
+        if self.setup.allocator is None:
+            return []
+        from deepspeed.utils import safe_get_full_grad
+
+        return [safe_get_full_grad(parameter).clone() for parameter in self.setup.allocator.parameters]
+
+    def _allocate(self, allocator: RankAllocator, gradients: list[torch.Tensor], grad_norm: float) -> None:
+        """Let the allocator see updated weights with the gradients that updated them, and put its zeros into the float32 masters."""
+        from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param
+
+        limit = self.setup.optim.max_grad_norm
+        clip = 1.0 if limit is None else min(1.0, limit / (grad_norm + 1e-6))
+        for parameter, gradient in zip(allocator.parameters, gradients, strict=True):
+            parameter.grad = (gradient * clip).to(parameter.dtype)
+        allocator.update()
+        for parameter in allocator.parameters:
+            parameter.grad = None
+        for value in allocator.values.values():
+            master = safe_get_full_fp32_param(value).clone()
+            safe_set_full_fp32_param(value, master.masked_fill_(value.detach() == 0, 0.0))
 
     def state(self) -> State:
         return DeepSpeedState(self)

@@ -1,0 +1,140 @@
+"""How many numbers a job trains: from the names and shapes in a weights file, without a model."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from danlu.artifact.pretrained import Weight, weight_shapes
+from danlu.errors import SpecError
+from danlu.spec.tuning import Adalora, Adapter, Freeze, Full, Ia3, Lora, Prefix, Prompt, PTuning, Qlora, Tuning, VirtualTokens
+
+LAYER = re.compile(r"(?:^|\.)(?:layer|layers|h|block|blocks)\.(\d+)\.")
+IA3_MODULES = (("k_proj", "v_proj", "down_proj"), ("key", "value", "output.dense"), ("k_lin", "v_lin", "lin2"))
+"""Keys, values and the feed-forward's second layer, as model families name them."""
+ATTENTION_OUTPUTS = ("attention.output.dense", "self_attn.o_proj", "attention.out_lin")
+FEEDFORWARD_OUTPUTS = ("output.dense", "mlp.down_proj", "ffn.lin2")
+EMBEDDINGS = ("embeddings.", "embed_tokens.", "wte.", "wpe.", "word_embedding")
+
+
+def is_embedding(name: str) -> bool:
+    """True for the weights that turn token ids into vectors."""
+    return any(part in name for part in EMBEDDINGS)
+
+
+def new_parameters(folder: Path, head: Collection[str], prefix: str) -> set[str]:
+    """Parameters of the head that the weights file does not have: frozen and not stored, they would be others at every start."""
+    shapes = weight_shapes(folder)
+    return set() if shapes is None else {name for name in head if name not in shapes and name.removeprefix(f"{prefix}.") not in shapes}
+
+
+def num_layers(config: Mapping[str, Any]) -> int:
+    """Layers of a model, as its config.json says."""
+    return next((int(config[name]) for name in ("num_hidden_layers", "n_layers", "n_layer") if config.get(name)), 0)
+
+
+def trained_names(names: Sequence[str], tuning: Freeze, layers: int) -> list[str]:
+    """The parameters, out of a model's or of a weights file's, that `freeze` trains. SpecError if the model has not as many layers."""
+    if tuning.num_trainable_layers > layers:
+        raise SpecError(
+            f"{tuning.num_trainable_layers} layers are to be trained; the model has {layers}",
+            where="tuning.num_trainable_layers",
+            fix=f"at most {layers}, or tuning.kind=full",
+        )
+    numbers = {name: int(found.group(1)) for name in names if (found := LAYER.search(name))}
+    if not numbers:
+        fix = "tuning.kind=full or lora"
+        raise SpecError("the model's layers are not numbered, so there are no last ones", where="tuning.num_trainable_layers", fix=fix)
+    first = layers - tuning.num_trainable_layers
+    return [name for name in names if not is_embedding(name) and numbers.get(name, layers) >= first]
+
+
+def num_trainable(tuning: Tuning, shapes: Mapping[str, Weight], config: Mapping[str, Any], *, head: int) -> int:
+    """Numbers trained in a model of these weights; `head` is the size of what the task puts on top."""
+    match tuning:
+        case Full():
+            return head + sum(w.num_elements for name, w in shapes.items() if not (tuning.freeze_embeddings and is_embedding(name)))
+        case Freeze():
+            return head + sum(shapes[name].num_elements for name in trained_names(list(shapes), tuning, num_layers(config)))
+        case Lora() | Qlora():
+            chosen = targets(shapes, tuning.target_modules)
+            return head + sum(tuning.r * (rows + columns) + (rows if tuning.use_dora else 0) for rows, columns in chosen.values())
+        case Adalora():
+            chosen = targets(shapes, tuning.target_modules)
+            return head + sum(tuning.init_r * (rows + columns + 1) for rows, columns in chosen.values())
+        case Ia3():
+            names, feedforward = ia3_modules(list(shapes), tuning)
+            chosen = targets(shapes, names)
+            return head + sum(columns if _is_one_of(name, feedforward) else rows for name, (rows, columns) in chosen.items())
+        case Adapter():
+            sizes = [shapes[f"{name}.weight"].shape[0] for name in bottleneck_modules(list(shapes), tuning)]
+            return head + sum(2 * size * tuning.bottleneck_size + size + tuning.bottleneck_size for size in sizes)
+        case Prompt() | PTuning() | Prefix():
+            return head + _num_in_prompt(tuning, config)
+
+
+def check_prompt_fits(tuning: VirtualTokens, config: Mapping[str, Any], max_length: int) -> None:
+    """SpecError if prompt and row together are longer than the model has positions."""
+    table = int(config.get("max_position_embeddings") or 0)
+    if table and tuning.num_virtual_tokens + max_length > table:
+        raise SpecError(
+            f"{tuning.num_virtual_tokens} virtual tokens and model.max_length={max_length} are more than the model's {table} positions",
+            where="tuning.num_virtual_tokens",
+            fix=f"model.max_length={table - tuning.num_virtual_tokens}" if table > tuning.num_virtual_tokens else "fewer virtual tokens",
+        )
+
+
+def _num_in_prompt(tuning: Prompt | PTuning | Prefix, config: Mapping[str, Any]) -> int:
+    hidden = int(config.get("hidden_size") or config.get("dim") or 0)
+    match tuning:
+        case Prefix():
+            heads = int(config.get("num_attention_heads") or config.get("n_heads") or 1)
+            head_dim = int(config.get("head_dim") or hidden // heads)
+            return tuning.num_virtual_tokens * num_layers(config) * 2 * int(config.get("num_key_value_heads") or heads) * head_dim
+        case Prompt():
+            return tuning.num_virtual_tokens * hidden
+        case PTuning():
+            inner = tuning.encoder_hidden_size
+            return tuning.num_virtual_tokens * hidden + 2 * hidden * inner + inner * inner + 2 * inner + hidden
+
+
+def ia3_modules(names: Sequence[str], tuning: Ia3) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """`target_modules` and `feedforward_modules` for a model with parameters of these names. SpecError if none is known."""
+    if tuning.target_modules is not None:
+        return tuple(tuning.target_modules), tuple(tuning.feedforward_modules or ())
+    modules = {name.removesuffix(".weight") for name in names}
+    for family in IA3_MODULES:
+        if all(any(_is_one_of(module, (target,)) for module in modules) for target in family):
+            return family, family[-1:]
+    fix = "target_modules and feedforward_modules, or tuning.kind=lora"
+    raise SpecError("this model's keys, values and feed-forward are not known by name", where="tuning.target_modules", fix=fix)
+
+
+def bottleneck_modules(names: Sequence[str], tuning: Adapter) -> list[str]:
+    """The linear layers that get a bottleneck behind them, in a model with parameters of these names. SpecError if there are none."""
+    modules = [name.removesuffix(".weight") for name in names if name.endswith(".weight") and LAYER.search(name)]
+    attention = [name for name in modules if _is_one_of(name, ATTENTION_OUTPUTS)]
+    feedforward = [name for name in modules if _is_one_of(name, FEEDFORWARD_OUTPUTS) and name not in attention]
+    if not feedforward or (tuning.placement == "houlsby" and not attention):
+        fix = "tuning.kind=lora, which finds linear layers by their type"
+        raise SpecError("this model's attention and feed-forward outputs are not known by name", where="tuning.placement", fix=fix)
+    return feedforward + (attention if tuning.placement == "houlsby" else [])
+
+
+def _is_one_of(module: str, targets: Sequence[str]) -> bool:
+    return any(module == target or module.endswith(f".{target}") for target in targets)
+
+
+def targets(shapes: Mapping[str, Weight], names: Sequence[str] | str) -> dict[str, tuple[int, int]]:
+    """Shape (rows, columns) of each linear layer that gets an adapter. The output layer gets one only if it is named."""
+    found: dict[str, tuple[int, int]] = {}
+    for name, weight in shapes.items():
+        module = name.removesuffix(".weight")
+        if not name.endswith(".weight") or len(weight.shape) != 2 or is_embedding(name):
+            continue
+        everything = names == "all-linear" and module not in ("lm_head", "score", "classifier")
+        if everything or (names != "all-linear" and _is_one_of(module, names)):
+            found[module] = (weight.shape[0], weight.shape[1])
+    return found

@@ -1,0 +1,58 @@
+"""The frozen base of QLoRA: the same weights in 4 or 8 bits wherever an adapter is trained, scored or served."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import BitsAndBytesConfig, PreTrainedModel
+
+from danlu.errors import ModelError
+from danlu.spec.task import Task
+from danlu.spec.tuning import Qlora
+from danlu.tasks.task import task_file
+
+HEADS = ["classifier", "score", "pooler", "pre_classifier", "lm_head"]
+"""Layers on top of the body, left in full precision: they are small, and every error there is an error in the answer."""
+
+
+def quantized_base(
+    folder: Path, task: Task, label_names: Sequence[str], tuning: Qlora, *, bf16: bool, dropout: float | None = None
+) -> PreTrainedModel:
+    """The task's model with its body's linear layers in `tuning.bits` bits. `bf16`: what they are multiplied in."""
+    need_bitsandbytes("tuning.kind")
+    match tuning.bits:
+        case 4:
+            config = BitsAndBytesConfig(
+                load_in_4bit=True,
+                bnb_4bit_quant_type=tuning.bnb_4bit_quant_type,
+                bnb_4bit_use_double_quant=tuning.bnb_4bit_use_double_quant,
+                bnb_4bit_compute_dtype=torch.bfloat16 if bf16 else torch.float32,
+                llm_int8_skip_modules=HEADS,
+            )
+        case 8:
+            config = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=HEADS)
+    model = task_file(task).build_model(folder, label_names, dropout=dropout, quantization=config)
+    keep_format(model)
+    return model
+
+
+def keep_format(model: nn.Module) -> None:
+    """Keep 4-bit weights as they are in eval mode too.
+
+    On a CPU with AVX512-BF16 bitsandbytes repacks them at the first forward in eval mode, for a kernel that only infers: later steps
+    then train against garbage without a word, and answers are rounded to bf16.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010
+
+
+def need_bitsandbytes(where: str = "compress.quantization.kind") -> None:
+    """ModelError if bitsandbytes is not installed."""
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError as error:
+        raise ModelError("bitsandbytes is not installed", where=where, fix="pip install 'danlu[bnb]'") from error

@@ -1,0 +1,98 @@
+"""Every way of tuning gives on two workers, under DDP and ZeRO, the losses and gradient norms it gives in one process."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ranks import curve, job_of
+
+from danlu.train.run import EventRecord, LocalRun
+
+PARALLEL: dict[str, dict[str, Any]] = {
+    "ddp": {"kind": "ddp"},
+    "zero2": {"kind": "deepspeed", "zero_stage": 2},
+    "zero3": {"kind": "deepspeed", "zero_stage": 3},
+}
+METHODS: dict[str, dict[str, Any]] = {
+    "qlora": {"kind": "qlora", "r": 4},
+    "freeze": {"kind": "freeze", "num_trainable_layers": 1},
+    "dora": {"kind": "lora", "r": 4, "use_dora": True, "loraplus_lr_ratio": 4.0},
+    "pissa": {"kind": "lora", "r": 4, "init_lora_weights": "pissa"},
+    "ia3": {"kind": "ia3"},
+    "adapter": {"kind": "adapter", "bottleneck_size": 8, "placement": "houlsby"},
+    "adalora": {"kind": "adalora", "init_r": 6, "target_r": 3, "tinit": 1, "tfinal": 1, "deltaT": 1},
+    "p_tuning": {"kind": "p_tuning", "num_virtual_tokens": 5, "encoder_hidden_size": 16},
+}
+NOT_SHARDED = ("adalora", "p_tuning")
+CASES = [(m, p) for m in METHODS for p in PARALLEL if p != "zero3" or m not in NOT_SHARDED]
+Curve = list[tuple[float, float]]
+
+
+def overrides(method: str, model: Path) -> dict[str, Any]:
+    task = {"kind": "pretrain" if "qwen3" in str(model) else "classification"}
+    return {
+        "model": {"model_name_or_path": str(model), "max_length": 16},
+        "task": task,
+        "tuning": METHODS[method],
+        "max_steps": 6,
+        "evaluation": {"metric_for_best_model": "loss"},
+    }
+
+
+@pytest.fixture(scope="module")
+def models(tiny_model: Path, tiny_decoder: Path) -> dict[str, Path]:
+    """Encoders and decoders in turns."""
+    return {method: (tiny_model, tiny_decoder)[i % 2] for i, method in enumerate(METHODS)}
+
+
+@pytest.fixture(scope="module")
+def one_process(
+    models: dict[str, Path], topic_files: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, tuple[Curve, list[str]]]:
+    """Curve of each method, and where its ranks went."""
+    torch.set_num_threads(1)
+    found = {}
+    for method, model in models.items():
+        run, folder = LocalRun(torch.device("cpu")), tmp_path_factory.mktemp("one-process")
+        job = job_of(str(model), topic_files["train"], overrides(method, model) | {"micro_batch_size": 16})
+        losses = curve(job, run, run.records, str(folder))
+        found[method] = losses, [record.detail for record in run.records if isinstance(record, EventRecord) and record.event == "ranks"]
+    return found
+
+
+@pytest.fixture(scope="module")
+def two_ranks(
+    models: dict[str, Path], topic_files: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, tuple[Curve, list[str]]]:
+    """All cases in one pair of processes."""
+    folder = tmp_path_factory.mktemp("two-ranks")
+    shape = {"workers": {"num_workers": 2}, "micro_batch_size": 4}
+    cases = {
+        f"{method}-{parallel}": shape | overrides(method, models[method]) | {"folder": str(models[method]), "parallel": PARALLEL[parallel]}
+        for method, parallel in CASES
+    }
+    (folder / "cases.json").write_text(json.dumps(cases))
+    command = [sys.executable, str(Path(__file__).parent / "ranks.py"), "2", "unused", topic_files["train"]]
+    done = subprocess.run([*command, str(folder / "out.json"), str(folder / "cases.json")], capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr[-4000:]
+    curves, events = json.loads((folder / "out.json").read_text()), json.loads((folder / "out.json.events").read_text())
+    return {name: (curves[name], [detail for event, detail in events[name] if event == "ranks"]) for name in cases}
+
+
+@pytest.mark.parametrize(("method", "parallel"), CASES)
+def test_two_workers_equal_one_process(
+    method: str, parallel: str, one_process: dict[str, tuple[Curve, list[str]]], two_ranks: dict[str, tuple[Curve, list[str]]]
+) -> None:
+    (found, ranks), (expected, their_ranks) = two_ranks[f"{method}-{parallel}"], one_process[method]
+    assert len(found) == len(expected) == 6
+    for (loss, norm), (their_loss, their_norm) in zip(found, expected, strict=True):
+        assert loss == pytest.approx(their_loss, abs=2e-5)
+        assert norm == pytest.approx(their_norm, rel=1e-3)
+    assert ranks == their_ranks
+    assert bool(ranks) == (method == "adalora")
