@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import socket
@@ -26,6 +27,8 @@ from danlu.spec.files import dump, load, parse
 from danlu.spec.serve import Encoder, Service
 
 START_TIMEOUT_S = 180.0
+STOP_TIMEOUT_S = 30.0
+PROXIES_TIMEOUT_S = 10.0
 
 
 class Replica:
@@ -41,7 +44,7 @@ class Replica:
         engine = make_engine(service, bundle)
         if isinstance(engine, EncoderEngine):
             engine.on_batch = lambda batch: _meter_batch(service.name, batch)
-        self.gateway = Gateway(engine, service.name, service.limits, emit.emit)
+        self.gateway = Gateway(engine, service.name, service.limits, emit.emit, sends_request_id=False)
         await self.gateway.start()
 
     def __serve_build_asgi_app__(self) -> Gateway:
@@ -70,7 +73,8 @@ def build(spec: Service | Mapping[str, Any]) -> serve.Application:
         },
         # The gateway queues and refuses, in OpenAI's shape and with a Retry-After that it has measured; Serve's bound is the net under it.
         max_ongoing_requests=room + 16,
-        max_queued_requests=room,
+        # A burst waits here while it is handed to replicas that have room: too small a bound would refuse it with Serve's plain text.
+        max_queued_requests=max(room, 256),
         backpressure_config=BackpressureConfig(status_code=503, retry_after_s=1),
         autoscaling_config=AutoscalingConfig(
             min_replicas=scaling.min_replicas,
@@ -81,6 +85,8 @@ def build(spec: Service | Mapping[str, Any]) -> serve.Application:
         ),
         graceful_shutdown_timeout_s=limits.drain_timeout_s,
         graceful_shutdown_wait_loop_s=0.1,
+        # A new version starts beside the old one, which serves until the new one has answered its probes.
+        max_surge_percent=100,
         max_constructor_retry_count=1,
     )(serve.ingress()(Replica))
     return deployment.bind(dump(service))
@@ -107,7 +113,7 @@ class Endpoint:
 
 def run(service: Service) -> Endpoint:
     """Serve on this machine, on the Ray this process is connected to or one of its own; returns once requests are answered."""
-    port = _free_port(service.http.host, service.http.port)
+    address = _address_in_use(service) or (service.http.host, _free_port(service.http.host, service.http.port))
     if service.http.haproxy:
         os.environ["RAY_SERVE_ENABLE_HA_PROXY"] = "1"
     if service.bundle is not None:
@@ -118,15 +124,66 @@ def run(service: Service) -> Endpoint:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         ray.init(address="local", log_to_driver=False, logging_level=logging.WARNING)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    serve.start(http_options=HTTPOptions(host=service.http.host, port=port, request_timeout_s=service.limits.request_timeout_s + 5))
-    _deploy(service)
-    return Endpoint(f"http://{service.http.host}:{port}", service.name, _dashboard_url(), _metrics_url())
+    host, port = address
+    serve.start(http_options=HTTPOptions(host=host, port=port, request_timeout_s=service.limits.request_timeout_s + 5))
+    was_there = service.name in serve.status().applications
+    try:
+        _deploy(service)
+    except ResourceError:
+        if not was_there:  # else what ran before runs on
+            serve.delete(service.name)
+        raise
+    return Endpoint(f"http://{host}:{port}", service.name, _dashboard_url(), _metrics_url())
 
 
 def stop() -> None:
     """End every service of this process's Ray; requests that are being answered get their answers."""
-    if ray.is_initialized():
-        serve.shutdown()
+    client = serve.context._get_global_client(raise_if_no_controller_running=False) if ray.is_initialized() else None
+    if client is None:
+        return
+    # First the replicas, which drain, while the proxy that carries their answers is still there.
+    with contextlib.suppress(ray.exceptions.RayError, TimeoutError):
+        client.delete_all_apps()
+        _wait_for_proxies(client)
+    # The controller ends itself in this call. Not retried, or Ray tells the terminal that it "failed".
+    with contextlib.suppress(ray.exceptions.RayActorError, TimeoutError):
+        ray.get(client._controller.graceful_shutdown.options(max_task_retries=0).remote(), timeout=STOP_TIMEOUT_S)
+    serve.shutdown()
+
+
+def _wait_for_proxies(client: Any) -> None:
+    """Until the proxies have passed on the last answers: Serve ends them without asking."""
+
+    # Defined here, it travels by value: the proxy does not import this module.
+    def open_requests(proxy: Any) -> int:
+        return int(proxy.http_proxy._ongoing_requests) if hasattr(proxy, "http_proxy") else 0
+
+    deadline = time.monotonic() + PROXIES_TIMEOUT_S
+    proxies = list(ray.get(client._controller.get_proxies.remote(), timeout=PROXIES_TIMEOUT_S).values())
+    while any(ray.get([proxy.__ray_call__.remote(open_requests) for proxy in proxies], timeout=PROXIES_TIMEOUT_S)):
+        if time.monotonic() > deadline:
+            return
+        time.sleep(0.02)
+
+
+def _address_in_use(service: Service) -> tuple[str, int] | None:
+    """Where this Ray serves already, so that a new version of a service takes over there; None if it does not."""
+    if not ray.is_initialized():
+        return None
+    client = serve.context._get_global_client(raise_if_no_controller_running=False)
+    if client is None:
+        return None
+    others = [name for name in serve.status().applications if name != service.name]
+    if others:
+        raise ResourceError(f"this Ray serves {others[0]} already", where="name", fix=f"stop {others[0]} first, or serve on another Ray")
+    host, port = client.http_config.host, client.http_config.port
+    if service.http.port not in (0, port):
+        raise ResourceError(
+            f"this Ray serves {service.name} on port {port} already, not on {service.http.port}",
+            where="http.port",
+            fix="stop it first, or http.port: 0",
+        )
+    return host, port
 
 
 def _deploy(service: Service) -> None:

@@ -34,10 +34,14 @@ ROUTES = {
 
 
 class Gateway:
-    """The ASGI application of a replica. `model` is the name it answers to; `meter(metric, value, **labels)` counts."""
+    """The ASGI application of a replica. `model` is the name it answers to; `meter(metric, value, **labels)` counts.
 
-    def __init__(self, engine: Engine, model: str, limits: Limits, meter: Meter) -> None:
+    `sends_request_id` is False behind Ray Serve, which puts the x-request-id on every answer itself.
+    """
+
+    def __init__(self, engine: Engine, model: str, limits: Limits, meter: Meter, *, sends_request_id: bool = True) -> None:
         self.engine, self.model, self.limits, self.meter = engine, model, limits, meter
+        self.sends_request_id = sends_request_id
         self.in_flight, self.ready, self.draining = 0, False, False
         self.recent_seconds = 0.05
         self.created = int(time.time())
@@ -73,7 +77,6 @@ class Gateway:
     async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
         began = time.perf_counter()
         headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
-        request_id = headers.get("x-request-id", "")[:128] or uuid.uuid4().hex
         path = scope["path"].rstrip("/") or "/"
         extra: dict[str, str] = {}
         content_type = "application/json"
@@ -96,7 +99,9 @@ class Gateway:
         self._count(catalog.SERVE_REQUESTS, 1, route=route, status=str(status))
         self._count(catalog.SERVE_SECONDS, time.perf_counter() - began, route=route)
         raw = body if isinstance(body, bytes) else json.dumps(body, ensure_ascii=False).encode()
-        extra |= {"content-type": content_type, "content-length": str(len(raw)), "x-request-id": request_id}
+        extra |= {"content-type": content_type, "content-length": str(len(raw))}
+        if self.sends_request_id:
+            extra["x-request-id"] = headers.get("x-request-id", "")[:128] or uuid.uuid4().hex
         start = {
             "type": "http.response.start",
             "status": status,

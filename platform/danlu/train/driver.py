@@ -14,8 +14,9 @@ import ray
 import ray.train
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2._internal.exceptions import RayTrainError
 
-from danlu.errors import CheckpointError, DanluError, DataError, ModelError, ResourceError, SpecError, StorageError
+from danlu.errors import DanluError, ResourceError
 from danlu.spec.files import dump, parse
 from danlu.spec.train import TrainJob
 from danlu.train.run import Record, record_from_dict, record_to_dict
@@ -31,8 +32,8 @@ def fit(job: TrainJob, run_uri: str, listener: Callable[[Record], None]) -> dict
     `listener` hears every record, in order. A user's mistake found in a worker is raised as the DanluError it is.
     """
     _check_resources(job)
-    mailbox = ray.remote(num_cpus=0)(_Mailbox).remote()
-    trainer = TorchTrainer(
+    mailbox = _mailbox()
+    trainer = _Trainer(
         _worker,
         train_loop_config={"job": dump(job), "run_uri": run_uri, "mailbox": mailbox},
         scaling_config=ScalingConfig(
@@ -50,8 +51,11 @@ def fit(job: TrainJob, run_uri: str, listener: Callable[[Record], None]) -> dict
     with _delivered(mailbox, listener):
         try:
             result = trainer.fit()
+        except KeyboardInterrupt:
+            trainer.abort()
+            raise
         except ray.train.TrainingFailedError as error:
-            raise _users_mistake(error) from error
+            raise _what_stopped(job, error) from error
     outcome: dict[str, Any] = result.return_value
     return outcome
 
@@ -67,25 +71,51 @@ def start_ray(num_cpus: int | None = None, *, dashboard: bool = True) -> None:
     ray.init(address="local", num_cpus=num_cpus, include_dashboard=dashboard, log_to_driver=False, logging_level=logging.WARNING)
 
 
-class _Mailbox:
-    """Records on their way from rank 0 to the driver, which may be on another machine."""
+class _Trainer(TorchTrainer):  # type: ignore[misc]
+    """Ray's, but Ctrl-C stays a KeyboardInterrupt: Ray's own handler would exit the process, and stay installed after the training."""
 
-    def __init__(self) -> None:
-        self.records: list[dict[str, Any]] = []
+    controller: Any = None
 
-    def push(self, record: dict[str, Any]) -> None:
-        self.records.append(record)
+    def _register_sigint_handler(self, controller: Any) -> None:
+        self.controller = controller
 
-    def take(self) -> list[dict[str, Any]]:
-        taken, self.records = self.records, []
-        return taken
+    def abort(self) -> None:
+        """End the workers; returns once they are gone."""
+        if self.controller is not None:
+            with contextlib.suppress(ray.exceptions.RayActorError):  # it ends itself as well
+                ray.get(self.controller.abort.remote())
+
+
+def _mailbox() -> Any:
+    """An actor with records on their way from rank 0 to the driver, which may be on another machine."""
+
+    # Defined here, it travels by value: its process does not have to import torch to hold a list.
+    class Mailbox:
+        def __init__(self) -> None:
+            self.records: list[dict[str, Any]] = []
+            self.mistake: DanluError | None = None
+
+        def push(self, record: dict[str, Any]) -> None:
+            self.records.append(record)
+
+        def take(self) -> list[dict[str, Any]]:
+            taken, self.records = self.records, []
+            return taken
+
+        def set_mistake(self, mistake: DanluError) -> None:
+            self.mistake = mistake
+
+        def get_mistake(self) -> DanluError | None:
+            return self.mistake
+
+    return ray.remote(num_cpus=0)(Mailbox).remote()
 
 
 def _worker(config: dict[str, Any]) -> dict[str, Any] | None:
     """The train function of every rank."""
     from ray.train.torch import get_device
 
-    from danlu.metrics.emit import emit_training
+    from danlu.metrics.emit import emit_training, flush
     from danlu.train.run import RayRun
     from danlu.train.worker import work
 
@@ -96,7 +126,16 @@ def _worker(config: dict[str, Any]) -> dict[str, Any] | None:
         emit_training(job.name, record_to_dict(record))
         mailbox.push.remote(record_to_dict(record))
 
-    outcome = work(job, RayRun(get_device(), listener), config["run_uri"])
+    # Ray Train restarts after any error; what a user has to mend comes out the same each time.
+    if mistake := ray.get(mailbox.get_mistake.remote()):
+        raise mistake
+    try:
+        outcome = work(job, RayRun(get_device(), listener), config["run_uri"])
+    except DanluError as error:
+        ray.get(mailbox.set_mistake.remote(error))
+        raise
+    finally:
+        flush()  # Ray ends this process as soon as the function returns
     return asdict(outcome)
 
 
@@ -144,18 +183,34 @@ def _autoscales() -> bool:
     return bool(os.environ.get("RAY_CLUSTER_NAME")) and bool(os.environ.get("KUBERNETES_SERVICE_HOST"))
 
 
-def _users_mistake(error: BaseException) -> BaseException:
-    """The DanluError a worker raised, if that is what stopped the job; else the error itself."""
-    kinds = (DanluError, CheckpointError, DataError, ModelError, ResourceError, SpecError, StorageError)
-    for failure in getattr(error, "worker_failures", {}).values():
+def _what_stopped(job: TrainJob, error: BaseException) -> BaseException:
+    """The DanluError a worker raised, or that a worker was lost, if that is what stopped the job; else the error itself."""
+    failures: dict[int, BaseException] = getattr(error, "worker_failures", {})
+    for failure in failures.values():
         cause: BaseException | None = failure
         while cause is not None:
-            cause = getattr(cause, "cause", None) or cause.__cause__
-            if isinstance(cause, kinds):
+            if isinstance(cause, DanluError):
                 return cause
-        if isinstance(failure, kinds):
-            return failure
+            cause = getattr(cause, "cause", None) or cause.__cause__
+    for rank, failure in failures.items():
+        if isinstance(failure, (RayTrainError, ray.exceptions.RayError)):
+            short_of_memory = "low on memory" in str(failure) or isinstance(failure, ray.exceptions.OutOfMemoryError)
+            return _worker_lost(job, rank, short_of_memory=short_of_memory)
+    if failures and all("by peer" in str(failure) for failure in failures.values()):  # gloo's words for a connection that broke
+        return _worker_lost(job, min(failures), short_of_memory=False)
     return error
+
+
+def _worker_lost(job: TrainJob, rank: int, *, short_of_memory: bool) -> ResourceError:
+    why = "its machine ran out of memory" if short_of_memory else "it was killed, ran out of memory, or its machine went away"
+    times = f", and {job.max_failures} restarts had been used up" if job.max_failures else ""
+    return ResourceError(
+        f"a training worker was lost (rank {rank}): {why}{times}",
+        where="workers",
+        fix=("a smaller micro_batch_size; " if short_of_memory else "")
+        + "the same command goes on from the last checkpoint"
+        + ("" if job.max_failures else "; max_failures: 2 lets the job do so by itself"),
+    )
 
 
 __all__ = ["fit", "start_ray"]

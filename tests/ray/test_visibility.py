@@ -1,0 +1,56 @@
+"""The catalogue and the metrics port are the same list: nothing is promised that is not there, nothing is there that is not promised."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from danlu.metrics import catalog
+from danlu.metrics.catalog import Metric
+from danlu.serve import app
+from danlu.spec.serve import Http
+from danlu.spec.train import TrainJob
+from danlu.train import driver
+
+pytestmark = pytest.mark.usefixtures("ray_local")
+
+
+def samples_of(metric: Metric) -> set[str]:
+    """Names of the samples that a metric is exported as."""
+    return {f"{metric.exported}{end}" for end in ("_bucket", "_sum", "_count")} if metric.kind == "histogram" else {metric.exported}
+
+
+def missing(layer: str, seen: set[str]) -> set[str]:
+    """Sample names of a layer that nobody has seen."""
+    return {name for metric in catalog.ALL if metric.layer == layer for name in samples_of(metric)} - seen
+
+
+def test_a_training_and_a_serving_run_show_every_metric_of_the_catalogue_and_no_other(
+    make_job: Callable[..., TrainJob], topics: TrainJob, metrics_port: Any, wait_for: Callable[..., Any], tmp_path: Path
+) -> None:
+    metrics_port.samples()
+    # After the other files of this folder all of it has been there already; alone, this test runs what is missing.
+    if missing("train", metrics_port.seen):
+        for _ in range(2):  # the second goes on from the first one's checkpoint
+            driver.fit(make_job("seen"), str(tmp_path), lambda record: None)
+            metrics_port.samples()  # Ray drops a gauge twenty seconds after its process is gone
+    if missing("serve", metrics_port.seen):
+        endpoint = app.run(topics.service("topics@v1").model_copy(update={"http": Http(port=0)}))
+        assert httpx.post(f"{endpoint.url}/v1/classify", json={"input": "wheat"}, timeout=60).status_code == 200
+        assert httpx.post(f"{endpoint.url}/v1/classify", json={"input": []}, timeout=60).status_code == 400
+    try:
+        for layer in ("train", "serve"):
+            wait_for(
+                lambda layer=layer: f"these are not there: {missing(layer, metrics_port.seen)}",
+                lambda layer=layer: metrics_port.samples() and not missing(layer, metrics_port.seen),
+                seconds=60,
+            )
+    finally:
+        app.stop()
+    promised = {name for metric in catalog.ALL for name in samples_of(metric)}
+    assert {name for name in metrics_port.seen if name.startswith("ray_danlu_")} <= promised
+    assert metrics_port.seen == promised
