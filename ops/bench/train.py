@@ -102,7 +102,7 @@ def raw_loop(given: Work, rank: int = 0, world: int = 1) -> Curve:
     trainee = build(job, given.folder, given.splits.label_names)
     batches = _batches(given, rank, world)
     packed = [batches.at(step)[0] for step in range(job.max_steps)]
-    optimizer = optim.adamw(optim.param_groups(trainee.module, job.optim, trainee.head), job.optim)
+    optimizer = optim.make_optimizer(optim.param_groups(trainee.module, job.optim, trainee.head, trainee.lr_scales), job.optim)
     rate_at = optim.learning_rate_at(job.optim, job.max_steps)
     model: nn.Module = trainee.module if world == 1 else nn.parallel.DistributedDataParallel(trainee.module)
     model.train()
