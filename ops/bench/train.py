@@ -25,6 +25,7 @@ from harness import SPEC, Row, compare, cores, finish, interleave, options, say
 from torch import nn
 
 from danlu.data.pack import Batches
+from danlu.local_ray import start_ray
 from danlu.spec.files import load
 from danlu.spec.train import TrainJob
 from danlu.tasks import classification
@@ -266,7 +267,7 @@ def main() -> None:
         os.chdir(SPEC.parents[2])
         write_rows(folder)
         one = load_work(make_job(folder, steps=steps, workers=1, parallel="ddp"))
-        driver.start_ray(num_cpus=cores())
+        start_ray(num_cpus=cores())
         single: dict[str, Callable[[], Curve]] = {
             "Danlu on Ray Train": lambda: danlu_on_ray(one.job, folder),
             "raw PyTorch loop": lambda: raw_loop(one),

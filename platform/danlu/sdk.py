@@ -313,9 +313,10 @@ def _fit(job: TrainJob, run_uri: str, prepared: Prepared, listener: Callable[[Re
         from danlu.train.worker import work
 
         return asdict(work(job, LocalRun(pick_device(job.workers.gpus_per_worker), listener), run_uri, prepared.splits))
+    from danlu.local_ray import start_ray
     from danlu.train import driver
 
-    driver.start_ray()
+    start_ray()
     return driver.fit(job, run_uri, listener)
 
 

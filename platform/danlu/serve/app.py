@@ -19,6 +19,7 @@ from ray.serve.schema import ApplicationStatus
 from danlu.artifact.bundle import read_bundle
 from danlu.artifact.store import Store
 from danlu.errors import ResourceError, SpecError
+from danlu.local_ray import start_ray
 from danlu.metrics import catalog, emit
 from danlu.serve.engine import make_engine
 from danlu.serve.engines.encoder import BatchRecord, EncoderEngine
@@ -119,10 +120,7 @@ def run(service: Service) -> Endpoint:
     if service.bundle is not None:
         # A bundle that is not there is the user's to hear of now, not a replica's to die of.
         read_bundle(Store(service.storage).resolve(service.bundle))
-    if not ray.is_initialized():
-        os.environ.setdefault("RAY_worker_niceness", "0")
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        ray.init(address="local", log_to_driver=False, logging_level=logging.WARNING)
+    start_ray()
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     host, port = address
     serve.start(http_options=HTTPOptions(host=host, port=port, request_timeout_s=service.limits.request_timeout_s + 5))

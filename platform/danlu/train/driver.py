@@ -60,17 +60,6 @@ def fit(job: TrainJob, run_uri: str, listener: Callable[[Record], None]) -> dict
     return outcome
 
 
-def start_ray(num_cpus: int | None = None, *, dashboard: bool = True) -> None:
-    """A Ray of our own on this machine, unless this process is connected to one already."""
-    if ray.is_initialized():
-        return
-    # Training is not a background job.
-    os.environ.setdefault("RAY_worker_niceness", "0")
-    os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    ray.init(address="local", num_cpus=num_cpus, include_dashboard=dashboard, log_to_driver=False, logging_level=logging.WARNING)
-
-
 class _Trainer(TorchTrainer):  # type: ignore[misc]
     """Ray's, but Ctrl-C stays a KeyboardInterrupt: Ray's own handler would exit the process, and stay installed after the training."""
 
@@ -213,4 +202,4 @@ def _worker_lost(job: TrainJob, rank: int, *, short_of_memory: bool) -> Resource
     )
 
 
-__all__ = ["fit", "start_ray"]
+__all__ = ["fit"]

@@ -207,6 +207,12 @@ def _import_deepspeed(device: torch.device) -> Any:
     import deepspeed
 
     deepspeed.utils.logger.setLevel(logging.WARNING)
+    if device.type == "cpu":
+        # Else its shared-memory collectives are compiled now: for minutes, by a compiler that a pod may not have, and measured on two
+        # workers they are no faster than gloo's. What is built into an image (DS_BUILD_SHM_COMM=1) is used.
+        from deepspeed.git_version_info import installed_ops
+
+        deepspeed.ops.__compatible_ops__ = dict(installed_ops)
     return deepspeed
 
 

@@ -1,0 +1,33 @@
+"""A Ray of our own on this machine, for training and serving without a cluster."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+
+import ray
+
+ENVIRONMENT = {
+    # Training and serving are not background jobs, which is what Ray takes its workers for.
+    "RAY_worker_niceness": "0",
+    "RAY_TRAIN_V2_ENABLED": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
+
+
+def start_ray(num_cpus: int | None = None, *, dashboard: bool = True) -> None:
+    """Start it, unless this process is connected to a Ray already."""
+    if ray.is_initialized():
+        return
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    # That it guards its own dashboard with a token is not news to act on.
+    logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
+    on_main = threading.current_thread() is threading.main_thread()
+    before = signal.getsignal(signal.SIGTERM) if on_main else None
+    ray.init(address="local", num_cpus=num_cpus, include_dashboard=dashboard, log_to_driver=False, logging_level=logging.WARNING)
+    if before is not None:
+        # Ray's own handler would end the process at once, with what was started still running.
+        signal.signal(signal.SIGTERM, before)
