@@ -33,8 +33,14 @@ $(DATA): | $(STAMP)
 demo: $(STAMP) $(DATA) ## The main job end to end: fine-tune, score, quantize, serve, report (under 5 minutes on 2 cores)
 	@$(BIN)/danlu run $(SPEC) --fresh
 
-test: $(STAMP) $(DATA) ## All tests and checks (under 10 minutes on 2 cores)
+# Two processes for what computes a little; one after the other for what starts workers of its own.
+test: $(STAMP) $(DATA) ## All tests and checks (under 10 minutes on 2 cores); ARGS="tests/unit -k split" runs some
+ifeq ($(ARGS),)
+	@$(BIN)/python -m pytest -m "not gpu and not soak" -q -n 2 --dist loadfile tests/unit tests/contract
+	@$(BIN)/python -m pytest -m "not gpu and not soak" -q tests/distributed tests/ray tests/e2e
+else
 	@$(BIN)/python -m pytest -m "not gpu and not soak" $(ARGS)
+endif
 
 check: $(STAMP) ## Lint, types, layers, generated files
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports --no-cache && $(BIN)/python -m danlu.generate --check

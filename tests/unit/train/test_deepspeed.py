@@ -20,20 +20,23 @@ from danlu.train.strategy import Setup
 CPU = torch.device("cpu")
 
 
-def async_io_can_be_built() -> bool:
+@pytest.fixture
+def libaio(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine with libaio's headers, or without: what DeepSpeed finds is set, what Danlu makes of it is real."""
     import deepspeed  # noqa: F401
     from deepspeed.accelerator import get_accelerator
 
-    return bool(get_accelerator().create_op_builder("AsyncIOBuilder").is_compatible(verbose=False))
+    builder = get_accelerator().get_op_builder("AsyncIOBuilder")
+    monkeypatch.setattr(builder, "is_compatible", lambda *_, **__: request.param)
 
 
 def spec(path: Path) -> DeepSpeed:
     return DeepSpeed(zero_stage=3, offload_param="nvme", nvme_path=str(path))
 
 
+@pytest.mark.usefixtures("libaio")
+@pytest.mark.parametrize("libaio", [False], indirect=True)
 def test_a_machine_without_libaio_is_told_what_to_install_before_a_worker_starts(tmp_path: Path) -> None:
-    if async_io_can_be_built():
-        pytest.skip("this machine has libaio's headers")
     job = TrainJob.model_validate(
         {"name": "nvme", "model": {"model_name_or_path": "m"}, "data": {"train": "t"}, "parallel": spec(tmp_path).model_dump()}
     )
@@ -42,9 +45,9 @@ def test_a_machine_without_libaio_is_told_what_to_install_before_a_worker_starts
     assert "apt install libaio-dev" in raised.value.fix
 
 
+@pytest.mark.usefixtures("libaio")
+@pytest.mark.parametrize("libaio", [True], indirect=True)
 def test_a_path_that_is_no_folder_is_refused(tmp_path: Path) -> None:
-    if not async_io_can_be_built():
-        pytest.skip("this machine lacks libaio's headers, which is said first")
     with pytest.raises(ResourceError, match="not a folder"):
         check_nvme(spec(tmp_path / "missing"), CPU)
 
