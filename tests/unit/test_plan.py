@@ -16,6 +16,7 @@ from transformers import (
     BertForMaskedLM,
     BertForSequenceClassification,
     DistilBertConfig,
+    DistilBertForSequenceClassification,
     DistilBertModel,
     PreTrainedModel,
     RobertaConfig,
@@ -83,8 +84,8 @@ SMALL: dict[str, Any] = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers
     ("family", "tuning"),
     [
         (family, tuning)
-        for family in ("with a head", "masked-lm", "roberta", "distilbert")
-        for tuning in TUNINGS[: 2 if family == "distilbert" else 3]
+        for family in ("with a head", "masked-lm", "roberta", "distilbert", "distilbert with a head")
+        for tuning in TUNINGS[:3]
     ],
 )
 def test_other_families_and_heads_are_counted_as_they_are_built(tmp_path: Path, family: str, tuning: dict[str, Any]) -> None:
@@ -98,9 +99,8 @@ def test_other_families_and_heads_are_counted_as_they_are_built(tmp_path: Path, 
         case "roberta":
             model = RobertaModel(RobertaConfig(**SMALL, max_position_embeddings=40))
         case _:
-            model = DistilBertModel(
-                DistilBertConfig(vocab_size=50, dim=16, n_layers=2, n_heads=2, hidden_dim=32, max_position_embeddings=40)
-            )
+            config = DistilBertConfig(vocab_size=50, dim=16, n_layers=2, n_heads=2, hidden_dim=32, max_position_embeddings=40, num_labels=3)
+            model = (DistilBertForSequenceClassification if family.endswith("head") else DistilBertModel)(config)
     model.save_pretrained(folder)
     assert_counts_are_the_models(folder, tuning)
 

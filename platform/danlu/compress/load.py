@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from danlu.artifact.bundle import Bundle
 from danlu.artifact.pretrained import model_folder
-from danlu.compress.quantized_base import need_bitsandbytes, quantized_base
+from danlu.compress.quantized_base import keep_format_of_odd_shapes, need_bitsandbytes, quantized_base
 from danlu.errors import ModelError
 from danlu.spec.compress import BnbInt8, BnbNf4, Int8
 from danlu.spec.model import Model
@@ -91,6 +91,7 @@ def load_model(bundle: Bundle) -> PreTrainedModel:
         case BnbInt8() | BnbNf4():
             need_bitsandbytes()
             quantized: PreTrainedModel = loader.from_pretrained(folder)
+            keep_format_of_odd_shapes(quantized)
             return quantized
 
 

@@ -17,6 +17,9 @@ from danlu.tasks.task import task_file
 HEADS = ["classifier", "score", "pooler", "pre_classifier", "lm_head"]
 """Layers on top of the body, left in full precision: they are small, and every error there is an error in the answer."""
 
+ROWS_PACKED = 32
+"""Rows that bitsandbytes packs together for its AVX512-BF16 kernel (block_n)."""
+
 
 def quantized_base(
     folder: Path, task: Task, label_names: Sequence[str], tuning: Qlora, *, bf16: bool, dropout: float | None = None
@@ -48,6 +51,14 @@ def keep_format(model: nn.Module) -> None:
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010
+
+
+def keep_format_of_odd_shapes(model: nn.Module) -> None:
+    """Keep 4-bit weights as they are where that kernel cannot take them: its repacking fails on rows that are not whole blocks."""
+    for module in model.modules():
+        state = getattr(getattr(module, "weight", None), "quant_state", None)
+        if state is not None and (state.shape[0] % ROWS_PACKED or state.shape[1] % state.blocksize):
+            keep_format(module)
 
 
 def need_bitsandbytes(where: str = "compress.quantization.kind") -> None:

@@ -17,7 +17,7 @@ class Encoder(Spec):
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
     """Computation of a bundle that is not quantized; `auto` is the one it was evaluated in."""
 
-    max_batch_tokens: PositiveInt = 4096
+    max_batch_tokens: PositiveInt = 2048
     """Tokens of one forward at most."""
 
     batch_wait_ms: Annotated[float, Field(ge=0)] = 0.0

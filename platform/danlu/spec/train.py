@@ -26,7 +26,7 @@ class Evaluation(Spec):
     """What the best weights of the dev split are best at. Unset: accuracy for classification, loss for language modelling."""
     early_stopping_patience: PositiveInt | None = None
     """Stop after so many evaluations in a row without a new best; unset never stops early."""
-    batch_tokens: PositiveInt = 4096
+    batch_tokens: PositiveInt = 2048
     """Tokens of one forward while scoring."""
 
 

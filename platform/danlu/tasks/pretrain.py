@@ -179,7 +179,7 @@ class Scorer:
         """One row a text, cut at max_length."""
         return encode(texts, None, self.tokenizer, max_length=self.max_length, cache_dir=None)
 
-    def outputs(self, encoded: Encoded, *, batch_tokens: int = 4096) -> np.ndarray:
+    def outputs(self, encoded: Encoded, *, batch_tokens: int = 2048) -> np.ndarray:
         """`row_outputs` of all rows in their order."""
         found = np.empty((len(encoded), 2), dtype=np.float32)
         for rows in by_length(encoded.lengths, batch_tokens):

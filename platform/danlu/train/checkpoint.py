@@ -7,7 +7,8 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from pathlib import Path, PurePosixPath
@@ -16,6 +17,7 @@ from typing import Any
 import fsspec
 import torch
 from fsspec.implementations.local import LocalFileSystem
+from safetensors import SafetensorError
 
 from danlu.errors import CheckpointError, StorageError
 from danlu.train.run import EventRecord, Run
@@ -24,6 +26,9 @@ from danlu.train.strategy import State
 log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
+
+WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
+"""What writers say when the disk is full: files, torch.save, safetensors."""
 
 ANY_WORLD_SIZE = frozenset({"ddp", "fsdp", "deepspeed-zero1", "deepspeed-zero2", "deepspeed-zero3", "tensor"})
 """Shapes whose files can be read by another number of workers than wrote them; parameters on each worker's NVMe are not put together."""
@@ -54,22 +59,23 @@ class Checkpoints:
         self.is_local = isinstance(self.filesystem, LocalFileSystem)
 
     def save(self, progress: Progress, write: Callable[[Path], None]) -> None:
-        """Let every rank `write` its part; StorageError on all ranks if one of them could not."""
-        folder = self._folder(progress.step)
-        error: Exception | None = None
-        try:
+        """Let every rank `write` its part; StorageError on all ranks if one of them could not.
+
+        `write` may be collective; then it raises after its last collective only.
+        """
+        step, folder = progress.step, self._folder(progress.step)
+        with self._agreed(step):
             if self.run.rank == 0 and self.filesystem.exists(str(folder)):
                 self.filesystem.rm(str(folder), recursive=True)  # left half-written, or damaged
-            self._barrier()
-            self._write_part(folder, write)
-        except (OSError, RuntimeError) as caught:  # torch.save says RuntimeError when the disk is full
-            error = caught
-        if self.run.all_sum(torch.tensor(float(error is not None))) > 0:
-            if self.run.rank == 0 and self.filesystem.exists(str(folder)):
-                self.filesystem.rm(str(folder), recursive=True)
-            raise self._not_saved(progress.step, error) from error
+        with self._agreed(step):  # no rank begins to write before all can
+            private = self._private(folder)
+        with self._agreed(step), private:
+            write(Path(private.name))
+            self._put(Path(private.name), folder)
+        with self._agreed(step):
+            if self.run.rank == 0:
+                self._finish(folder, progress)
         if self.run.rank == 0:
-            self._finish(folder, progress)
             self._drop_old()
 
     def restore(self, state: State) -> Progress | None:
@@ -99,18 +105,41 @@ class Checkpoints:
     def _folder(self, step: int) -> PurePosixPath:
         return self.root / f"step-{step:06d}"
 
-    def _write_part(self, folder: PurePosixPath, write: Callable[[Path], None]) -> None:
+    @contextmanager
+    def _agreed(self, step: int) -> Iterator[None]:
+        """A part of saving that all ranks end before one begins the next; where one of them fails, it fails on all."""
+        error: Exception | None = None
+        try:
+            yield
+        except Exception as caught:  # noqa: BLE001  # whatever it is, the other ranks wait for this one
+            error = caught
+        if self.run.all_sum(torch.tensor(float(error is not None))) == 0:
+            return
+        if self.run.rank == 0:
+            self._discard(self._folder(step))
+        if error is not None and not isinstance(error, WRITE_ERRORS):
+            raise error
+        raise self._not_saved(step, error) from error
+
+    def _discard(self, folder: PurePosixPath) -> None:
+        with suppress(OSError):  # what is left has no manifest, so it is never read
+            if self.filesystem.exists(str(folder)):
+                self.filesystem.rm(str(folder), recursive=True)
+
+    def _private(self, folder: PurePosixPath) -> tempfile.TemporaryDirectory[str]:
+        """A folder for this rank's files alone, where they can be renamed into the checkpoint."""
         if self.is_local:
-            parent = Path(folder)
-            parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".rank-{self.run.rank}-", dir=str(folder) if self.is_local else None) as private:
-            write(Path(private))
-            digests: dict[str, dict[str, Any]] = {}
-            for path in sorted(Path(private).rglob("*")):
-                if path.is_file():
-                    name = path.relative_to(private).as_posix()
-                    digests[name] = {"size": path.stat().st_size, "sha256": _digest(path)}
-                    self._move(path, folder / name)
+            Path(folder).mkdir(parents=True, exist_ok=True)
+        where = str(folder) if self.is_local else None
+        return tempfile.TemporaryDirectory(prefix=f".rank-{self.run.rank}-", dir=where, ignore_cleanup_errors=True)
+
+    def _put(self, private: Path, folder: PurePosixPath) -> None:
+        digests: dict[str, dict[str, Any]] = {}
+        for path in sorted(private.rglob("*")):
+            if path.is_file():
+                name = path.relative_to(private).as_posix()
+                digests[name] = {"size": path.stat().st_size, "sha256": _digest(path)}
+                self._move(path, folder / name)
         with self.filesystem.open(str(folder / f"rank-{self.run.rank}.json"), "w") as file:
             json.dump(digests, file)
 
@@ -181,16 +210,15 @@ class Checkpoints:
             )
 
     def _not_saved(self, step: int, error: Exception | None) -> StorageError:
-        kept = self.steps()
+        kept: list[int] = []
+        with suppress(OSError):  # it may be out of reach
+            kept = self.steps()
         before = f"the checkpoint of step {kept[0]} is whole and the same command goes on from it" if kept else "there is no earlier one"
         return StorageError(
             f"the checkpoint of step {step} could not be saved: {error or 'another worker failed to write its part'}; {before}",
             where=str(self.root),
             fix="free some space or set storage: to another place",
         )
-
-    def _barrier(self) -> None:
-        self.run.all_sum(torch.zeros(1))
 
 
 class _LocalCopy:

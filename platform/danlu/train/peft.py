@@ -21,6 +21,7 @@ from peft import (
     get_peft_model,
     get_peft_model_state_dict,
 )
+from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
@@ -40,6 +41,7 @@ def with_adapter(
     named = tuning.target_modules
     if named is not None and named != "all-linear":
         _check_targets(model, named)
+    config: IA3Config | LoraConfig
     shared: dict[str, Any] = {
         "task_type": TaskType.SEQ_CLS if isinstance(task, Classification) else TaskType.CAUSAL_LM,
         # PEFT trains the head that it knows whole of its own accord.
@@ -48,13 +50,16 @@ def with_adapter(
     match tuning:
         case Ia3():
             targets, feedforward = ia3_modules([name for name, _ in model.named_parameters()], tuning)
-            config: PeftConfig = IA3Config(**shared, target_modules=list(targets), feedforward_modules=list(feedforward))
+            config = IA3Config(**shared, target_modules=list(targets), feedforward_modules=list(feedforward))
         case _:
             config = _low_rank(tuning, shared, num_steps)
+            if named == "all-linear" and isinstance(task, Classification):
+                # PEFT puts a head it trains whole around each of these, and cannot where there is an adapter already.
+                config.exclude_modules = sorted(name for name, _ in model.named_modules() if name.endswith(tuple(SEQ_CLS_HEAD_NAMES)))
     return get_peft_model(model, config)
 
 
-def _low_rank(tuning: Lora | Qlora | Adalora, shared: dict[str, Any], num_steps: int) -> PeftConfig:
+def _low_rank(tuning: Lora | Qlora | Adalora, shared: dict[str, Any], num_steps: int) -> LoraConfig:
     shared = shared | {name: getattr(tuning, name) for name in ("lora_alpha", "lora_dropout", "target_modules")}
     match tuning:
         case Adalora():
@@ -119,8 +124,9 @@ def for_untouched_base(model: PeftModel, start: Mapping[str, torch.Tensor], stat
             doubled[name] = torch.cat([state[name], -first.cpu().float()], dim=1)
     config = model.peft_config[ADAPTER]
     scale = 2**0.5 if config.use_rslora else 2.0
+    kept = ("task_type", "target_modules", "exclude_modules", "modules_to_save", "lora_dropout", "use_rslora")
     stored = LoraConfig(
-        **{name: getattr(config, name) for name in ("task_type", "target_modules", "modules_to_save", "lora_dropout", "use_rslora")},
+        **{name: getattr(config, name) for name in kept},
         r=2 * config.r,
         lora_alpha=config.lora_alpha * scale,
         base_model_name_or_path=config.base_model_name_or_path,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -208,3 +209,80 @@ def test_stopping_answers_what_was_asked_before(predictor: Predictor) -> None:
         return await asyncio.gather(*asked, return_exceptions=True)
 
     assert all(isinstance(result, list) for result in asyncio.run(life()))
+
+
+def test_a_request_that_comes_as_the_engine_ends_is_answered_or_refused_but_does_not_wait(predictor: Predictor) -> None:
+    class Ending(EncoderEngine):
+        """Is told to end between its check and what follows."""
+
+        def check_health(self) -> None:
+            super().check_health()
+            self.stopping = True
+            with self.wake:
+                self.wake.notify()
+            assert self.thread is not None
+            self.thread.join(0.5)
+
+    async def life() -> None:
+        engine = Ending(Encoder(), bundle(), predictor=predictor)
+        await engine.start()
+        (result,) = await asyncio.gather(asyncio.wait_for(engine.classify([Input(TEXTS[0])]), 20), return_exceptions=True)
+        assert isinstance(result, list | ResourceError)
+        await engine.stop()
+
+    asyncio.run(life())
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_all_who_wait_are_told_when_the_engines_thread_fails(predictor: Predictor, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(batch: Packed) -> np.ndarray:
+        raise SystemExit("the end")
+
+    async def life() -> None:
+        engine = encoder(predictor, max_batch_tokens=30)
+        await engine.start()
+        monkeypatch.setattr(predictor, "forward", broken)
+        waiting = asyncio.gather(*(engine.classify([Input(text)]) for text in TEXTS), return_exceptions=True)
+        for result in await asyncio.wait_for(waiting, 20):
+            assert isinstance(result, ResourceError)
+            assert "the end" in str(result)
+        with pytest.raises(ResourceError, match="the end"):
+            engine.check_health()
+
+    asyncio.run(life())
+
+
+def test_who_asks_while_an_engine_starts_that_cannot_is_told(predictor: Predictor, monkeypatch: pytest.MonkeyPatch) -> None:
+    (answer,) = predictor.predict(TEXTS[:1])
+    wrong = Probe(text=TEXTS[0], label=answer.label, probabilities=[1.0 - p for p in answer.probabilities])
+    all_asked, predict = threading.Event(), predictor.predict
+
+    def later(*args: Any) -> Any:
+        assert all_asked.wait(20)
+        return predict(*args)
+
+    monkeypatch.setattr(predictor, "predict", later)
+
+    async def life() -> list[Any]:
+        engine = encoder(predictor, probes=[wrong])
+        tasks: list[asyncio.Task[Any]] = [asyncio.create_task(engine.start())]
+        tasks += [asyncio.create_task(engine.classify([Input(text)])) for text in TEXTS]
+        await asyncio.sleep(0)  # all of them run until they wait
+        assert len(engine.jobs) == len(TEXTS)
+        all_asked.set()
+        return await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 20)
+
+    first, *others = asyncio.run(life())
+    assert isinstance(first, QualityError)
+    assert all(isinstance(other, ResourceError) for other in others)
+
+
+def test_no_texts_have_no_answers_and_disturb_no_one(engine: Engine) -> None:
+    async def life() -> list[list[Answer]]:
+        await engine.start()
+        asked = [asyncio.create_task(engine.classify(inputs)) for inputs in ([], [Input(TEXTS[0])], [])]
+        answers = await asyncio.wait_for(asyncio.gather(*asked), 20)
+        await engine.stop()
+        return answers
+
+    assert [len(answers) for answers in asyncio.run(life())] == [0, 1, 0]

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import errno
+import resource
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 
 from danlu.errors import CheckpointError, StorageError
 from danlu.train.checkpoint import MANIFEST, Checkpoints, Progress
@@ -114,6 +117,54 @@ def test_a_really_full_disk_is_the_same_error() -> None:
         with pytest.raises(StorageError, match="could not be saved"):
             ours.save(Progress(step=1), lambda _: torch.save(torch.zeros(10**6), "/dev/full"))
         assert ours.steps() == []
+
+
+class TwoRanks(LocalRun):
+    """One rank of two, whose other one agrees."""
+
+    def all_sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        self.agreements = getattr(self, "agreements", 0) + 1
+        return tensor
+
+
+def test_weights_that_safetensors_cannot_write_are_the_same_error(tmp_path: Path) -> None:
+    """Its errors are of its own kind. A limit on files, since it would put its file in the place of /dev/full."""
+    ours, before = checkpoints(str(tmp_path)), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))
+    try:
+        with pytest.raises(StorageError, match="step 1 could not be saved: ") as raised:
+            ours.save(Progress(step=1), lambda folder: save_file({"numbers": torch.zeros(10**5)}, folder / "model.safetensors"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert isinstance(raised.value.__cause__, SafetensorError)
+    assert ours.steps() == []
+
+
+def test_a_mistake_of_ours_is_shown_as_it_is_after_the_others_were_told(tmp_path: Path) -> None:
+    run = TwoRanks(torch.device("cpu"))
+
+    def wrong(folder: Path) -> None:
+        run.agreements = 0
+        raise KeyError("ours")
+
+    with pytest.raises(KeyError, match="ours"):
+        checkpoints(str(tmp_path), run).save(Progress(step=1), wrong)
+    assert run.agreements == 1
+    assert not (tmp_path / "step-000001").exists()
+
+
+def test_a_manifest_that_cannot_be_written_is_the_same_error(tmp_path: Path) -> None:
+    ours = checkpoints(str(tmp_path))
+    ours.save(Progress(step=1), Numbers(1.0).save)
+
+    def obstructing(folder: Path) -> None:
+        Numbers(2.0).save(folder)
+        (folder.parent / f".{MANIFEST}").mkdir()
+
+    with pytest.raises(StorageError, match=r"step 2 could not be saved: .*step 1 is whole"):
+        ours.save(Progress(step=2), obstructing)
+    assert ours.steps() == [1]
+    assert not (tmp_path / "step-000002").exists()
 
 
 def test_another_shape_is_refused_with_both_named(tmp_path: Path) -> None:

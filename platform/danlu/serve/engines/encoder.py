@@ -69,6 +69,8 @@ class EncoderEngine:
         self.jobs: deque[Job] = deque()
         self.wake = threading.Condition()
         self.stopping = False
+        self.ended = False
+        """Nothing is taken from `jobs` any more, and nothing may be put there; as they, it belongs to who holds `wake`."""
         self.failure: BaseException | None = None
         self.thread: threading.Thread | None = None
 
@@ -79,10 +81,12 @@ class EncoderEngine:
         await started
 
     async def classify(self, inputs: Sequence[Input]) -> list[Answer]:
-        self.check_health()
+        if not inputs:
+            return []
         loop = asyncio.get_running_loop()
         job = Job(inputs, loop, loop.create_future(), time.perf_counter())
         with self.wake:
+            self.check_health()
             self.jobs.append(job)
             self.wake.notify()
         return await job.done
@@ -90,7 +94,7 @@ class EncoderEngine:
     def check_health(self) -> None:
         if self.failure is not None:
             raise ResourceError(f"the engine has failed: {self.failure!r}")
-        if self.thread is None or not self.thread.is_alive():
+        if self.thread is None or self.ended or not self.thread.is_alive():
             raise ResourceError("the engine is not running")
 
     async def stop(self) -> None:
@@ -104,18 +108,38 @@ class EncoderEngine:
 
     def _run(self, loop: asyncio.AbstractEventLoop, started: asyncio.Future[None]) -> None:
         try:
-            torch.set_num_threads(self.spec.num_threads)
-            if self.predictor is None:
-                precision = None if self.spec.dtype == "auto" else self.spec.dtype
-                self.predictor = load_predictor(self.bundle, precision=precision, device=pick_device(self.spec.num_gpus))
-            self._check_probes(self.predictor)
+            self._start()
         except BaseException as error:  # noqa: BLE001  # whatever it is belongs to whoever waits for the start
-            self.failure = error
+            self._end(error)
             loop.call_soon_threadsafe(started.set_exception, error)
             return
         loop.call_soon_threadsafe(started.set_result, None)
+        try:
+            self._serve()
+        except BaseException as error:
+            self._end(error)
+            raise
+        self._end(None)
+
+    def _start(self) -> None:
+        torch.set_num_threads(self.spec.num_threads)
+        if self.predictor is None:
+            precision = None if self.spec.dtype == "auto" else self.spec.dtype
+            self.predictor = load_predictor(self.bundle, precision=precision, device=pick_device(self.spec.num_gpus))
+        self._check_probes(self.predictor)
+
+    def _serve(self) -> None:
+        assert self.predictor is not None
         while (jobs := self._waiting()) is not None:
             self._step(self.predictor, jobs)
+
+    def _end(self, failure: BaseException | None) -> None:
+        """Take no more jobs; those that came too late to be answered get an error."""
+        with self.wake:
+            self.ended, self.failure = True, failure
+            left, self.jobs = list(self.jobs), deque()
+        why = "the engine is not running" if failure is None else f"the engine has failed: {failure!r}"
+        _deliver([(job, ResourceError(why)) for job in left])
 
     def _waiting(self) -> list[Job] | None:
         """The jobs of the next forward, once there are any; None when it is time to end."""
@@ -132,7 +156,7 @@ class EncoderEngine:
 
     def _step(self, predictor: Predictor, jobs: list[Job]) -> None:
         """One forward over as many rows as fit, taken from the jobs in order."""
-        finished: list[Job] = []
+        finished: list[tuple[Job, list[Answer] | Exception]] = []
         taken: list[tuple[Job, int]] = []
         try:
             tokens = self._fill(predictor, jobs, taken)
@@ -150,7 +174,7 @@ class EncoderEngine:
             waited = [began - job.arrived for job, row in taken if row == 0]
             for (job, _), row in zip(taken, placed, strict=True):
                 job.logits.append(row)
-            finished = [job for job in jobs if job.encoded is not None and job.next_row == len(job.encoded)]
+            finished = [(job, self._answers(job)) for job in jobs if job.encoded is not None and job.next_row == len(job.encoded)]
             if self.on_batch is not None:
                 self.on_batch(BatchRecord(len(taken), tokens, seconds, waited))
         except Exception as error:  # noqa: BLE001  # every request of the batch gets it; none may wait for ever
@@ -158,8 +182,8 @@ class EncoderEngine:
             self._drop(failed)
             _deliver([(job, error) for job in failed])
             return
-        self._drop(finished)
-        _deliver([(job, self._answers(job)) for job in finished])
+        self._drop([job for job, _ in finished])
+        _deliver(finished)
 
     def _fill(self, predictor: Predictor, jobs: list[Job], taken: list[tuple[Job, int]]) -> int:
         """Put (job, row) into `taken` until the token budget is full; at least one row. The number of tokens."""

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from danlu.errors import ResourceError
@@ -151,8 +152,9 @@ class DeepSpeedState:
         self.engine, self.optimizer, self.setup = strategy.engine, strategy.optimizer, strategy.setup
 
     def save(self, folder: Path) -> None:
-        (folder / TAG).mkdir(parents=True, exist_ok=True)
-        self.engine.save_checkpoint(str(folder), tag=TAG, save_latest=False, exclude_frozen_parameters=True)
+        """Collective; what could not be written is raised after the last collective."""
+        with _errors_at_the_end(self.engine):
+            self.engine.save_checkpoint(str(folder), tag=TAG, save_latest=False, exclude_frozen_parameters=True)
 
     def load(self, folder: Path) -> None:
         if num_writers(folder / TAG) == self.setup.world_size:
@@ -198,6 +200,38 @@ class DeepSpeedState:
     def _keep(self, whole: dict[str, torch.Tensor], name: str, tensor: torch.Tensor) -> None:
         if self.setup.rank == 0:
             whole[name] = tensor.detach().float().cpu().clone()
+
+
+@contextmanager
+def _errors_at_the_end(engine: Any) -> Iterator[None]:
+    """Let DeepSpeed's save go on from a write that fails, and raise after it.
+
+    Between and behind the writes are barriers and gathers: a rank that left early would let the others wait there for the group's timeout.
+    """
+    errors: list[Exception] = []
+
+    def kept(write: Callable[..., None]) -> Callable[..., None]:
+        def attempt(*args: Any, **kwargs: Any) -> None:
+            try:
+                write(*args, **kwargs)
+            except Exception as error:  # noqa: BLE001  # raised below
+                errors.append(error)
+
+        return attempt
+
+    writer = engine.checkpoint_engine
+    writer.save, engine._copy_recovery_script = kept(writer.save), kept(engine._copy_recovery_script)
+    try:
+        yield
+    except OSError as error:  # the copy of what is offloaded to NVMe; this is what DeepSpeed does after it
+        errors.append(error)
+        if hasattr(engine.optimizer, "checkpoint_event_epilogue"):
+            engine.optimizer.checkpoint_event_epilogue()
+        dist.barrier()
+    finally:
+        del writer.save, engine._copy_recovery_script  # the classes' own again
+    if errors:
+        raise errors[0]
 
 
 def _import_deepspeed(device: torch.device) -> Any:
