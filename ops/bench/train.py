@@ -35,8 +35,9 @@ from danlu.train.model import build
 from danlu.train.run import LocalRun, Record, StepRecord
 from danlu.train.worker import work
 
-SKIP = 4
-"""Steps that warm up: allocators, oneDNN's kernels, the optimizer's state."""
+SKIP = 14
+"""Steps that warm up: allocators, oneDNN's kernels, the optimizer's state; and, for some ten seconds after its worker, Ray starts spare
+processes that take a share of a small machine's cores."""
 
 
 @dataclass(frozen=True)
