@@ -34,7 +34,7 @@ demo: $(STAMP) $(DATA) ## The main job end to end: fine-tune, score, quantize, s
 	@$(BIN)/danlu run $(SPEC) --fresh
 
 # Two processes for what computes a little; one after the other for what starts workers of its own.
-test: $(STAMP) $(DATA) ## All tests and checks (under 10 minutes on 2 cores); ARGS="tests/unit -k split" runs some
+test: $(STAMP) $(DATA) ## All tests and checks (about 10 minutes on 2 cores); ARGS="tests/unit -k split" runs some
 ifeq ($(ARGS),)
 	@$(BIN)/python -m pytest -m "not gpu and not soak" -q -n 2 --dist loadfile tests/unit tests/contract
 	@$(BIN)/python -m pytest -m "not gpu and not soak" -q tests/distributed tests/ray tests/e2e

@@ -143,13 +143,15 @@ class PackedClassifier(PackedModel):
     ) -> torch.Tensor:
         lengths = cu_seqlens.diff().tolist()
 
-        def padded(tensor: torch.Tensor, value: int) -> torch.Tensor:
-            return nn.utils.rnn.pad_sequence(list(torch.split(tensor, lengths)), batch_first=True, padding_value=value)
-
-        types = {} if token_type_ids is None else {"token_type_ids": padded(token_type_ids, 0)}
-        mask = padded(torch.ones_like(input_ids), 0)
-        logits: torch.Tensor = self.model(input_ids=padded(input_ids, self.pad_token_id), attention_mask=mask, **types).logits
+        types = {} if token_type_ids is None else {"token_type_ids": padded_rows(token_type_ids, lengths)}
+        mask = padded_rows(torch.ones_like(input_ids), lengths)
+        logits: torch.Tensor = self.model(input_ids=padded_rows(input_ids, lengths, self.pad_token_id), attention_mask=mask, **types).logits
         return logits
+
+
+def padded_rows(tensor: torch.Tensor, lengths: list[int], value: int = 0) -> torch.Tensor:
+    """[tokens] of packed rows -> [rows, longest], `value` behind each row's end."""
+    return nn.utils.rnn.pad_sequence(list(torch.split(tensor, lengths)), batch_first=True, padding_value=value)
 
 
 def inputs(batch: Packed) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:

@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from danlu.tasks.packed import ATTENTION, PackedModel
+from danlu.tasks.packed import ATTENTION, PackedModel, padded_rows
 
 log = logging.getLogger(__name__)
 
@@ -90,16 +90,13 @@ class PackedDecoder(PackedModel):
             return packed
         lengths = cu_seqlens.diff().tolist()
 
-        def padded(tensor: torch.Tensor, value: int) -> torch.Tensor:
-            return nn.utils.rnn.pad_sequence(list(torch.split(tensor, lengths)), batch_first=True, padding_value=value)
-
-        mask = padded(torch.ones_like(input_ids), 0)
+        mask = padded_rows(torch.ones_like(input_ids), lengths)
         if self.prompted:
             from danlu.tasks.prompted import hidden_behind_prompt
 
-            behind = hidden_behind_prompt(self.model, padded(input_ids, self.pad_token_id), mask)
+            behind = hidden_behind_prompt(self.model, padded_rows(input_ids, lengths, self.pad_token_id), mask)
             return behind[mask.bool()]
-        output = backbone(input_ids=padded(input_ids, self.pad_token_id), attention_mask=mask, use_cache=False)
+        output = backbone(input_ids=padded_rows(input_ids, lengths, self.pad_token_id), attention_mask=mask, use_cache=False)
         flat: torch.Tensor = output.last_hidden_state[mask.bool()]
         return flat
 
