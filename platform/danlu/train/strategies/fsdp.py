@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -62,23 +61,7 @@ class FsdpStrategy:
         return grad_norm
 
     def state(self) -> State:
-        return FsdpState(self)
-
-
-class FsdpState:
-    """Every rank writes its shards through torch's distributed checkpoint; any number of workers can read them."""
-
-    def __init__(self, strategy: FsdpStrategy) -> None:
-        self.strategy = strategy
-
-    def save(self, folder: Path) -> None:
-        sharded.save(self.strategy.module, self.strategy.optimizer, folder)
-
-    def load(self, folder: Path) -> None:
-        sharded.load(self.strategy.module, self.strategy.optimizer, folder)
-
-    def weights(self, names: Collection[str]) -> dict[str, torch.Tensor]:
-        return sharded.whole_weights(self.strategy.module, names, self.strategy.setup)
+        return sharded.ShardedState(self.module, self.optimizer, self.setup)
 
 
 def layers_of(model: nn.Module) -> list[nn.Module]:

@@ -56,6 +56,22 @@ def scale(gradients: Sequence[torch.Tensor], norm: float, limit: float | None) -
         torch._foreach_mul_(list(gradients), limit / (norm + 1e-6))
 
 
+class ShardedState:
+    """Every rank writes its shards through torch's distributed checkpoint; any number of workers, split in any way, can read them."""
+
+    def __init__(self, module: nn.Module, optimizer: torch.optim.Optimizer, setup: Setup) -> None:
+        self.module, self.optimizer, self.setup = module, optimizer, setup
+
+    def save(self, folder: Path) -> None:
+        save(self.module, self.optimizer, folder)
+
+    def load(self, folder: Path) -> None:
+        load(self.module, self.optimizer, folder)
+
+    def weights(self, names: Collection[str]) -> dict[str, torch.Tensor]:
+        return whole_weights(self.module, names, self.setup)
+
+
 def save(model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> None:
     """Write this rank's shards. Collective; OSError on every rank if one of them could not write."""
     weights, state = get_state_dict(model, optimizer, options=TRAINED)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -96,7 +95,7 @@ class TensorStrategy:
         return grad_norm
 
     def state(self) -> State:
-        return TensorState(self)
+        return sharded.ShardedState(self.module, self.optimizer, self.setup)
 
     def _norm(self) -> float:
         """Of one whole model: split gradients are summed over the group, whole ones counted once."""
@@ -107,22 +106,6 @@ class TensorStrategy:
         split = squares[1].clone()
         dist.all_reduce(split, group=self.tensor)
         return float((squares[0] + split).sqrt())
-
-
-class TensorState:
-    """Every worker writes its part through torch's distributed checkpoint; any number of workers, split in any way, can read them."""
-
-    def __init__(self, strategy: TensorStrategy) -> None:
-        self.strategy = strategy
-
-    def save(self, folder: Path) -> None:
-        sharded.save(self.strategy.module, self.strategy.optimizer, folder)
-
-    def load(self, folder: Path) -> None:
-        sharded.load(self.strategy.module, self.strategy.optimizer, folder)
-
-    def weights(self, names: Collection[str]) -> dict[str, torch.Tensor]:
-        return sharded.whole_weights(self.strategy.module, names, self.strategy.setup)
 
 
 def plan_of(model: PreTrainedModel, size: int) -> dict[str, str]:
