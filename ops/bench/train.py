@@ -261,7 +261,7 @@ def check_losses(name: str, curve: Curve, raw: Curve, tolerance: float) -> str:
 
 def main() -> None:
     given = options(__doc__, rounds=3)
-    steps = SKIP + 2 if given.quick else 16
+    steps = SKIP + 2 if given.quick else SKIP + 26
     torch.set_num_threads(cores())
     with tempfile.TemporaryDirectory(prefix="danlu-bench-") as temporary:
         folder = Path(temporary)

@@ -1,0 +1,153 @@
+"""What a language-model engine is asked for and what it answers, piece by piece; and the engine's protocol. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+FinishReason = Literal["stop", "length"]
+"""`stop`: an end-of-text token, a stop text or id, or a guide that is complete. `length`: max_tokens, or the model's last position."""
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A conversation, rendered by the engine with the tokenizer's own chat template and nothing else."""
+
+    messages: Sequence[Mapping[str, Any]]
+    tools: Sequence[Mapping[str, Any]] = ()
+    template_arguments: Mapping[str, Any] = field(default_factory=dict)
+
+
+Prompt = str | tuple[int, ...] | Chat
+
+
+@dataclass(frozen=True)
+class Guide:
+    """What the output must match, from the first token to the last."""
+
+    kind: Literal["json_schema", "json_object", "regex", "choice"]
+    pattern: str = ""
+    """The JSON Schema as JSON, the regular expression, or the choices as a JSON list; empty for json_object."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen; names and meanings are OpenAI's and vLLM's. Penalties count as they do there."""
+
+    max_tokens: int | None = None
+    """New tokens at most; None is as many as the model has positions left."""
+    min_tokens: int = 0
+    temperature: float = 1.0
+    """0 is greedy."""
+    top_p: float = 1.0
+    top_k: int = 0
+    """0 is all."""
+    min_p: float = 0.0
+    seed: int | None = None
+    """The same seed and prompt give the same tokens, whatever else is in the batch."""
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    """None: no log probabilities; k: those of the chosen token and of the k most probable ones, before temperature and penalties."""
+    prompt_logprobs: bool = False
+    """The prompt's tokens too, with as many alternatives as `logprobs` (at least the token itself)."""
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One sequence to be continued. `n` choices are n of these."""
+
+    request_id: str
+    prompt: Prompt
+    sampling: Sampling = Sampling()
+    adapter: str | None = None
+    """A loaded adapter's name; None is the base model."""
+    guide: Guide | None = None
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """A token, its log probability (natural logarithm; None for the first token of a prompt) and the most probable ones in its place."""
+
+    token_id: int
+    text: str
+    logprob: float | None
+    top: tuple[tuple[int, str, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Tokens of one sequence: read, of those found in the prefix cache, and made."""
+
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+
+
+@dataclass(frozen=True)
+class Delta:
+    """A piece of the answer. The last one, and only that, has a finish_reason and the usage. A stop text is never sent."""
+
+    text: str = ""
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
+    """On the first delta, if asked for."""
+    finish_reason: FinishReason | None = None
+    usage: Usage | None = None
+
+
+class TextEngine(Protocol):
+    """start once; generate from any number of coroutines at a time; stop once.
+
+    Errors are raised, never yielded: RequestError for what the client can mend (a prompt that can never fit, an unknown adapter, a
+    guide that does not compile), anything else for what it cannot. Closing the iterator cancels and frees what the sequence held.
+    """
+
+    max_model_len: int
+
+    async def start(self) -> None:
+        """Load, and answer the bundle's probes as the evaluation did; QualityError if the answers differ."""
+        ...
+
+    def generate(self, generation: Generation) -> AsyncIterator[Delta]:
+        """The answer, piece by piece, as it is made; exactly one terminal delta, or an error."""
+        ...
+
+    def tokenize(self, prompt: Prompt) -> list[int]:
+        """The ids `generate` would read; chats are rendered with the generation prompt. RequestError if the template refuses them."""
+        ...
+
+    def detokenize(self, token_ids: Sequence[int]) -> str:
+        """The text of ids; RequestError for one outside the vocabulary."""
+        ...
+
+    async def load_adapter(self, name: str, source: str) -> None:
+        """Make a LoRA adapter (a PEFT folder or a bundle) answer to `name`, while others generate; ModelError names why it cannot."""
+        ...
+
+    async def unload_adapter(self, name: str) -> None:
+        """Forget an adapter; sequences that use it finish first."""
+        ...
+
+    def adapters(self) -> list[str]:
+        """Names of the loaded adapters."""
+        ...
+
+    def stats(self) -> Mapping[str, float]:
+        """Running, waiting, cache use (0-1), prefix tokens queried and hit: numbers of now, by the names of the metric catalogue."""
+        ...
+
+    def check_health(self) -> None:
+        """Raises if no answer can be expected any more."""
+        ...
+
+    async def stop(self) -> None:
+        """Finish what has begun, then end the engine's thread."""
+        ...
