@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from danlu.artifact.bundle import Bundle
 from danlu.artifact.pretrained import model_folder
+from danlu.compress.bf16 import hold_linears_in_bf16
 from danlu.compress.quantized_base import keep_format_of_odd_shapes, need_bitsandbytes, quantized_base
 from danlu.errors import ModelError
 from danlu.spec.compress import BnbInt8, BnbNf4, Int8
@@ -49,6 +50,8 @@ def load_predictor(bundle: Bundle, *, precision: Literal["fp32", "bf16"] | None 
     if device is not None:
         module.to(device)
     bf16 = (precision or bundle.meta.precision) == "bf16" and bundle.meta.quantization is None
+    if bf16:
+        hold_linears_in_bf16(module)
     tokenizer = load_tokenizer(bundle.path / "model")
     return Predictor(module, tokenizer, bundle.meta.labels, max_length=bundle.meta.max_length, bf16=bf16)
 

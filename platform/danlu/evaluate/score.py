@@ -72,7 +72,7 @@ class Delta:
         return "\n".join(lines)
 
 
-def evaluate(judge: Predictor | Scorer, split: Split, *, batch_tokens: int = 2048) -> Evaluation:
+def evaluate(judge: Predictor | Scorer, split: Split, *, batch_tokens: int = 1024) -> Evaluation:
     """Score every row of a split."""
     began = time.perf_counter()
     outputs = judge.outputs(split.encoded, batch_tokens=batch_tokens)
@@ -92,7 +92,7 @@ def compare(
     before: Evaluation | None = None,
     speed_rows: int = 256,
     runs: int = 5,
-    batch_tokens: int = 2048,
+    batch_tokens: int = 1024,
 ) -> Delta:
     """Both on every row for quality; for speed, both in turns on `speed_rows` evenly spaced rows, `runs` times."""
     before = before or evaluate(original, split, batch_tokens=batch_tokens)

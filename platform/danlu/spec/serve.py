@@ -17,8 +17,8 @@ class Encoder(Spec):
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
     """Computation of a bundle that is not quantized; `auto` is the one it was evaluated in."""
 
-    max_batch_tokens: PositiveInt = 2048
-    """Tokens of one forward at most."""
+    max_batch_tokens: PositiveInt = 1024
+    """Tokens of one forward at most. What a CPU's caches hold is best there; a GPU wants some 16,384."""
 
     batch_wait_ms: Annotated[float, Field(ge=0)] = 0.0
     """How long an idle engine waits for company before it runs a batch. Requests that come while a forward runs are batched anyway."""

@@ -225,14 +225,14 @@ class Predictor:
         with torch.inference_mode(), torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             return self.model.logits(batch.to(self.device)).float().cpu().numpy()
 
-    def logits(self, encoded: Encoded, *, batch_tokens: int = 2048) -> np.ndarray:
+    def logits(self, encoded: Encoded, *, batch_tokens: int = 1024) -> np.ndarray:
         """Logits of all rows in their order, float32 [rows, labels]; batches are filled by length."""
         logits = np.empty((len(encoded), len(self.label_names)), dtype=np.float32)
         for rows in by_length(encoded.lengths, batch_tokens):
             logits[rows] = self.forward(pack_rows(encoded, rows))
         return logits
 
-    def outputs(self, encoded: Encoded, *, batch_tokens: int = 2048) -> np.ndarray:
+    def outputs(self, encoded: Encoded, *, batch_tokens: int = 1024) -> np.ndarray:
         """What `scores` is made of: the logits."""
         return self.logits(encoded, batch_tokens=batch_tokens)
 
