@@ -33,11 +33,10 @@ $(DATA): | $(STAMP)
 demo: $(STAMP) $(DATA) ## The main job end to end: fine-tune, score, quantize, serve, report (under 5 minutes on 2 cores)
 	@$(BIN)/danlu run $(SPEC) --fresh
 
-# Two processes for what computes a little; one after the other for what starts workers of its own.
-test: $(STAMP) $(DATA) ## All tests and checks (about 10 minutes on 2 cores); ARGS="tests/unit -k split" runs some
+# Two processes side by side, the long files first; what needs a Ray of its own for a session stays together.
+test: $(STAMP) $(DATA) ## All tests and checks (under 10 minutes on 2 cores); ARGS="tests/unit -k split" runs some
 ifeq ($(ARGS),)
-	@$(BIN)/python -m pytest -m "not gpu and not soak" -q -n 2 --dist loadfile tests/unit tests/contract
-	@$(BIN)/python -m pytest -m "not gpu and not soak" -q tests/distributed tests/ray tests/e2e
+	@$(BIN)/python -m pytest -m "not gpu and not soak" -q -n 2 --dist loadgroup --no-loadscope-reorder tests/e2e tests/ray tests/distributed tests/contract tests/unit
 else
 	@$(BIN)/python -m pytest -m "not gpu and not soak" $(ARGS)
 endif

@@ -15,6 +15,15 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Which tests stay in one process of `make test`: those of a file, and all that share the session's Ray."""
+    for item in items:
+        folder = item.path.parent.name
+        item.add_marker(pytest.mark.xdist_group(folder if folder == "ray" else str(item.path)))
+
+
 TOPICS = {
     "grain": ["wheat", "corn", "harvest", "tonnes", "maize"],
     "ship": ["vessel", "port", "cargo", "strike", "tanker"],

@@ -1,14 +1,16 @@
-"""Training a decoder on rows of skewed lengths: Danlu's packed batches against padded ones, by hand and by the HF Trainer.
+"""Training a decoder on rows of skewed lengths: Danlu's packed batches against padded ones, by hand, by the HF Trainer and by TRL's.
 
 A Qwen3-shaped model of 8 layers of 512 from its config, 8 rows a step, lengths lognormal between 8 and 512 tokens, the same rows in
 the same steps for everybody (the length-grouped Trainer draws its own order of them). Each contestant is a process of its own;
-start-up and the first steps are left out. Tokens are those of the rows, padding not counted; memory is the process's peak.
+start-up and the first steps are left out. Tokens are those of the rows, padding not counted; memory is the process's peak. TRL is
+installed once beside the environment (.cache/bench/trl); where it cannot be had, its rows are missing.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
+import os
 import resource
 import statistics
 import subprocess
@@ -20,9 +22,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from harness import Row, compare, cores, finish, interleave, options, say
+from harness import ROOT, Row, compare, cores, finish, interleave, options, say
 
 SKIP = 4
+PROFILE = "profile"
+TRL = "1.16.0"
+TRL_FOLDER = ROOT / ".cache/bench/trl"
 VOCABULARY = 8000
 ROWS_A_STEP = 8
 
@@ -178,33 +183,54 @@ def raw_padded(given: Work) -> tuple[list[float], list[int], list[float]]:
 
 
 def hf_trainer(given: Work, strategy: str) -> tuple[list[float], list[int], list[float]]:
+    """Transformers' Trainer with a collator that pads to the longest row of a batch."""
     import torch
-    from datasets import Dataset
-    from transformers import AutoModelForCausalLM, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
-
-    rows = [given.encoded.row(i).tolist() for indices in given.order for i in indices]
-    tokens: list[int] = []
-    ends: list[float] = []
+    from transformers import Trainer, TrainingArguments
 
     def collate(features: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         ids = [torch.tensor(feature["input_ids"]) for feature in features]
         padded = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)
         mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in ids], batch_first=True)
-        tokens.append(int(mask.sum()))
         return {"input_ids": padded, "attention_mask": mask, "labels": padded.masked_fill(mask == 0, -100)}
+
+    return _with_trainer(given, Trainer, TrainingArguments, collate, train_sampling_strategy=strategy)
+
+
+def trl_trainer(given: Work) -> tuple[list[float], list[int], list[float]]:
+    """TRL's SFTTrainer as it comes: its own collator and loss."""
+    from trl import SFTConfig, SFTTrainer
+    from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+    collate = DataCollatorForLanguageModeling(pad_token_id=0)
+    settings = {"max_length": 512, "gradient_checkpointing": False, "dataset_kwargs": {"skip_prepare_dataset": True}}
+    return _with_trainer(given, SFTTrainer, SFTConfig, collate, train_sampling_strategy="sequential", **settings)
+
+
+def _with_trainer(
+    given: Work, trainer_class: Any, arguments_class: Any, collate: Callable[..., Any], **settings: Any
+) -> tuple[list[float], list[int], list[float]]:
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainerCallback
+
+    rows = [given.encoded.row(i).tolist() for indices in given.order for i in indices]
+    tokens: list[int] = []
+    ends: list[float] = []
+
+    def counted(features: list[dict[str, Any]]) -> Any:
+        tokens.append(sum(len(feature["input_ids"]) for feature in features))
+        return collate(features)
 
     class Stamps(TrainerCallback):
         def on_step_end(self, *_: Any, **__: Any) -> None:
             ends.append(time.perf_counter())
 
     with tempfile.TemporaryDirectory() as folder:
-        trainer = Trainer(
+        trainer = trainer_class(
             AutoModelForCausalLM.from_pretrained(given.folder),
-            TrainingArguments(
+            arguments_class(
                 output_dir=folder,
                 per_device_train_batch_size=ROWS_A_STEP,
                 max_steps=len(given.order),
-                train_sampling_strategy=strategy,
                 learning_rate=given.job.optim.learning_rate,
                 weight_decay=0.01,
                 warmup_steps=round(0.1 * len(given.order)),
@@ -216,9 +242,11 @@ def hf_trainer(given: Work, strategy: str) -> tuple[list[float], list[int], list
                 report_to="none",
                 disable_tqdm=True,
                 logging_steps=1,
+                **settings,
             ),
             train_dataset=Dataset.from_dict({"input_ids": rows}),
-            data_collator=collate,
+            processing_class=AutoTokenizer.from_pretrained(given.folder),
+            data_collator=counted,
             callbacks=[Stamps()],
         )
         trainer.remove_callback(PrinterCallback)
@@ -227,21 +255,55 @@ def hf_trainer(given: Work, strategy: str) -> tuple[list[float], list[int], list
     return losses, tokens[: len(ends)], [0.0] + [late - early for early, late in itertools.pairwise(ends)]
 
 
+KINDS = {
+    "matrix products": ("aten::mm", "aten::addmm", "aten::bmm", "mkldnn::", "aten::mkldnn"),
+    "attention": ("aten::_scaled_dot_product", "aten::_flash_attention"),
+    "optimizer and clipping": ("aten::_fused_adamw", "aten::_foreach"),
+    "softmax of the loss": ("aten::_log_softmax", "aten::nll", "aten::logsumexp", "aten::exp", "aten::gather", "aten::scatter"),
+    "copies and casts": ("aten::copy_", "aten::cat", "aten::fill_", "aten::clone"),
+}
+
+
+def profile(given: Work) -> str:
+    """Where Danlu's steps spend their time: shares of the profiler's own CPU time by kind of operation."""
+    import torch
+
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as found:
+        danlu(given)
+    spent = dict.fromkeys([*KINDS, "everything else"], 0.0)
+    for event in found.key_averages():
+        kind = next((kind for kind, names in KINDS.items() if event.key.startswith(names)), "everything else")
+        spent[kind] += event.self_cpu_time_total
+    return ", ".join(f"{kind} {seconds / sum(spent.values()):.0%}" for kind, seconds in sorted(spent.items(), key=lambda item: -item[1]))
+
+
 CONTESTANTS: dict[str, Callable[[Work], tuple[list[float], list[int], list[float]]]] = {
     "Danlu, packed": danlu,
     "raw PyTorch loop, padded": raw_padded,
     "HF Trainer": lambda given: hf_trainer(given, "sequential"),
     "HF Trainer, group_by_length": lambda given: hf_trainer(given, "group_by_length"),
+    "TRL SFTTrainer": trl_trainer,
 }
 
 
-def alone(name: str, folder: Path, steps: int, seed: int) -> Curve:
-    """A contestant in a process of its own."""
+def alone(name: str, folder: Path, steps: int, seed: int) -> Any:
+    """What a contestant prints, from a process of its own."""
     command = [sys.executable, __file__, "--contestant", name, str(folder), str(steps), str(seed)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    paths = [str(TRL_FOLDER), *filter(None, [os.environ.get("PYTHONPATH")])] if name.startswith("TRL") else []
+    environment = os.environ | ({"PYTHONPATH": os.pathsep.join(paths)} if paths else {})
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
         raise RuntimeError(f"{name} failed:\n{done.stderr[-3000:]}")
-    return Curve(**json.loads(done.stdout.splitlines()[-1]))
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def present() -> list[str]:
+    """The contestants of this machine; TRL is fetched if it is missing."""
+    if not (TRL_FOLDER / "trl").is_dir():
+        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(TRL_FOLDER), f"trl=={TRL}"]
+        if subprocess.run(command).returncode:
+            say("TRL cannot be installed here: it is left out")
+    return [name for name in CONTESTANTS if not name.startswith("TRL") or (TRL_FOLDER / "trl").is_dir()]
 
 
 def contestant(name: str, folder: str, steps: str, seed: str) -> None:
@@ -249,6 +311,9 @@ def contestant(name: str, folder: str, steps: str, seed: str) -> None:
 
     torch.set_num_threads(cores())
     given = load_work(Path(folder), int(steps), int(seed))
+    if name == PROFILE:
+        print(json.dumps(profile(given)))
+        return
     losses, tokens, seconds = CONTESTANTS[name](given)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(json.dumps({"losses": losses, "tokens": tokens, "seconds": seconds, "peak_gb": peak}))
@@ -261,18 +326,20 @@ def main() -> None:
         folder = Path(temporary)
         write_model(folder)
         say(f"{steps} steps of {ROWS_A_STEP} rows, {SKIP} left out")
-        turns: dict[str, int] = dict.fromkeys(CONTESTANTS, 0)
+        names = present()
+        turns: dict[str, int] = dict.fromkeys(names, 0)
 
         def run(name: str) -> Curve:
             turns[name] += 1
-            return alone(name, folder, steps, seed=turns[name])
+            return Curve(**alone(name, folder, steps, seed=turns[name]))
 
-        curves = interleave({name: (lambda name=name: run(name)) for name in CONTESTANTS}, given.rounds)
+        curves = interleave({name: (lambda name=name: run(name)) for name in names}, given.rounds)
+        spent = alone(PROFILE, folder, SKIP + 2, seed=1)
     ours = curves["Danlu, packed"]
     rows: list[Row] = []
-    for name in list(CONTESTANTS)[1:]:
+    for name in names[1:]:
         rows.append(compare("training a decoder", "tokens/s", [c.rate for c in ours], [c.rate for c in curves[name]], name))
-    for name in list(CONTESTANTS)[1:]:
+    for name in names[1:]:
         peaks = [curve.peak_gb for curve in curves[name]]
         rows.append(compare("peak memory", "GB", [c.peak_gb for c in ours], peaks, name, less_is_better=True))
     far = max(
@@ -284,6 +351,7 @@ def main() -> None:
     last = {name: statistics.mean(loss for curve in found for loss in curve.losses[-4:]) for name, found in curves.items()}
     notes = [
         f"largest difference of a step's loss from the raw loop's on the same rows: {far:.1e}",
+        f"where Danlu's time goes: {spent}",
         f"mean loss of the last 4 steps: {', '.join(f'{name} {value:.3f}' for name, value in last.items())}",
     ]
     finish("decoder", given, rows, notes)

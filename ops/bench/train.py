@@ -220,14 +220,17 @@ def hf_trainer(given: Work, storage: Path, strategy: str) -> Curve:
 # The comparison
 
 
-def make_job(folder: Path, *, steps: int, workers: int, parallel: str) -> TrainJob:
-    """The example's spec with 64 tokens, 32 rows a step in one pass of each worker, one rate for all weights and a small dev split."""
+def make_job(folder: Path, *, steps: int, workers: int, parallel: str, cpus: int | None = None) -> TrainJob:
+    """The example's spec with 64 tokens, 32 rows a step in one pass of each worker, one rate for all weights and a small dev split.
+
+    `cpus` of each worker: its share of the machine's, if not given.
+    """
     job = load(TrainJob, SPEC)
     fields: dict[str, Any] = job.model_dump(mode="json") | {
         "max_steps": steps,
         "micro_batch_size": job.global_batch_size // workers,
         "parallel": {"kind": "ddp"} if parallel == "ddp" else {"kind": "deepspeed", "zero_stage": int(parallel[-1])},
-        "workers": {"num_workers": workers, "cpus_per_worker": max(1, cores() // workers)},
+        "workers": {"num_workers": workers, "cpus_per_worker": cpus or max(1, cores() // workers)},
         "storage": str(folder),
     }
     fields["model"] |= {"max_length": 64}
@@ -281,10 +284,12 @@ def main() -> None:
         pairs: dict[str, list[Curve]] = {}
         if cores() > 1:
             two = {parallel: make_job(folder, steps=steps, workers=2, parallel=parallel) for parallel in ("ddp", "zero2")}
+            half = make_job(folder, steps=steps, workers=1, parallel="ddp", cpus=cores() // 2)
             contestants: dict[str, Callable[[], Curve]] = {
                 "Danlu DDP": lambda: danlu_on_ray(two["ddp"], folder),
                 "raw PyTorch DDP": lambda: raw_ddp(two["ddp"], folder),
                 "Danlu ZeRO-2": lambda: danlu_on_ray(two["zero2"], folder),
+                "Danlu, one such worker": lambda: danlu_on_ray(half, folder),
             }
             pairs = interleave(contestants, max(1, given.rounds - 1))
     finish("train", given, _rows(curves, pairs), _notes(curves, pairs, one))
@@ -299,7 +304,11 @@ def _rows(curves: dict[str, list[Curve]], pairs: dict[str, list[Curve]]) -> list
         ("Danlu on Ray Train", "HF Trainer, group_by_length"),
         *([("Danlu DDP", "raw PyTorch DDP"), ("Danlu ZeRO-2", "raw PyTorch DDP")] if pairs else []),
     ]
-    return [compare(f"training, {name}", "tokens/s", rates[name], rates[other], other) for name, other in against]
+    rows = [compare(f"training, {name}", "tokens/s", rates[name], rates[other], other) for name, other in against]
+    if pairs:
+        twice = [2 * rate for rate in rates["Danlu, one such worker"]]
+        rows.append(compare("training, Danlu DDP on 2 workers", "tokens/s", rates["Danlu DDP"], twice, "twice one worker of that size"))
+    return rows
 
 
 def _notes(curves: dict[str, list[Curve]], pairs: dict[str, list[Curve]], one: Work) -> list[str]:
