@@ -6,6 +6,7 @@ import os
 import random
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -14,6 +15,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.envi
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+
+if TYPE_CHECKING:
+    from danlu.tasks.rows import Split
 
 TOPICS = {
     "grain": ["wheat", "corn", "harvest", "tonnes", "maize"],
@@ -35,13 +39,14 @@ def make_rows(number: int, seed: int) -> list[dict[str, str]]:
     return rows
 
 
-def write_tokenizer(folder: Path) -> int:
-    """A WordPiece tokenizer of the rows' words; its number of entries."""
+def write_tokenizer(folder: Path, more: str = "") -> int:
+    """A WordPiece tokenizer of the rows' words, and of the characters in `more`; its number of entries."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *FILLER, *(word for topic in TOPICS.values() for word in topic)]
     words += list("abcdefghijklmnopqrstuvwxyz") + [f"##{letter}" for letter in "abcdefghijklmnopqrstuvwxyz"]
+    words += list(dict.fromkeys(more))
     tokenizer = Tokenizer(models.WordPiece({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
@@ -87,12 +92,12 @@ def write_tiny_decoder(folder: Path, *, hidden_size: int = 32, layers: int = 2) 
     return folder
 
 
-def write_tiny_model(folder: Path, *, hidden_size: int = 32, layers: int = 2) -> Path:
+def write_tiny_model(folder: Path, *, hidden_size: int = 32, layers: int = 2, more: str = "") -> Path:
     """A BERT with random weights, as a Hugging Face folder."""
     import torch
     from transformers import BertConfig, BertModel
 
-    vocabulary = write_tokenizer(folder)
+    vocabulary = write_tokenizer(folder, more)
     torch.manual_seed(0)
     config = BertConfig(
         vocab_size=vocabulary,
@@ -107,6 +112,20 @@ def write_tiny_model(folder: Path, *, hidden_size: int = 32, layers: int = 2) ->
     )
     BertModel(config).save_pretrained(folder)
     return folder
+
+
+def split_of(labels: object, texts: list[str] | None = None) -> Split:
+    """Labels as a split, for scoring outputs against."""
+    import numpy as np
+
+    from danlu.data.columns import Labelled
+    from danlu.data.encode import Encoded
+    from danlu.tasks.rows import Split
+
+    array = np.asarray(labels)
+    rows = len(array)
+    encoded = Encoded(np.zeros(rows, np.int32), np.arange(rows + 1), np.zeros(rows, bool))
+    return Split(encoded, array, Labelled(texts or [""] * rows, None, None, list(range(1, rows + 1)), {}))
 
 
 @pytest.fixture(scope="session")
