@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -17,7 +18,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 if TYPE_CHECKING:
-    from danlu.tasks.rows import Split
+    from danlu.spec.task import EncoderTask
+    from danlu.tasks.rows import Split, Splits
 
 TOPICS = {
     "grain": ["wheat", "corn", "harvest", "tonnes", "maize"],
@@ -126,6 +128,49 @@ def split_of(labels: object, texts: list[str] | None = None) -> Split:
     rows = len(array)
     encoded = Encoded(np.zeros(rows, np.int32), np.arange(rows + 1), np.zeros(rows, bool))
     return Split(encoded, array, Labelled(texts or [""] * rows, None, None, list(range(1, rows + 1)), {}))
+
+
+CHINESE = "小明在北京大学读书他喜欢苹果和香蕉谁哪里"
+
+
+class Reader:
+    """Writes files and reads them as a task does."""
+
+    def __init__(self, tokenizer_folder: Path, folder: Path) -> None:
+        from danlu.tasks.tokenizer import load_tokenizer
+
+        self.tokenizer, self.folder = load_tokenizer(tokenizer_folder), folder
+
+    def write(self, name: str, content: str | list[Any]) -> str:
+        text = content if isinstance(content, str) else "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in content)
+        (self.folder / name).write_text(text, encoding="utf-8")
+        return str(self.folder / name)
+
+    def given(self, task: EncoderTask, path: str, names: list[str] | None = None, max_length: int = 32, **data: Any) -> Split:
+        from danlu.spec.data import Data
+        from danlu.tasks.task import encoder_file
+
+        spec = Data.model_validate({"train": "-", "cache_dir": str(self.folder / "cache"), **data})
+        return encoder_file(task).given_split(path, spec, task, self.tokenizer, names or [], max_length=max_length)
+
+    def splits(self, task: EncoderTask, path: str, max_length: int = 32, **data: Any) -> Splits:
+        from danlu.spec.data import Data
+        from danlu.tasks.task import encoder_file
+
+        spec = Data.model_validate({"train": path, "cache_dir": str(self.folder / "cache"), "dev_size": 0.25, **data})
+        return encoder_file(task).splits(spec, task, self.tokenizer, max_length=max_length, seed=3)
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    write_tokenizer(folder, CHINESE)
+    return folder
+
+
+@pytest.fixture
+def reader(tokenizer_folder: Path, tmp_path: Path) -> Reader:
+    return Reader(tokenizer_folder, tmp_path)
 
 
 @pytest.fixture(scope="session")

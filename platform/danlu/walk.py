@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from danlu import sdk
 from danlu.errors import DataError, SpecError
@@ -69,7 +69,7 @@ def predict(spec: Path, overrides: Sequence[str], texts: Sequence[str], *, bundl
     """Print one JSON object an input: a text, or what the task's endpoint takes, as JSON."""
     job = load(TrainJob, spec, overrides)
     lines = _not_empty(texts, "text") if texts else _not_empty(_standard_input(), "line")
-    asked = [_as_json(line) for line in lines] if job.task.kind in ("extractive_qa", "multiple_choice") else lines
+    asked = [_asked(line, job.task.kind) for line in lines]
     found = sdk.predict(bundle or f"{job.name}@{sdk.PRODUCTION}", asked, storage=job.storage)
     from danlu.serve.encoder_wire import summary
 
@@ -142,16 +142,17 @@ def _service(spec: Path, overrides: Sequence[str], bundle: str | None) -> Servic
     return parse(Service, text, [*overrides, *named], source=str(spec))
 
 
-def _as_json(line: str) -> dict[str, object]:
+def _asked(line: str, kind: str) -> str | dict[str, Any]:
+    """A text, or the JSON object that the task's endpoint takes: always for questions, and for pairs and lists of words."""
     try:
-        fields = json.loads(line)
+        fields = json.loads(line) if line.lstrip().startswith("{") else None
     except ValueError:
         fields = None
-    if not isinstance(fields, dict):
-        raise DataError(
-            f"{line[:60]!r} is no JSON object", where="texts", fix='{"question": "...", "context": "..."}, as the endpoint takes it'
-        )
-    return fields
+    if kind in ("extractive_qa", "multiple_choice"):
+        if not isinstance(fields, dict):
+            raise DataError(f"{line[:60]!r} is no JSON object", where="texts", fix='{"question": "...", ...}, as the endpoint takes it')
+        return fields
+    return fields if isinstance(fields, dict) and {"text", "tokens"} & set(fields) else line
 
 
 def _standard_input() -> list[str]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 from tokenizers import Encoding
+from tokenizers.pre_tokenizers import ByteLevel
 from transformers import PreTrainedTokenizerBase
 
 from danlu.data.encode import CHUNK, Encoded, cached, ends
@@ -48,6 +49,8 @@ def encode_words(
     `Encoded.spans` has a word's characters at its first token, and -1 at its others.
     """
 
+    _put_spaces_before_words(tokenizer)
+
     def make() -> Encoded:
         windows: list[list[Encoding]] = []
         for start in range(0, len(texts), CHUNK):
@@ -59,6 +62,14 @@ def encode_words(
 
     columns = (texts, [" ".join(f"{a}:{b}" for a, b in row) for row in spans])
     return cached(make, columns, tokenizer, settings=f"words {max_length}", cache_dir=cache_dir)
+
+
+def _put_spaces_before_words(tokenizer: PreTrainedTokenizerBase) -> None:
+    """RoBERTa's kind of tokenizer knows a word by the space before it, which a word alone does not have."""
+    words = tokenizer.backend_tokenizer.pre_tokenizer
+    if isinstance(words, ByteLevel) and not words.add_prefix_space:
+        words.add_prefix_space = True
+        tokenizer.backend_tokenizer.pre_tokenizer = words
 
 
 def _windows(
