@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -15,7 +17,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
-
+if TYPE_CHECKING:
+    from danlu.spec.task import EncoderTask
+    from danlu.tasks.rows import Split, Splits
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Which tests stay in one process of `make test`: those of a file, and all that share the session's Ray."""
@@ -44,13 +48,14 @@ def make_rows(number: int, seed: int) -> list[dict[str, str]]:
     return rows
 
 
-def write_tokenizer(folder: Path) -> int:
-    """A WordPiece tokenizer of the rows' words; its number of entries."""
+def write_tokenizer(folder: Path, more: str = "") -> int:
+    """A WordPiece tokenizer of the rows' words, and of the characters in `more`; its number of entries."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *FILLER, *(word for topic in TOPICS.values() for word in topic)]
     words += list("abcdefghijklmnopqrstuvwxyz") + [f"##{letter}" for letter in "abcdefghijklmnopqrstuvwxyz"]
+    words += list(dict.fromkeys(more))
     tokenizer = Tokenizer(models.WordPiece({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
@@ -96,12 +101,12 @@ def write_tiny_decoder(folder: Path, *, hidden_size: int = 32, layers: int = 2) 
     return folder
 
 
-def write_tiny_model(folder: Path, *, hidden_size: int = 32, layers: int = 2) -> Path:
+def write_tiny_model(folder: Path, *, hidden_size: int = 32, layers: int = 2, more: str = "") -> Path:
     """A BERT with random weights, as a Hugging Face folder."""
     import torch
     from transformers import BertConfig, BertModel
 
-    vocabulary = write_tokenizer(folder)
+    vocabulary = write_tokenizer(folder, more)
     torch.manual_seed(0)
     config = BertConfig(
         vocab_size=vocabulary,
@@ -116,6 +121,63 @@ def write_tiny_model(folder: Path, *, hidden_size: int = 32, layers: int = 2) ->
     )
     BertModel(config).save_pretrained(folder)
     return folder
+
+
+def split_of(labels: object, texts: list[str] | None = None) -> Split:
+    """Labels as a split, for scoring outputs against."""
+    import numpy as np
+
+    from danlu.data.columns import Labelled
+    from danlu.data.encode import Encoded
+    from danlu.tasks.rows import Split
+
+    array = np.asarray(labels)
+    rows = len(array)
+    encoded = Encoded(np.zeros(rows, np.int32), np.arange(rows + 1), np.zeros(rows, bool))
+    return Split(encoded, array, Labelled(texts or [""] * rows, None, None, list(range(1, rows + 1)), {}))
+
+
+CHINESE = "小明在北京大学读书他喜欢苹果和香蕉谁哪里"
+
+
+class Reader:
+    """Writes files and reads them as a task does."""
+
+    def __init__(self, tokenizer_folder: Path, folder: Path) -> None:
+        from danlu.tasks.tokenizer import load_tokenizer
+
+        self.tokenizer, self.folder = load_tokenizer(tokenizer_folder), folder
+
+    def write(self, name: str, content: str | list[Any]) -> str:
+        text = content if isinstance(content, str) else "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in content)
+        (self.folder / name).write_text(text, encoding="utf-8")
+        return str(self.folder / name)
+
+    def given(self, task: EncoderTask, path: str, names: list[str] | None = None, max_length: int = 32, **data: Any) -> Split:
+        from danlu.spec.data import Data
+        from danlu.tasks.task import encoder_file
+
+        spec = Data.model_validate({"train": "-", "cache_dir": str(self.folder / "cache"), **data})
+        return encoder_file(task).given_split(path, spec, task, self.tokenizer, names or [], max_length=max_length)
+
+    def splits(self, task: EncoderTask, path: str, max_length: int = 32, **data: Any) -> Splits:
+        from danlu.spec.data import Data
+        from danlu.tasks.task import encoder_file
+
+        spec = Data.model_validate({"train": path, "cache_dir": str(self.folder / "cache"), "dev_size": 0.25, **data})
+        return encoder_file(task).splits(spec, task, self.tokenizer, max_length=max_length, seed=3)
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    write_tokenizer(folder, CHINESE)
+    return folder
+
+
+@pytest.fixture
+def reader(tokenizer_folder: Path, tmp_path: Path) -> Reader:
+    return Reader(tokenizer_folder, tmp_path)
 
 
 @pytest.fixture(scope="session")

@@ -28,7 +28,7 @@ from harness import SPEC, Row, compare, cores, finish, interleave, options, say,
 
 from danlu.artifact.bundle import Bundle
 from danlu.compress.load import load_predictor
-from danlu.tasks.classification import Predictor
+from danlu.tasks.predictor import Predictor
 
 BENCH = Path(__file__).parent
 CLIENTS = (1, 16, 64)

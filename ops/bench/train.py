@@ -29,7 +29,8 @@ from danlu.local_ray import start_ray
 from danlu.spec.files import load
 from danlu.spec.train import TrainJob
 from danlu.tasks import classification
-from danlu.tasks.classification import Splits
+from danlu.tasks.rows import Splits
+from danlu.tasks.tokenizer import load_tokenizer
 from danlu.train import driver, optim
 from danlu.train.model import build
 from danlu.train.run import LocalRun, Record, StepRecord
@@ -69,7 +70,7 @@ def load_work(job: TrainJob) -> Work:
     from danlu.tasks.device import has_native_bf16
 
     folder = model_folder(job.model)
-    tokenizer = classification.load_tokenizer(folder)
+    tokenizer = load_tokenizer(folder)
     splits = classification.splits(job.data, job.task, tokenizer, max_length=job.model.max_length, seed=job.seed)
     return Work(job, splits, folder, has_native_bf16(torch.device("cpu")))
 
@@ -171,7 +172,7 @@ def hf_trainer(given: Work, storage: Path, strategy: str) -> Curve:
     rows = [int(row) for step in range(job.max_steps) for row in batches.rows_of(step)]
     ids, labels = [train.encoded.row(i).tolist() for i in rows], [int(train.labels[i]) for i in rows]
     dataset = Dataset.from_dict({"input_ids": ids, "labels": labels})
-    collate = DataCollatorWithPadding(classification.load_tokenizer(given.folder))
+    collate = DataCollatorWithPadding(load_tokenizer(given.folder))
     tokens: list[int] = []
     ends: list[float] = []
 

@@ -57,7 +57,7 @@ def evaluate(
     bundle: LatestOf = None,
     data: Annotated[list[str] | None, typer.Option("--data", metavar="FILE", help="Files to score instead of the job's test rows.")] = None,
 ) -> None:
-    """Score a bundle on the job's test rows, or on other files. Accuracy, macro F1, each class, the confusion matrix."""
+    """Score a bundle on the job's test rows, or on other files. The task's scores, for each class where there are such."""
     from danlu import walk
 
     walk.evaluate(spec, set_ or [], bundle=bundle, data=data)
@@ -86,7 +86,7 @@ def predict(
     set_: Set = None,
     bundle: ProductionOf = None,
 ) -> None:
-    """Label texts in this process, without a server. One JSON object a line."""
+    """Answer in this process, without a server. Texts, or the JSON that the task's endpoint takes; one JSON object a line."""
     from danlu import walk
 
     walk.predict(spec, set_ or [], text or [], bundle=bundle)

@@ -13,13 +13,14 @@ from danlu.artifact.bundle import Bundle, BundleMeta, Lineage, Probe, canonical_
 from danlu.artifact.runs import RunFolder
 from danlu.artifact.store import Store
 from danlu.errors import StorageError
+from danlu.spec.task import LOWER_IS_BETTER, EncoderTask
 from danlu.spec.train import TrainJob
 from danlu.spec.tuning import Freeze, Full
 
 if TYPE_CHECKING:
     from danlu.evaluate.score import Delta, Evaluation
     from danlu.plan import Plan
-    from danlu.tasks.classification import Predictor
+    from danlu.tasks.predictor import Predictor
     from danlu.tasks.pretrain import Scorer
     from danlu.tasks.rows import Split, Splits
 
@@ -89,7 +90,7 @@ def make_bundle(prepared: Prepared, run: RunFolder, outcome: dict[str, Any], spe
         judge = load_judge(draft)
         parts = {"dev": splits.dev} | ({"test": splits.test} if splits.test is not None else {})
         evaluations = {name: score(judge, split) for name, split in parts.items()}
-        scores = {name: evaluation.scores.metrics() for name, evaluation in evaluations.items()}
+        scores = {name: dict(evaluation.scores.metrics()) for name, evaluation in evaluations.items()}
         probes = make_probes(judge, splits.test or splits.dev)
         write_bundle(folder, draft.meta.model_copy(update={"scores": scores, "probes": probes}))
         store = Store(absolute(job.storage))
@@ -152,17 +153,23 @@ def make_probes(judge: Predictor | Scorer, split: Split) -> list[Probe]:
     """A few rows with the answers that whoever serves this bundle must give."""
     import numpy as np
 
+    from danlu.tasks.exchange import shown, to_fields
     from danlu.tasks.pretrain import Scorer
 
     rows = np.linspace(0, len(split.texts.texts) - 1, min(NUM_PROBES, len(split.texts.texts))).astype(int)
     texts = [split.texts.texts[i] for i in rows]
     if isinstance(judge, Scorer):
         return [Probe(text=text, loss=loss) for text, loss in zip(texts, judge.losses(texts), strict=True)]
-    pairs = [split.texts.pairs[i] for i in rows] if split.texts.pairs else None
-    found = judge.predict(texts, pairs)
+    examples = [split.examples[i] for i in rows]
     return [
-        Probe(text=text, text_pair=pairs[i] if pairs else None, label=answer.label, probabilities=answer.probabilities)
-        for i, (text, answer) in enumerate(zip(texts, found, strict=True))
+        Probe(
+            text=shown(example),
+            input=to_fields(example),
+            label=answer.label,
+            probabilities=answer.probabilities,
+            margin=answer.margin,
+        )
+        for example, answer in zip(examples, judge.predict(examples), strict=True)
     ]
 
 
@@ -175,7 +182,7 @@ def split_for(bundle: Bundle, judge: Predictor | Scorer, data: Sequence[str] | s
     if data is None:
         splits = task.splits(job.data, job.task, tokenizer, max_length=max_length, seed=job.seed)
         return (splits.test, "test") if splits.test is not None else (splits.dev, "dev")
-    return task.given_split(data, job.data, tokenizer, bundle.meta.labels, max_length=max_length), "given"
+    return task.given_split(data, job.data, job.task, tokenizer, bundle.meta.labels, max_length=max_length), "given"
 
 
 def within_budget(job: TrainJob, delta: Delta) -> tuple[bool, str]:
@@ -183,10 +190,11 @@ def within_budget(job: TrainJob, delta: Delta) -> tuple[bool, str]:
 
     budget = job.compress or Compress()
     metric = job.metric_for_best_model
-    drop = delta.original[metric] - delta.compressed[metric] if metric != "loss" else delta.compressed[metric] - delta.original[metric]
-    told = (
-        f"{metric} falls by {drop:.4f} (budget {budget.max_quality_drop}), {delta.speedup:.2f}x the speed (at least {budget.min_speedup})"
-    )
+    rise = delta.compressed[metric] - delta.original[metric]
+    drop = rise if metric in LOWER_IS_BETTER else -rise
+    moves = "rises" if metric in LOWER_IS_BETTER else "falls"
+    quality = f"{metric} {moves} by {drop:.4f} (budget {budget.max_quality_drop})"
+    told = f"{quality}, {delta.speedup:.2f}x the speed (at least {budget.min_speedup})"
     if drop > budget.max_quality_drop:
         return False, f"not kept: {told}; the original is served"
     if delta.speedup < budget.min_speedup:
@@ -195,16 +203,19 @@ def within_budget(job: TrainJob, delta: Delta) -> tuple[bool, str]:
 
 
 def surest_errors(prepared: Prepared, trained: Trained, number: int = 12) -> list[tuple[str, str, str, float]]:
-    from danlu.tasks.classification import predictions
+    from danlu.tasks.exchange import shown
+    from danlu.tasks.task import encoder_file
 
     name = "test" if prepared.splits.test is not None else "dev"
     split = prepared.splits.test or prepared.splits.dev
-    names = prepared.splits.label_names
-    if split.labels is None:
+    task = prepared.job.task
+    if not split.references or not isinstance(task, EncoderTask):
         return []
+    outputs = trained.evaluations[name].outputs
+    answers = encoder_file(task).predictions(outputs, split.encoded, split.examples, prepared.splits.label_names, task)
     wrong = [
-        (split.texts.texts[i], names[int(split.labels[i])], found.label, max(found.probabilities))
-        for i, found in enumerate(predictions(trained.evaluations[name].outputs, names))
-        if found.label != names[int(split.labels[i])]
+        (shown(example), references[0] if references else "", found.label, max(found.probabilities, default=1.0))
+        for example, references, found in zip(split.examples, split.references, answers, strict=True)
+        if found.label not in (references or ("",))
     ]
     return sorted(wrong, key=lambda row: -row[3])[:number]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from danlu.artifact.pretrained import Weight
-from danlu.artifact.trainable import check_prompt_fits, is_embedding, new_parameters, num_layers, num_trainable, targets
+from danlu.artifact.trainable import HEADS, check_prompt_fits, is_embedding, new_parameters, num_layers, num_trainable, targets
 from danlu.errors import SpecError
 from danlu.spec.optim import Adafactor, AdamW, BnbAdamW, Lion, Optimizer
 from danlu.spec.parallel import Ddp, DeepSpeed, Fsdp, Tensor
@@ -228,7 +228,7 @@ def gib(num_bytes: float) -> str:
 
 def _head_names(model: PreTrainedModel) -> set[str]:
     """Parameters of the task's head, which adapters train whole: PEFT finds it by these endings (its SEQ_CLS_HEAD_NAMES)."""
-    heads = {name for name, _ in model.named_modules() if name.endswith(("classifier", "score"))}
+    heads = {name for name, _ in model.named_modules() if name.endswith(HEADS)}
     return {name for name, _ in model.named_parameters() if any(name.startswith(f"{head}.") for head in heads)}
 
 

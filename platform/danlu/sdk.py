@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -36,7 +36,7 @@ from danlu.spec.train import TrainJob
 if TYPE_CHECKING:
     from danlu.evaluate.score import Delta, Evaluation
     from danlu.serve.app import Endpoint
-    from danlu.tasks.classification import Prediction
+    from danlu.tasks.exchange import Example, Prediction
     from danlu.tasks.rows import Split
     from danlu.train.run import Record
 
@@ -225,16 +225,29 @@ def serving(service: Service) -> Iterator[Endpoint]:
 
 
 def predict(
-    reference: str | Bundle, texts: Sequence[str], pairs: Sequence[str] | None = None, *, storage: str = "runs"
-) -> list[Prediction]:
-    """Labels and probabilities of texts, in this process."""
+    reference: str | Bundle,
+    inputs: Sequence[str | Mapping[str, Any] | Example],
+    pairs: Sequence[str] | None = None,
+    *,
+    storage: str = "runs",
+) -> Sequence[Prediction]:
+    """Answers in this process. Inputs are texts (with their `pairs`), the JSON an endpoint takes (such as {"question": ..., "context":
+    ...}), or the task's examples."""
     from danlu.compress.load import load_predictor
+    from danlu.tasks.exchange import BadExample, read_example
 
-    if not texts or not all(text.strip() for text in texts):
-        raise DataError(
-            "there is no text to classify, or one of the texts is empty", where="texts", fix="give at least one text with words"
-        )
-    return load_predictor(open_bundle(reference, storage)).predict(texts, pairs)
+    if not inputs:
+        raise DataError("there is nothing to answer", where="texts", fix="give at least one text with words")
+    bundle = open_bundle(reference, storage)
+    predictor = load_predictor(bundle)
+    asked = inputs if pairs is None else [{"text": one, "text_pair": pair} for one, pair in zip(inputs, pairs, strict=True)]
+    try:
+        examples = [
+            read_example(one, predictor.task, f"inputs[{i}]") if isinstance(one, str | Mapping) else one for i, one in enumerate(asked)
+        ]
+    except BadExample as error:
+        raise DataError(error.problem, where="texts", fix=error.fix) from error
+    return predictor.predict(examples)
 
 
 def check_served(url: str, bundle: Bundle, split: Split, *, num_rows: int = 64) -> str:
@@ -243,32 +256,30 @@ def check_served(url: str, bundle: Bundle, split: Split, *, num_rows: int = 64) 
     import numpy as np
 
     from danlu.compress.load import load_predictor
+    from danlu.serve.encoder_wire import wire_of
+    from danlu.tasks.exchange import from_fields, largest_change, shown
 
     rows = np.linspace(0, len(split) - 1, min(num_rows, len(split))).astype(int)
-    asked = [(split.texts.texts[i], split.texts.pairs[i] if split.texts.pairs else None) for i in rows]
-    asked += [(probe.text, probe.text_pair) for probe in bundle.meta.probes]
     predictor = load_predictor(bundle)
-    pairs = [pair or "" for _, pair in asked] if split.texts.pairs else None
-    expected = [(found.label, found.probabilities) for found in predictor.predict([text for text, _ in asked], pairs)]
-    expected[len(rows) :] = [(str(probe.label), probe.probabilities) for probe in bundle.meta.probes]
+    wire, probes = wire_of(predictor.task), bundle.meta.probes
+    asked = [split.examples[i] for i in rows]
+    expected = [(found.label, found.probabilities, found.margin) for found in predictor.predict(asked)]
+    asked += [from_fields(probe.input, predictor.task) for probe in probes]
+    expected += [(str(probe.label), probe.probabilities, probe.margin) for probe in probes]
     largest = 0.0
     with httpx.Client(timeout=60) as client:
-        for (text, pair), (label, probabilities) in zip(asked, expected, strict=True):
-            item: object = {"text": text, "text_pair": pair} if pair is not None else text
-            response = client.post(f"{url}/v1/classify", json={"model": bundle.meta.name, "input": [item]})
+        for example, (label, numbers, margin) in zip(asked, expected, strict=True):
+            response = client.post(f"{url}{wire.path}", json=wire.request(bundle.meta.name, [example]))
             response.raise_for_status()
-            answer = response.json()["data"][0]
-            change = float(np.abs(np.subtract(answer["probs"], probabilities)).max())
+            found_label, found_numbers = wire.read(response.json())[0]
+            change = largest_change(found_numbers, numbers) / max(1.0, *map(abs, numbers))
             largest = max(largest, change)
-            if answer["label"] != label or change > 2e-3:
+            if change > 2e-3 or (found_label != label and margin > 4e-3):
                 raise QualityError(
-                    f"the endpoint answers {answer['label']!r} {answer['probs']} where the evaluation answered {label!r} {probabilities}",
-                    where=text[:80],
+                    f"the endpoint answers {found_label!r} {found_numbers} where the evaluation answered {label!r} {numbers}",
+                    where=shown(example)[:80],
                 )
-    return (
-        f"{len(rows)} test rows and {len(bundle.meta.probes)} probes over HTTP: every label is the evaluation's, "
-        f"probabilities within {largest:.1e} of its"
-    )
+    return f"{len(rows)} test rows and {len(probes)} probes over HTTP: every answer is the evaluation's, its numbers within {largest:.1e}"
 
 
 def report(prepared: Prepared, trained: Trained, quantized: Quantized | None = None, served: str = "") -> str:

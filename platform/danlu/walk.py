@@ -7,18 +7,20 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from danlu import sdk
 from danlu.errors import DataError, SpecError
 from danlu.spec.base import Spec
 from danlu.spec.files import load, parse, read, which
 from danlu.spec.serve import Service
+from danlu.spec.task import EncoderTask
 from danlu.spec.train import TrainJob
 from danlu.terminal import TrainingView, console, heading, show
 
 if TYPE_CHECKING:
     from danlu.serve.app import Endpoint
+    from danlu.tasks.rows import Split
 
 
 def plan(spec: Path, overrides: Sequence[str], *, as_json: bool) -> None:
@@ -64,12 +66,15 @@ def serve(spec: Path, overrides: Sequence[str], *, bundle: str | None) -> None:
 
 
 def predict(spec: Path, overrides: Sequence[str], texts: Sequence[str], *, bundle: str | None) -> None:
-    """Print one JSON object a text."""
+    """Print one JSON object an input: a text, or what the task's endpoint takes, as JSON."""
     job = load(TrainJob, spec, overrides)
     lines = _not_empty(texts, "text") if texts else _not_empty(_standard_input(), "line")
-    for text, found in zip(lines, sdk.predict(bundle or f"{job.name}@{sdk.PRODUCTION}", lines, storage=job.storage), strict=True):
-        probability = round(max(found.probabilities), 4)
-        show(json.dumps({"label": found.label, "probability": probability, "text": text}, ensure_ascii=False))
+    asked = [_asked(line, job.task.kind) for line in lines]
+    found = sdk.predict(bundle or f"{job.name}@{sdk.PRODUCTION}", asked, storage=job.storage)
+    from danlu.serve.encoder_wire import summary
+
+    for line, prediction in zip(lines, found, strict=True):
+        show(json.dumps(summary(prediction) | {"text": line}, ensure_ascii=False))
 
 
 def run(spec: Path, overrides: Sequence[str], *, fresh: bool, keep: bool | None) -> None:
@@ -90,7 +95,7 @@ def run(spec: Path, overrides: Sequence[str], *, fresh: bool, keep: bool | None)
     heading(f"Serving {reference}")
     with sdk.serving(job.service(reference)) as endpoint:
         split = prepared.splits.test or prepared.splits.dev
-        _show_answers(endpoint.url, job.name, split.texts.texts[:200:67])
+        _show_answers(endpoint.url, job, split)
         served = sdk.check_served(endpoint.url, sdk.open_bundle(reference, job.storage), split)
         show(f"  checked: {served}")
         report = sdk.report(prepared, trained, quantized, served)
@@ -137,6 +142,19 @@ def _service(spec: Path, overrides: Sequence[str], bundle: str | None) -> Servic
     return parse(Service, text, [*overrides, *named], source=str(spec))
 
 
+def _asked(line: str, kind: str) -> str | dict[str, Any]:
+    """A text, or the JSON object that the task's endpoint takes: always for questions, and for pairs and lists of words."""
+    try:
+        fields = json.loads(line) if line.lstrip().startswith("{") else None
+    except ValueError:
+        fields = None
+    if kind in ("extractive_qa", "multiple_choice"):
+        if not isinstance(fields, dict):
+            raise DataError(f"{line[:60]!r} is no JSON object", where="texts", fix='{"question": "...", ...}, as the endpoint takes it')
+        return fields
+    return fields if isinstance(fields, dict) and {"text", "tokens"} & set(fields) else line
+
+
 def _standard_input() -> list[str]:
     if sys.stdin.isatty():
         print("texts, one a line; Ctrl-D ends them", file=sys.stderr)
@@ -175,13 +193,18 @@ def _show_endpoint(endpoint: Endpoint) -> None:
         show(f"  {name:<13} {value}")
 
 
-def _show_answers(url: str, model: str, texts: Sequence[str]) -> None:
+def _show_answers(url: str, job: TrainJob, split: Split) -> None:
     import httpx
 
-    response = httpx.post(f"{url}/v1/classify", json={"model": model, "input": list(texts)}, timeout=60)
+    from danlu.serve.encoder_wire import wire_of
+    from danlu.tasks.exchange import shown
+
+    assert isinstance(job.task, EncoderTask)
+    wire, asked = wire_of(job.task), split.examples[:200:67]
+    response = httpx.post(f"{url}{wire.path}", json=wire.request(job.name, asked), timeout=60)
     response.raise_for_status()
-    for text, found in zip(texts, response.json()["data"], strict=True):
-        show(f"  {found['label']:<10} {max(found['probs']):.3f}  {' '.join(text.split())[:90]}")
+    for example, (label, numbers) in zip(asked, wire.read(response.json()), strict=True):
+        show(f"  {label[:40]:<10} {max(numbers, default=0.0):.3f}  {' '.join(shown(example).split())[:90]}")
 
 
 def _wait() -> None:

@@ -41,7 +41,7 @@ PLACES = 5
 def plain_curve(model_folder: Path, train_file: str, learning_rate: float = 2e-3) -> list[tuple[float, float]]:
     """The same job written by hand: padded batches, one process, no accumulation, nothing of Danlu but the rows and their order."""
     job = job_of(str(model_folder), train_file, {})
-    tokenizer = classification.load_tokenizer(model_folder)
+    tokenizer = load_tokenizer(model_folder)
     data = classification.splits(job.data, job.task, tokenizer, max_length=32, seed=job.seed)
     torch.manual_seed(job.seed)
     config = AutoConfig.from_pretrained(model_folder, num_labels=3)

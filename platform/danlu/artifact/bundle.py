@@ -25,9 +25,14 @@ class Probe(Spec):
     """A text and the answer that whoever serves the bundle must give: label and probabilities, or a language model's loss."""
 
     text: str
-    text_pair: str | None = None
+    input: dict[str, Any] = Field(default_factory=dict)
+    """Of an encoder's bundle: what is asked, by the names of its task's example (`danlu.tasks.exchange`); `text` shows it."""
     label: str | None = None
+    """What the answer says; empty where that is a vector."""
     probabilities: list[float] = Field(default_factory=list)
+    """The numbers behind it."""
+    margin: float = 0.0
+    """How clearly it says that: up to twice the tolerance, rounding may change the label."""
     loss: float | None = None
     """Nats a token of the text, cut at the bundle's max_length."""
 

@@ -16,6 +16,8 @@ IA3_MODULES = (("k_proj", "v_proj", "down_proj"), ("key", "value", "output.dense
 """Keys, values and the feed-forward's second layer, as model families name them."""
 ATTENTION_OUTPUTS = ("attention.output.dense", "self_attn.o_proj", "attention.out_lin")
 FEEDFORWARD_OUTPUTS = ("output.dense", "mlp.down_proj", "ffn.lin2")
+HEADS = ("classifier", "score", "qa_outputs")
+"""What model families call the layer that a task puts on top; adapters train it whole."""
 EMBEDDINGS = ("embeddings.", "embed_tokens.", "wte.", "wpe.", "word_embedding")
 
 
@@ -134,7 +136,7 @@ def targets(shapes: Mapping[str, Weight], names: Sequence[str] | str) -> dict[st
         module = name.removesuffix(".weight")
         if not name.endswith(".weight") or len(weight.shape) != 2 or is_embedding(name):
             continue
-        everything = names == "all-linear" and module not in ("lm_head", "score", "classifier")
+        everything = names == "all-linear" and module not in ("lm_head", *HEADS)
         if everything or (names != "all-linear" and _is_one_of(module, names)):
             found[module] = (weight.shape[0], weight.shape[1])
     return found

@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMultipleChoice,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    PreTrainedModel,
+)
 
 from danlu.artifact.bundle import Bundle
 from danlu.artifact.pretrained import model_folder
@@ -16,15 +25,15 @@ from danlu.compress.quantized_base import keep_format_of_odd_shapes, need_bitsan
 from danlu.errors import ModelError
 from danlu.spec.compress import BnbInt8, BnbNf4, Int8
 from danlu.spec.model import Model
-from danlu.spec.task import Classification, Pretrain
+from danlu.spec.task import Embed, EncoderTask, ExtractiveQA, MultipleChoice, Pretrain, Task, TokenClassification
 from danlu.spec.tuning import Adapter, Qlora, VirtualTokens
 from danlu.tasks import bottleneck
-from danlu.tasks.classification import Predictor
-from danlu.tasks.packed import PackedClassifier, PackedModel
+from danlu.tasks.packed import PackedEncoder, PackedModel
 from danlu.tasks.packed_decoder import PackedDecoder
+from danlu.tasks.predictor import Predictor
 from danlu.tasks.pretrain import Scorer
 from danlu.tasks.prompted import load_prompt
-from danlu.tasks.task import task_file
+from danlu.tasks.task import encoder_file, task_file
 from danlu.tasks.tokenizer import load_tokenizer
 
 INT8_FILE = "model.int8.safetensors"
@@ -33,51 +42,75 @@ INT8_FILE = "model.int8.safetensors"
 def load_judge(bundle: Bundle) -> Predictor | Scorer:
     """What scores rows as the bundle was evaluated."""
     match bundle.meta.task:
-        case Classification():
-            return load_predictor(bundle)
         case Pretrain():
             tokenizer, bf16 = load_tokenizer(bundle.path / "model"), bundle.meta.precision == "bf16"
             module = cast(PackedDecoder, _wrapped(bundle))
             return Scorer(module, tokenizer, max_length=bundle.meta.max_length, bf16=bf16)
+        case _:
+            return load_predictor(bundle)
 
 
 def load_predictor(bundle: Bundle, *, precision: Literal["fp32", "bf16"] | None = None, device: torch.device | None = None) -> Predictor:
-    """The predictor a bundle was evaluated as; `precision` overrides the one it was evaluated in. ModelError if it gives no labels."""
-    if not isinstance(bundle.meta.task, Classification):
-        problem = f"{bundle.meta.name} was trained for {bundle.meta.task.kind}: it gives no labels"
-        raise ModelError(problem, where="bundle", fix="a classifier's bundle")
-    module = cast(PackedClassifier, _wrapped(bundle))
+    """The predictor a bundle was evaluated as; `precision` overrides the one it was evaluated in. ModelError if it gives no answers."""
+    task = bundle.meta.task
+    if not isinstance(task, EncoderTask):
+        raise ModelError(f"{bundle.meta.name} was trained for {task.kind}: it gives no answers", where="bundle", fix="an encoder's bundle")
+    module = cast(PackedEncoder, _wrapped(bundle))
     if device is not None:
         module.to(device)
     bf16 = (precision or bundle.meta.precision) == "bf16" and bundle.meta.quantization is None
     if bf16:
         hold_linears_in_bf16(module)
     tokenizer = load_tokenizer(bundle.path / "model")
-    return Predictor(module, tokenizer, bundle.meta.labels, max_length=bundle.meta.max_length, bf16=bf16)
+    return Predictor(module, tokenizer, bundle.meta.labels, max_length=bundle.meta.max_length, task=task, bf16=bf16)
 
 
 def _wrapped(bundle: Bundle) -> PackedModel:
     """The model as a task calls it, with its prompt where it has one."""
     task = task_file(bundle.meta.task)
     if bundle.meta.quantization is not None:
-        return PackedClassifier(load_model(bundle), packed=_can_be_packed(bundle))
+        return _as_packed(bundle, load_model(bundle), packed=_can_be_packed(bundle))
     if not isinstance(bundle.meta.tuning, VirtualTokens):
-        return task.wrap(load_model(bundle))
+        return task.wrap(load_model(bundle), bundle.meta.task)
     base = task.build_model(_base_folder(bundle), bundle.meta.labels)
-    return load_prompt(base, task.wrap(base), bundle.path / "model")
+    return load_prompt(base, task.wrap(base, bundle.meta.task), bundle.path / "model")
 
 
 def _can_be_packed(bundle: Bundle) -> bool:
     """Whether the architecture can, tried on random floating-point weights: quantized ones round differently in another batch's shape."""
     config = AutoConfig.from_pretrained(bundle.path / "model")
     config.__dict__.pop("quantization_config", None)
-    return PackedClassifier(AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)).packed
+    random: PreTrainedModel = auto_class(bundle.meta.task).from_config(config, dtype=torch.float32)
+    return _as_packed(bundle, random).packed
+
+
+def _as_packed(bundle: Bundle, model: PreTrainedModel, *, packed: bool | None = None) -> PackedEncoder:
+    task = bundle.meta.task
+    assert isinstance(task, EncoderTask)
+    return encoder_file(task).wrap(model, task, packed=packed)
+
+
+def auto_class(task: Task) -> Any:
+    """transformers' auto class of a task's models."""
+    match task:
+        case Pretrain():
+            return AutoModelForCausalLM
+        case ExtractiveQA():
+            return AutoModelForQuestionAnswering
+        case MultipleChoice():
+            return AutoModelForMultipleChoice
+        case TokenClassification():
+            return AutoModelForTokenClassification
+        case Embed():
+            return AutoModel
+        case _:
+            return AutoModelForSequenceClassification
 
 
 def load_model(bundle: Bundle) -> PreTrainedModel:
     """The Hugging Face model of a bundle; adapters are merged into float32 weights where they can be."""
     folder = bundle.path / "model"
-    loader = AutoModelForSequenceClassification if isinstance(bundle.meta.task, Classification) else AutoModelForCausalLM
+    loader = auto_class(bundle.meta.task)
     match bundle.meta.quantization:
         case None if bundle.meta.weights == "adapter":
             return _adapted(bundle)

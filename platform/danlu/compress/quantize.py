@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 
 from danlu.artifact.bundle import Bundle
-from danlu.compress.load import INT8_FILE, load_model
+from danlu.compress.load import INT8_FILE, auto_class, load_model
 from danlu.compress.quantized_base import HEADS, need_bitsandbytes
 from danlu.errors import ModelError
 from danlu.spec.compress import BnbInt8, BnbNf4, Int8, Quantization
@@ -36,7 +37,7 @@ def quantize(bundle: Bundle, quantization: Quantization, folder: Path) -> None:
         case Int8():
             _write_int8(model, folder)
         case BnbInt8() | BnbNf4():
-            _write_bitsandbytes(model, quantization, folder)
+            _write_bitsandbytes(model, auto_class(bundle.meta.task), quantization, folder)
     AutoTokenizer.from_pretrained(bundle.path / "model").save_pretrained(folder)
 
 
@@ -53,7 +54,7 @@ def _write_int8(model: PreTrainedModel, folder: Path) -> None:
     save_file({name: tensor.contiguous() for name, tensor in quantized.state_dict().items()}, folder / INT8_FILE)
 
 
-def _write_bitsandbytes(model: PreTrainedModel, quantization: BnbInt8 | BnbNf4, folder: Path) -> None:
+def _write_bitsandbytes(model: PreTrainedModel, loader: Any, quantization: BnbInt8 | BnbNf4, folder: Path) -> None:
     need_bitsandbytes()
     whole = folder / "whole"
     model.save_pretrained(whole)
@@ -68,7 +69,7 @@ def _write_bitsandbytes(model: PreTrainedModel, quantization: BnbInt8 | BnbNf4, 
                 bnb_4bit_compute_dtype=torch.float32,
                 llm_int8_skip_modules=HEADS,
             )
-    quantized = AutoModelForSequenceClassification.from_pretrained(whole, quantization_config=config, dtype=torch.float32)
+    quantized = loader.from_pretrained(whole, quantization_config=config, dtype=torch.float32)
     quantized.save_pretrained(folder)
     for path in whole.iterdir():
         path.unlink()

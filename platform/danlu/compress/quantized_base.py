@@ -9,12 +9,13 @@ import torch
 from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
+from danlu.artifact import trainable
 from danlu.errors import ModelError
 from danlu.spec.task import Task
 from danlu.spec.tuning import Qlora
 from danlu.tasks.task import task_file
 
-HEADS = ["classifier", "score", "pooler", "pre_classifier", "lm_head"]
+HEADS = [*trainable.HEADS, "pooler", "pre_classifier", "lm_head"]
 """Layers on top of the body, left in full precision: they are small, and every error there is an error in the answer."""
 
 ROWS_PACKED = 32

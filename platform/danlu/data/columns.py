@@ -1,11 +1,12 @@
-"""Which column holds the text and which the label; rows without one are dropped and counted."""
+"""Which column holds what; rows without it are dropped and counted."""
 
 from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -36,15 +37,21 @@ USUAL = {
 
 @dataclass(frozen=True)
 class Labelled:
-    """Texts and labels of the rows that have both. `row_numbers` are 1-based in the source; `chosen` is role -> column."""
+    """Texts and labels of the rows that have both. `row_numbers` are 1-based in the source; `chosen` is role -> column.
+
+    A classifier's labels are strings; other tasks' are what their file says. `label_counts` is for the report, where that does not count
+    whole labels; `dropped` is reason -> rows, besides those without text or label.
+    """
 
     texts: list[str]
     pairs: list[str] | None
-    labels: list[str] | None
+    labels: list[Any] | None
     row_numbers: list[int]
     chosen: Mapping[str, str]
     dropped_empty: int = 0
     dropped_unlabelled: int = 0
+    label_counts: Mapping[str, int] | None = None
+    dropped: Mapping[str, int] = field(default_factory=dict)
 
     def take(self, rows: Sequence[int] | np.ndarray) -> Labelled:
         """The named rows, in that order; what was dropped stays counted with the whole."""
@@ -58,14 +65,28 @@ class Labelled:
         )
 
 
-def labelled(rows: Rows, columns: Columns, *, where: str, need_label: bool = True) -> Labelled:
-    """Find the columns, turn labels into strings, drop rows without text or label. DataError if too little is left."""
-    chosen = _choose(rows, columns, where, need_label)
-    texts = [_text(value) for value in rows.columns[chosen["text"]]]
-    pairs = [_text(value) for value in rows.columns[chosen["text_pair"]]] if "text_pair" in chosen else None
-    labels = [_label(value) for value in rows.columns[chosen["label"]]] if "label" in chosen else None
+def labelled(
+    rows: Rows,
+    columns: Columns,
+    *,
+    where: str,
+    need_label: bool = True,
+    read_label: Callable[[object, int], Any] | None = None,
+    usual: Mapping[str, Sequence[str]] = USUAL,
+) -> Labelled:
+    """Find the columns, turn labels into strings, drop rows without text or label. DataError if too little is left.
+
+    `read_label(value, row number)` makes other labels: None where there is none.
+    """
+    chosen = choose(rows, columns, usual, ("text", "label") if need_label else ("text",), where)
+    if not need_label and columns.label is None:
+        chosen.pop("label", None)
+    read = read_label or _one_label(where)
+    texts = [as_text(value) for value in rows.columns[chosen["text"]]]
+    pairs = [as_text(value) for value in rows.columns[chosen["text_pair"]]] if "text_pair" in chosen else None
+    labels = [read(value, i) for i, value in enumerate(rows.columns[chosen["label"]], 1)] if "label" in chosen else None
     empty = [not text.strip() or (pairs is not None and not pairs[i].strip()) for i, text in enumerate(texts)]
-    unlabelled = [labels is not None and not labels[i] and not empty[i] for i in range(len(texts))]
+    unlabelled = [labels is not None and labels[i] in (None, "") and not empty[i] for i in range(len(texts))]
     kept = [i for i in range(len(texts)) if not empty[i] and not unlabelled[i]]
     if len(kept) <= len(texts) / 2:
         raise DataError(
@@ -84,8 +105,9 @@ def labelled(rows: Rows, columns: Columns, *, where: str, need_label: bool = Tru
     )
 
 
-def _choose(rows: Rows, columns: Columns, where: str, need_label: bool) -> dict[str, str]:
-    named = {role: name for role in USUAL if (name := getattr(columns, role)) is not None}
+def choose(rows: Rows, columns: Columns, usual: Mapping[str, Sequence[str]], needed: Sequence[str], where: str) -> dict[str, str]:
+    """role -> column, by what `columns` names and else by the usual names. DataError if a `needed` role has none."""
+    named = {role: name for role in usual if isinstance(name := getattr(columns, role), str)}
     for role, name in named.items():
         if name not in rows.columns:
             near = difflib.get_close_matches(name, list(rows.columns), n=1)
@@ -102,25 +124,25 @@ def _choose(rows: Rows, columns: Columns, where: str, need_label: bool) -> dict[
             )
     chosen = dict(named)
     free = [name for name in rows.columns if name not in chosen.values()]
-    if "label" not in chosen and rows.label_column is not None:
+    if "label" in usual and "label" not in chosen and rows.label_column is not None:
         chosen["label"] = rows.label_column
         free = [name for name in free if name != rows.label_column]
-    for role, usual in USUAL.items():
-        if role not in chosen and (found := _usual(free, usual)) is not None:
+    for role, names in usual.items():
+        if role not in chosen and (found := _usual(free, names)) is not None:
             chosen[role] = found
             free.remove(found)
-    if "text" not in chosen and len(free) == 1:
+    if "text" in needed and "text" not in chosen and len(free) == 1:
         chosen["text"] = free.pop()
-    if "label" not in chosen and need_label and len(free) == 1 and len(rows.columns) == 2:
+    if "label" in needed and "label" not in chosen and len(free) == 1 and len(rows.columns) == 2:
         chosen["label"] = free.pop()
-    for role in ("text", "label") if need_label else ("text",):
+    for role in needed:
         if role not in chosen:
             raise DataError(
                 f"{where}: which of the columns {', '.join(map(repr, rows.columns))} is the {role}?",
                 where=f"data.columns.{role}",
                 fix=f"data.columns: {{{role}: NAME}}",
             )
-    return {role: chosen[role] for role in USUAL if role in chosen and (need_label or role != "label" or role in named)}
+    return {role: chosen[role] for role in usual if role in chosen}
 
 
 def _usual(names: Sequence[str], usual: Sequence[str]) -> str | None:
@@ -128,17 +150,44 @@ def _usual(names: Sequence[str], usual: Sequence[str]) -> str | None:
     return next((lowered[name] for name in usual if name in lowered), None)
 
 
-def _is_missing(value: object) -> bool:
+def is_missing(value: object) -> bool:
+    """True for what stands where there is no value: None, and pandas' NaN."""
     return value is None or (isinstance(value, float) and math.isnan(value))
 
 
-def _text(value: object) -> str:
-    return "" if _is_missing(value) else str(value)
+def as_text(value: object) -> str:
+    """A cell as text, empty where there is none."""
+    return "" if is_missing(value) else str(value)
 
 
-def _label(value: object) -> str:
-    if _is_missing(value):
+def enough(kept: Sequence[object], dropped: Mapping[str, int], chosen: Mapping[str, str], where: str) -> None:
+    """DataError if not more than half of the rows are left."""
+    if len(kept) <= sum(dropped.values()):
+        told = ", ".join(f"{number} {reason}" for reason, number in dropped.items())
+        raise DataError(
+            f"of {len(kept) + sum(dropped.values())} rows too few are left: {told or 'there are none'}",
+            where=where,
+            fix=f"check that {dict(chosen)} are the right columns; data.columns sets them",
+        )
+
+
+def as_label(value: object) -> str:
+    """A cell as a label's name, empty where there is none."""
+    if is_missing(value):
         return ""
     if isinstance(value, float) and value.is_integer():
         return str(int(value))  # 3.0 where a missing value made a column of integers floating
     return str(value).strip()
+
+
+def _one_label(where: str) -> Callable[[object, int], str]:
+    def read(value: object, row: int) -> str:
+        if isinstance(value, list | tuple | dict):
+            raise DataError(
+                f"row {row} has {type(value).__name__} {str(value)[:60]} for a label; task.kind=classification takes one label a row",
+                where=where,
+                fix="task.kind=multi_label_classification for lists of labels, or another data.columns.label",
+            )
+        return as_label(value)
+
+    return read

@@ -6,7 +6,7 @@ import logging
 import os
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 from zipfile import BadZipFile
@@ -17,7 +17,8 @@ from transformers import PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
 
-FORMAT = 2
+FORMAT = 3
+OPTIONAL = ("token_type_ids", "groups", "spans")
 CHUNK = 4096
 CHARACTERS_PER_TOKEN = 64
 """No tokenizer makes so few tokens of ordinary text; a row whose kept tokens might reach the cut is tokenised whole."""
@@ -25,38 +26,86 @@ CHARACTERS_PER_TOKEN = 64
 
 @dataclass(frozen=True)
 class Encoded:
-    """Token ids of rows, end to end. input_ids: int32 [tokens]; offsets: int64 [rows + 1]; truncated: bool [rows];
-    token_type_ids: int8 [tokens], or None where the texts are not pairs."""
+    """Token ids of rows, end to end. A row is one sequence, or the sequences (options of a question, windows of a long text) that `groups`
+    gives it. input_ids: int32 [tokens]; offsets: int64 [sequences + 1]; truncated: bool [rows]; token_type_ids: int8 [tokens], or None
+    where the texts are not pairs; groups: int64 [rows + 1], or None where each row is one sequence.
+
+    spans: int32 [tokens, 2], the characters of the row's text that a token stands for, -1 where it stands for none; token_labels: int64
+    [tokens]. Only where a task says something of each token.
+    """
 
     input_ids: np.ndarray
     offsets: np.ndarray
     truncated: np.ndarray
     token_type_ids: np.ndarray | None = None
+    groups: np.ndarray | None = None
+    spans: np.ndarray | None = None
+    token_labels: np.ndarray | None = None
 
     def __len__(self) -> int:
-        return len(self.offsets) - 1
+        return len(self.offsets if self.groups is None else self.groups) - 1
+
+    @property
+    def bounds(self) -> np.ndarray:
+        """Where each row's tokens begin, and where the last one's end, int64 [rows + 1]."""
+        return self.offsets if self.groups is None else self.offsets[self.groups]
 
     @property
     def lengths(self) -> np.ndarray:
         """Tokens of each row, int64 [rows]."""
-        return np.diff(self.offsets)
+        return np.diff(self.bounds)
+
+    @property
+    def sequences(self) -> Encoded:
+        """The same tokens with a row for each sequence."""
+        if self.groups is None:
+            return self
+        return replace(self, groups=None, truncated=np.repeat(self.truncated, np.diff(self.groups)))
 
     def row(self, index: int) -> np.ndarray:
         """Token ids of a row."""
-        return self.input_ids[self.offsets[index] : self.offsets[index + 1]]
+        return self.input_ids[self.bounds[index] : self.bounds[index + 1]]
 
     def token_types(self, index: int) -> np.ndarray:
         """Segment ids of a row: 0 for the text, 1 for its pair."""
         assert self.token_type_ids is not None
-        return self.token_type_ids[self.offsets[index] : self.offsets[index + 1]]
+        return self.token_type_ids[self.bounds[index] : self.bounds[index + 1]]
+
+    def tokens_of(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Where the tokens of the named rows stand, int64 [their tokens], in that order."""
+        return _ranges(self.bounds, rows)
 
     def take(self, rows: Sequence[int] | np.ndarray) -> Encoded:
         """The named rows, in that order."""
-        indices = [int(row) for row in rows]
-        offsets = np.concatenate([[0], np.cumsum(self.lengths[indices])]).astype(np.int64)
-        ids = np.concatenate([self.row(i) for i in indices]) if indices else self.input_ids[:0]
-        types = None if self.token_type_ids is None else np.concatenate([self.token_types(i) for i in indices] or [self.token_type_ids[:0]])
-        return Encoded(ids, offsets, self.truncated[indices], types)
+        rows = np.asarray(rows, dtype=np.int64)
+        tokens = self.tokens_of(rows)
+        sequences = rows if self.groups is None else _ranges(self.groups, rows)
+
+        def of(array: np.ndarray | None, places: np.ndarray) -> np.ndarray | None:
+            return None if array is None else array[places]
+
+        return Encoded(
+            self.input_ids[tokens],
+            ends(np.diff(self.offsets)[sequences]),
+            self.truncated[rows],
+            of(self.token_type_ids, tokens),
+            None if self.groups is None else ends(np.diff(self.groups)[rows]),
+            of(self.spans, tokens),
+            of(self.token_labels, tokens),
+        )
+
+
+def ends(sizes: Sequence[int] | np.ndarray) -> np.ndarray:
+    """0 and the running sums: where things of these sizes begin and end, laid end to end. int64 [things + 1]."""
+    return np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+
+
+def _ranges(bounds: np.ndarray, rows: Sequence[int] | np.ndarray) -> np.ndarray:
+    """bounds[i] .. bounds[i + 1] of each i of `rows`, one after the other."""
+    rows = np.asarray(rows, dtype=np.int64)
+    sizes = np.diff(bounds)[rows]
+    places: np.ndarray = np.arange(int(sizes.sum())) + np.repeat(bounds[:-1][rows] - ends(sizes)[:-1], sizes)
+    return places
 
 
 def encode(
@@ -69,10 +118,28 @@ def encode(
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Encoded:
     """Tokenise with special tokens, each row cut to `max_length`; read from `cache_dir` if the same was done before."""
-    path = None if cache_dir is None else Path(cache_dir) / "tokens" / f"{_digest(texts, pairs, tokenizer, max_length)}.npz"
-    if path is not None and (found := _read(path)) is not None and len(found) == len(texts):
+    return cached(
+        lambda: _encode(texts, pairs, tokenizer, max_length, on_progress),
+        (texts,) if pairs is None else (texts, pairs),
+        tokenizer,
+        settings=f"{max_length}",
+        cache_dir=cache_dir,
+    )
+
+
+def cached(
+    make: Callable[[], Encoded],
+    columns: Sequence[Sequence[str]],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    settings: str,
+    cache_dir: str | Path | None,
+) -> Encoded:
+    """What `make` makes of these texts with this tokenizer and these settings; read from `cache_dir` if it was made before."""
+    path = None if cache_dir is None else Path(cache_dir) / "tokens" / f"{_digest(columns, tokenizer, settings)}.npz"
+    if path is not None and (found := _read(path)) is not None:
         return found
-    encoded = _encode(texts, pairs, tokenizer, max_length, on_progress)
+    encoded = make()
     if path is not None:
         _write(path, encoded)
     return encoded
@@ -128,10 +195,10 @@ def _lost_its_last_word(one: Encoding, sequence: int) -> bool:
     return max((last_word(part) for part in one.overflowing), default=-1) > last_word(one)
 
 
-def _digest(texts: Sequence[str], pairs: Sequence[str] | None, tokenizer: PreTrainedTokenizerBase, max_length: int) -> str:
-    digest = sha256(f"{FORMAT} {max_length} {len(texts)} {pairs is not None}".encode())
+def _digest(columns: Sequence[Sequence[str]], tokenizer: PreTrainedTokenizerBase, settings: str) -> str:
+    digest = sha256(f"{FORMAT} {settings} {[len(column) for column in columns]}".encode())
     # Taken apart by lengths, so that no two lists of texts share a digest.
-    for column in (texts, pairs or ()):
+    for column in columns:
         for text in column:
             raw = text.encode("utf-8", "surrogatepass")
             digest.update(len(raw).to_bytes(8, "little"))
@@ -149,8 +216,8 @@ def _read(path: Path) -> Encoded | None:
         return None
     try:
         with np.load(path) as arrays:
-            types = arrays.get("token_type_ids")
-            found = Encoded(arrays["input_ids"], arrays["offsets"], arrays["truncated"], types)
+            more = {name: arrays[name] for name in OPTIONAL if name in arrays}
+            found = Encoded(arrays["input_ids"], arrays["offsets"], arrays["truncated"], **more)
         if found.offsets[-1] != len(found.input_ids) or len(found.truncated) != len(found):
             raise ValueError("its arrays do not fit together")
         return found
@@ -161,8 +228,7 @@ def _read(path: Path) -> Encoded | None:
 
 def _write(path: Path, encoded: Encoded) -> None:
     arrays = {"input_ids": encoded.input_ids, "offsets": encoded.offsets, "truncated": encoded.truncated}
-    if encoded.token_type_ids is not None:
-        arrays["token_type_ids"] = encoded.token_type_ids
+    arrays |= {name: array for name in OPTIONAL if (array := getattr(encoded, name)) is not None}
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -18,10 +18,12 @@ from typing import Any
 
 import fsspec
 
+from danlu.data.nested import c3_rows, conll, is_c3, is_squad, looks_tagged, squad_rows
 from danlu.errors import DataError
 
 EXTENSIONS = {
     ".csv": "csv", ".tsv": "tsv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".parquet": "parquet", ".tab": "tab",
+    ".conll": "conll", ".bio": "conll", ".iob": "conll", ".bmes": "conll", ".bioes": "conll",
 }  # fmt: skip
 HUB_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?(:[\w.-]+)?(@[\w.\[\]:%-]+)?$")
 ORANGE_TYPES = {"d", "discrete", "c", "continuous", "s", "string", "t", "time"}
@@ -128,12 +130,13 @@ def _file(path: str, format: str, max_rows: int | None, where: str) -> Rows:
                 table, label = _delimited(text, "," if kind == "csv" else "\t", path, where), None
             case "tab":
                 table, label = _orange(text, path, where)
-            case "jsonl":
-                table, label = _jsonl(text, path, where), None
-            case "json":
-                table, label = _json(text, path, where), None
+            case "conll":
+                table, label = conll(text, path, where), None
+            case "jsonl" | "json":
+                (table, kind), label = _jsonl(text, path, where) if kind == "jsonl" else _json(text, path, where), None
             case _:
-                raise DataError(f"unknown format {kind!r}", where="data.format", fix="auto, csv, tsv, jsonl, json, parquet, tab or hub")
+                known = "auto, csv, tsv, jsonl, json, parquet, tab, conll or hub"
+                raise DataError(f"unknown format {kind!r}", where="data.format", fix=known)
     columns = {name: values[:max_rows] for name, values in table.items()}
     if not columns or not len(next(iter(columns.values()))):
         raise DataError(f"{path} has a header but no rows", where=where, fix="a file with at least one row")
@@ -151,6 +154,9 @@ def _sniffed(raw: bytes, path: str, where: str) -> str:
             return "jsonl"
         except ValueError:
             return "json"
+    # A character of many bytes may be cut in half at the end.
+    if looks_tagged(raw[:4000].decode("utf-8-sig", "ignore").rpartition("\n")[0]):
+        return "conll"
     if b"\t" in first_line:
         return "tsv"
     if b"," in first_line:
@@ -158,7 +164,7 @@ def _sniffed(raw: bytes, path: str, where: str) -> str:
     raise DataError(
         f"{path}: the format cannot be told from its name or its first line",
         where=where,
-        fix="data.format: csv, tsv, jsonl, json, parquet or tab",
+        fix="data.format: csv, tsv, jsonl, json, parquet, tab or conll",
     )
 
 
@@ -261,7 +267,7 @@ def _fits(cells: Sequence[str], allowed: set[str], number: int) -> bool:
     return len(cells) <= number and all(cell.strip().split(" ")[0].lower() in allowed or "=" in cell for cell in cells)
 
 
-def _jsonl(text: str, path: str, where: str) -> dict[str, list[Any]]:
+def _jsonl(text: str, path: str, where: str) -> tuple[dict[str, list[Any]], str]:
     records = []
     # Only \n ends a line of JSON: str.splitlines would also break at U+2028, which JSON allows inside a string.
     for number, line in enumerate(text.split("\n"), start=1):
@@ -278,23 +284,29 @@ def _jsonl(text: str, path: str, where: str) -> dict[str, list[Any]]:
                 fix='{"text": "...", "label": "..."}',
             )
         records.append(record)
-    return _by_column(records)
+    if is_squad(records):
+        return _by_column(squad_rows(records, path, where)), "jsonl, SQuAD's articles"
+    return _by_column(records), "jsonl"
 
 
-def _json(text: str, path: str, where: str) -> dict[str, list[Any]]:
+def _json(text: str, path: str, where: str) -> tuple[dict[str, list[Any]], str]:
     try:
         document = json.loads(text)
     except ValueError as error:
         raise DataError(f"{path}: not JSON: {error}", where=where, fix="one object a line is jsonl: data.format=jsonl") from error
     if isinstance(document, dict) and isinstance(document.get("data"), list):
         document = document["data"]
+    if is_c3(document):
+        return _by_column(c3_rows(document, path, where)), "json, C3's documents"
+    if isinstance(document, list) and is_squad(document):
+        return _by_column(squad_rows(document, path, where)), "json, SQuAD's articles"
     if isinstance(document, list) and all(isinstance(record, dict) for record in document):
-        return _by_column(document)
+        return _by_column(document), "json"
     if isinstance(document, dict) and all(isinstance(column, list) for column in document.values()):
         lengths = {name: len(column) for name, column in document.items()}
         if len(set(lengths.values())) > 1:
             raise DataError(f"{path}: its columns have different lengths: {lengths}", where=where)
-        return document
+        return document, "json"
     raise DataError(f"{path}: rows are needed", where=where, fix='a list of objects, {"data": [objects]}, or {"column": [values]}')
 
 
@@ -336,6 +348,11 @@ def _hub(source: str, max_rows: int | None, where: str) -> Rows:
     columns = {}
     for column, feature in table.features.items():
         values = table[column]
-        names = getattr(feature, "names", None)
-        columns[column] = [names[value] if value is not None and value >= 0 else None for value in values] if names else list(values)
+        names, each = getattr(feature, "names", None), getattr(getattr(feature, "feature", None), "names", None)
+        if names:
+            columns[column] = [names[value] if value is not None and value >= 0 else None for value in values]
+        elif each:  # a list of labels a row
+            columns[column] = [None if value is None else [each[one] for one in value] for value in values]
+        else:
+            columns[column] = list(values)
     return Rows(columns, (source,), "hub")

@@ -8,14 +8,15 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from danlu.data.encode import Encoded
+from danlu.data.encode import Encoded, ends
 
 
 @dataclass(frozen=True)
 class Packed:
-    """Rows laid end to end.
+    """Sequences laid end to end; a row is one of them, or the several that `groups` gives it.
 
-    input_ids, position_ids, token_type_ids: int64 [tokens]; cu_seqlens: int32 [rows + 1]; labels: int64 [rows] or None.
+    input_ids, position_ids, token_type_ids: int64 [tokens]; cu_seqlens: int32 [sequences + 1]; groups: int64 [rows + 1] or None; labels:
+    int64 or float32 [rows, ...], int64 [tokens] where each token has one, or None.
     """
 
     input_ids: torch.Tensor
@@ -23,21 +24,22 @@ class Packed:
     token_type_ids: torch.Tensor | None
     cu_seqlens: torch.Tensor
     labels: torch.Tensor | None = None
+    groups: torch.Tensor | None = None
 
     @property
     def num_rows(self) -> int:
-        return len(self.cu_seqlens) - 1
+        return len(self.cu_seqlens if self.groups is None else self.groups) - 1
 
     @property
     def num_tokens(self) -> int:
         return len(self.input_ids)
 
     def to(self, device: torch.device) -> Packed:
-        """The same batch on `device`; cu_seqlens stays on the host, where attention splits by it."""
+        """The same batch on `device`; cu_seqlens and groups stay on the host, where rows are split by them."""
         types = None if self.token_type_ids is None else self.token_type_ids.to(device, non_blocking=True)
         labels = None if self.labels is None else self.labels.to(device, non_blocking=True)
         ids, positions = self.input_ids.to(device, non_blocking=True), self.position_ids.to(device, non_blocking=True)
-        return Packed(ids, positions, types, self.cu_seqlens, labels)
+        return Packed(ids, positions, types, self.cu_seqlens, labels, self.groups)
 
 
 def pack(
@@ -45,16 +47,23 @@ def pack(
 ) -> Packed:
     """Lay rows (int arrays of token ids, none empty) end to end."""
     lengths = np.fromiter((len(row) for row in rows), dtype=np.int64, count=len(rows))
-    cu_seqlens = np.zeros(len(rows) + 1, dtype=np.int32)
-    np.cumsum(lengths, out=cu_seqlens[1:])
+    types = None if token_types is None else np.concatenate(token_types)
+    return _packed(np.concatenate(rows), lengths, types, None if labels is None else np.asarray(labels))
+
+
+def _packed(
+    ids: np.ndarray, lengths: np.ndarray, types: np.ndarray | None, labels: np.ndarray | None, groups: np.ndarray | None = None
+) -> Packed:
+    cu_seqlens = ends(lengths)
     positions = np.arange(cu_seqlens[-1], dtype=np.int64) - np.repeat(cu_seqlens[:-1], lengths)
-    types = None if token_types is None else torch.from_numpy(np.concatenate(token_types).astype(np.int64))
+    kind = np.float32 if labels is not None and labels.dtype.kind == "f" else np.int64
     return Packed(
-        torch.from_numpy(np.concatenate(rows).astype(np.int64)),
+        torch.from_numpy(ids.astype(np.int64)),
         torch.from_numpy(positions),
-        types,
-        torch.from_numpy(cu_seqlens),
-        None if labels is None else torch.as_tensor(np.asarray(labels, dtype=np.int64)),
+        None if types is None else torch.from_numpy(types.astype(np.int64)),
+        torch.from_numpy(cu_seqlens.astype(np.int32)),
+        None if labels is None else torch.from_numpy(labels.astype(kind)),
+        None if groups is None else torch.from_numpy(groups),
     )
 
 
@@ -151,6 +160,7 @@ class Batches:
 
 
 def pack_rows(encoded: Encoded, rows: Sequence[int] | np.ndarray, labels: np.ndarray | None = None) -> Packed:
-    """The named rows of `encoded`, packed."""
-    types = None if encoded.token_type_ids is None else [encoded.token_types(int(i)) for i in rows]
-    return pack([encoded.row(int(i)) for i in rows], types, None if labels is None else labels[np.asarray(rows)])
+    """The named rows of `encoded`, packed, with their `labels` ([all rows, ...]) or the labels of their tokens."""
+    taken = encoded.take(rows)
+    told = taken.token_labels if labels is None else labels[np.asarray(rows, dtype=np.int64)]
+    return _packed(taken.input_ids, np.diff(taken.offsets), taken.token_type_ids, told, taken.groups)

@@ -26,6 +26,8 @@ class SplitReport:
     labels: Mapping[str, int]
     dropped_empty: int
     dropped_unlabelled: int
+    dropped: Mapping[str, int]
+    """Other reasons, and how many rows each dropped."""
     duplicates: int
     conflicting: int
     """Rows whose text stands elsewhere in the split with another label."""
@@ -69,6 +71,8 @@ class DataReport:
             ("tokens p99 / max", [f"{split.length_p99} / {split.length_max}" for split in self.splits.values()]),
             (f"cut at {self.max_length} tokens", [f"{split.truncated:.1%}" for split in self.splits.values()]),
         ]
+        reasons = dict.fromkeys(reason for split in self.splits.values() for reason in split.dropped)
+        table[3:3] = [(f"{reason} dropped", [f"{split.dropped.get(reason, 0)}" for split in self.splits.values()]) for reason in reasons]
         for label in next(iter(self.splits.values())).labels:
             table.append((f"label {label}", [f"{split.labels.get(label, 0):,}" for split in self.splits.values()]))
         width = max(len(name) for name, _ in table)
@@ -126,9 +130,10 @@ def _split_report(texts: Labelled, encoded: Encoded, rows: Rows, train_texts: se
         sources=rows.sources,
         format=rows.format,
         columns=dict(texts.chosen),
-        labels=dict(sorted(Counter(texts.labels or []).items())),
+        labels=texts.label_counts if texts.label_counts is not None else dict(sorted(Counter(texts.labels or []).items())),
         dropped_empty=texts.dropped_empty,
         dropped_unlabelled=texts.dropped_unlabelled,
+        dropped=texts.dropped,
         duplicates=sum(len(labels) - 1 for labels in seen.values()),
         conflicting=sum(len(labels) for labels in seen.values() if len(set(labels)) > 1),
         overlap_with_train=sum(len(labels) for key, labels in seen.items() if key in train_texts),
@@ -159,6 +164,7 @@ def _warnings(reports: Mapping[str, SplitReport]) -> list[str]:
         dropped = split.dropped_empty + split.dropped_unlabelled
         if dropped:
             found.append(f"{name}: {dropped} rows without text or label were dropped")
+        found += [f"{name}: {number} rows were dropped: {reason}" for reason, number in split.dropped.items()]
     train = reports["train"].labels
     if train and max(train.values()) > 20 * min(train.values()):
         small = min(train, key=lambda label: train[label])

@@ -52,6 +52,8 @@ def render(data: ReportData) -> str:
         if not isinstance(found, Scores):
             rows = [(name, f"{value:.4f}") for name, value in found.metrics().items()]
             parts.append(f"<h2>Scores on the {escape(split)} split</h2>{_table(('metric', 'value'), rows)}")
+            if per_class := getattr(found, "per_class", None):
+                parts.append(_class_table(_class_rows(per_class)))
             continue
         parts.append(
             f"<h2>Scores on the {escape(split)} split</h2>{_per_class(found)}<h2>Confusion matrix, {escape(split)}</h2>{_confusion(found)}"
@@ -107,7 +109,8 @@ def _curves(records: Sequence[Mapping[str, Any]]) -> str:
         _chart("Gradient norm before clipping", [(r["step"], r["grad_norm"]) for r in steps]),
         _chart("Tokens a second", [(r["step"], r["tokens_per_second"]) for r in steps]),
     ]
-    for name in ("accuracy", "macro_f1"):
+    names = dict.fromkeys(name for record in evals for name in record["metrics"] if name not in ("loss", "perplexity"))
+    for name in list(names)[:2]:
         points = [(record["step"], record["metrics"][name]) for record in evals if name in record["metrics"]]
         if points:
             charts.append(_chart(f"Dev {name.replace('_', ' ')}", points, points))
@@ -148,11 +151,18 @@ def _span(values: Sequence[float]) -> tuple[float, float]:
 
 
 def _per_class(found: Scores) -> str:
-    rows = [
+    rows = [*_class_rows(found.per_class), ("all (macro F1, accuracy)", "", "", f"{found.macro_f1:.4f}", f"{found.accuracy:.4f}")]
+    return _class_table(rows)
+
+
+def _class_rows(per_class: Mapping[str, Mapping[str, float]]) -> list[tuple[str, ...]]:
+    return [
         (name, f"{row['precision']:.4f}", f"{row['recall']:.4f}", f"{row['f1']:.4f}", f"{int(row['support'])}")
-        for name, row in found.per_class.items()
+        for name, row in per_class.items()
     ]
-    rows.append(("all (macro F1, accuracy)", "", "", f"{found.macro_f1:.4f}", f"{found.accuracy:.4f}"))
+
+
+def _class_table(rows: Sequence[Sequence[str]]) -> str:
     return _table(("label", "precision", "recall", "f1", "rows"), rows)
 
 
@@ -182,7 +192,7 @@ def _delta(delta: Mapping[str, Any]) -> str:
             f"{delta['bytes'] / 1e6:.1f}",
             f"{delta['bytes_original'] / delta['bytes']:.2f}x",
         ),
-        ("same label", "", f"{delta['agreement']:.2%}", ""),
+        ("same answer", "", f"{delta['agreement']:.2%}", ""),
         ("largest probability change", "", f"{delta['largest_probability_change']:.4f}", ""),
     ]
     return _table((f"on the {delta['split']} split", "original", str(delta["name"]), "change"), rows)

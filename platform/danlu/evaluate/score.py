@@ -9,24 +9,23 @@ from typing import Any
 
 import numpy as np
 
-from danlu.tasks.classification import Predictor, Scores, predictions
-from danlu.tasks.classification import scores as label_scores
-from danlu.tasks.pretrain import LanguageScores, Scorer
-from danlu.tasks.pretrain import scores as language_scores
-from danlu.tasks.rows import Split
+from danlu.tasks.exchange import largest_change
+from danlu.tasks.predictor import Predictor
+from danlu.tasks.pretrain import Scorer
+from danlu.tasks.rows import Scored, Split
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Scores of a split, what they were made of (float32 [rows, width]; a classifier's logits) and how long that took."""
+    """Scores of a split, what they were made of (float32 [sequences or tokens, width]; a classifier's logits) and how long that took."""
 
-    scores: Scores | LanguageScores
+    scores: Scored
     outputs: np.ndarray
     seconds: float
 
     @property
     def rows_per_second(self) -> float:
-        return len(self.outputs) / self.seconds
+        return self.scores.num_rows / self.seconds
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,7 @@ class Delta:
     original: dict[str, float]
     compressed: dict[str, float]
     agreement: float
-    """Share of rows with the same label."""
+    """Share of rows with the same answer."""
     largest_probability_change: float
     rows_per_second_original: float
     rows_per_second: float
@@ -60,7 +59,7 @@ class Delta:
         for metric, before in self.original.items():
             after = self.compressed[metric]
             lines.append(f"  {metric:<24} {before:>12.4f} {after:>12.4f} {after - before:>+12.4f}")
-        lines.append(f"  {'same label':<24} {'':>12} {self.agreement:>12.2%} {'':>12}")
+        lines.append(f"  {'same answer':<24} {'':>12} {self.agreement:>12.2%} {'':>12}")
         lines.append(f"  {'largest prob. change':<24} {'':>12} {self.largest_probability_change:>12.4f} {'':>12}")
         spread = f"{self.speedup_min:.2f}-{self.speedup_max:.2f}"
         lines.append(
@@ -76,7 +75,7 @@ def evaluate(judge: Predictor | Scorer, split: Split, *, batch_tokens: int = 102
     """Score every row of a split."""
     began = time.perf_counter()
     outputs = judge.outputs(split.encoded, batch_tokens=batch_tokens)
-    found = language_scores(outputs) if isinstance(judge, Scorer) else label_scores(outputs, split.labels, judge.label_names)
+    found = judge.scores(outputs, split)
     return Evaluation(found, outputs, time.perf_counter() - began)
 
 
@@ -103,20 +102,18 @@ def compare(
         pair = []
         for predictor in (original, compressed):
             began = time.perf_counter()
-            predictor.logits(sample, batch_tokens=batch_tokens)
+            predictor.outputs(sample, batch_tokens=batch_tokens)
             pair.append(time.perf_counter() - began)
         times.append((pair[0], pair[1]))
     ratios = [one / other for one, other in times]
-    changes = [
-        np.abs(np.subtract(a.probabilities, b.probabilities)).max()
-        for a, b in zip(predictions(before.outputs, original.label_names), predictions(after.outputs, original.label_names), strict=True)
-    ]
+    one, other = (original.predictions(found.outputs, split.encoded, split.examples) for found in (before, after))
+    answers = list(zip(one, other, strict=True))
     return Delta(
         name=name,
-        original=before.scores.metrics(),
-        compressed=after.scores.metrics(),
-        agreement=float((before.outputs.argmax(1) == after.outputs.argmax(1)).mean()),
-        largest_probability_change=float(max(changes)),
+        original=dict(before.scores.metrics()),
+        compressed=dict(after.scores.metrics()),
+        agreement=float(np.mean([a.label == b.label for a, b in answers])),
+        largest_probability_change=max(largest_change(a.probabilities, b.probabilities) for a, b in answers),
         rows_per_second_original=len(sample) / median(one for one, _ in times),
         rows_per_second=len(sample) / median(other for _, other in times),
         speedup=median(ratios),
@@ -130,17 +127,6 @@ def compare(
     )
 
 
-def scores_text(found: Scores | LanguageScores) -> str:
-    """Scores for the terminal; a classifier's with per-class table and confusion matrix."""
-    if isinstance(found, LanguageScores):
-        size = f"tokens {found.num_tokens:,}   rows {found.num_rows:,}"
-        return f"  loss {found.loss:.4f} nats a token   perplexity {found.perplexity:.3f}   {size}"
-    width = max(len(name) for name in found.per_class)
-    lines = [f"  accuracy {found.accuracy:.4f}   macro F1 {found.macro_f1:.4f}   loss {found.loss:.4f}   rows {found.num_rows}", ""]
-    lines.append(f"  {'':<{width}} precision    recall        f1   rows")
-    for name, row in found.per_class.items():
-        lines.append(f"  {name:<{width}} {row['precision']:>9.4f} {row['recall']:>9.4f} {row['f1']:>9.4f} {int(row['support']):>6}")
-    lines += ["", f"  {'truth / answer':<{width}} " + " ".join(f"{name[:7]:>7}" for name in found.per_class)]
-    for name, counts in zip(found.per_class, found.confusion, strict=True):
-        lines.append(f"  {name:<{width}} " + " ".join(f"{count or '.':>7}" for count in counts))
-    return "\n".join(lines)
+def scores_text(found: Scored) -> str:
+    """Scores for the terminal."""
+    return found.text()

@@ -21,11 +21,13 @@ from danlu.artifact.store import Store
 from danlu.errors import ResourceError, SpecError
 from danlu.local_ray import start_ray
 from danlu.metrics import catalog, emit
+from danlu.serve.encoder_wire import wire_of
 from danlu.serve.engine import make_engine
 from danlu.serve.engines.encoder import BatchRecord, EncoderEngine
 from danlu.serve.gateway import Gateway
 from danlu.spec.files import dump, load, parse
 from danlu.spec.serve import Encoder, Service
+from danlu.spec.task import Classification, EncoderTask
 
 START_TIMEOUT_S = 180.0
 STOP_TIMEOUT_S = 30.0
@@ -99,12 +101,14 @@ class Endpoint:
 
     url: str
     name: str
+    route: str
+    """Where it answers."""
     dashboard_url: str | None
     metrics_url: str | None
 
     def where_to_look(self) -> dict[str, str]:
         """What a person may open."""
-        found = {"endpoint": f"{self.url}/v1/classify", "OpenAPI page": f"{self.url}/docs"}
+        found = {"endpoint": f"{self.url}{self.route}", "OpenAPI page": f"{self.url}/docs"}
         if self.dashboard_url:
             found["Ray dashboard"] = self.dashboard_url
         if self.metrics_url:
@@ -117,9 +121,9 @@ def run(service: Service) -> Endpoint:
     address = _address_in_use(service) or (service.http.host, _free_port(service.http.host, service.http.port))
     if service.http.haproxy:
         os.environ["RAY_SERVE_ENABLE_HA_PROXY"] = "1"
-    if service.bundle is not None:
-        # A bundle that is not there is the user's to hear of now, not a replica's to die of.
-        read_bundle(Store(service.storage).resolve(service.bundle))
+    # A bundle that is not there is the user's to hear of now, not a replica's to die of.
+    task = None if service.bundle is None else read_bundle(Store(service.storage).resolve(service.bundle)).meta.task
+    route = wire_of(task if isinstance(task, EncoderTask) else Classification()).path
     start_ray()
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     host, port = address
@@ -131,7 +135,7 @@ def run(service: Service) -> Endpoint:
         if not was_there:  # else what ran before runs on
             serve.delete(service.name)
         raise
-    return Endpoint(f"http://{host}:{port}", service.name, _dashboard_url(), _metrics_url())
+    return Endpoint(f"http://{host}:{port}", service.name, route, _dashboard_url(), _metrics_url())
 
 
 def stop() -> None:

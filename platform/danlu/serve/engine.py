@@ -1,4 +1,4 @@
-"""Engine: what answers texts inside a replica; and the one place where it is chosen."""
+"""Engine: what answers an encoder's tasks inside a replica; and the one place where it is chosen."""
 
 from __future__ import annotations
 
@@ -7,39 +7,45 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from danlu.spec.serve import Echo, Encoder, Service
+from danlu.spec.task import EncoderTask
+from danlu.tasks.exchange import Example, Prediction
 
 if TYPE_CHECKING:
     from danlu.artifact.bundle import Bundle
 
 
 @dataclass(frozen=True)
-class Input:
-    """A text, or a pair of texts."""
-
-    text: str
-    text_pair: str | None = None
-
-
-@dataclass(frozen=True)
 class Answer:
-    """The most probable label, every label's probability in the order of the model's outputs, and the tokens that were read."""
+    """A prediction, and the tokens that were read for it."""
 
-    label: str
-    probabilities: list[float]
+    prediction: Prediction
     num_tokens: int
+
+    @property
+    def label(self) -> str:
+        return self.prediction.label
+
+    @property
+    def probabilities(self) -> list[float]:
+        return self.prediction.probabilities
 
 
 class Engine(Protocol):
-    """start once; classify from any number of coroutines at a time; stop once. `labels` are the model's, in the order of its outputs."""
+    """start once; predict from any number of coroutines at a time; stop once. `labels` are the model's, in the order of its outputs."""
 
     labels: list[str]
+
+    @property
+    def task(self) -> EncoderTask:
+        """What it answers."""
+        ...
 
     async def start(self) -> None:
         """Load, and answer the bundle's probes as the evaluation did; QualityError if the answers differ."""
         ...
 
-    async def classify(self, inputs: Sequence[Input]) -> list[Answer]:
-        """An answer for each input. Being cancelled takes what has not begun out of the queue."""
+    async def predict(self, inputs: Sequence[Example]) -> list[Answer]:
+        """An answer for each of the task's examples. Being cancelled takes what has not begun out of the queue."""
         ...
 
     def check_health(self) -> None:

@@ -13,8 +13,9 @@ from typing import Any
 from danlu.errors import RequestError
 from danlu.metrics import catalog
 from danlu.metrics.catalog import Metric
+from danlu.serve.encoder_wire import Request, read_json, routes_of
 from danlu.serve.engine import Engine
-from danlu.serve.openai import classify_response, error_response, models_response, parse_classify
+from danlu.serve.openai import error_response, models_response
 from danlu.serve.openapi import docs_page, openapi
 from danlu.spec.serve import Limits
 
@@ -24,7 +25,6 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 Meter = Callable[..., None]
 
 ROUTES = {
-    "/v1/classify": "POST",
     "/v1/models": "GET",
     "/healthz": "GET",
     "/readyz": "GET",
@@ -45,6 +45,8 @@ class Gateway:
         self.in_flight, self.ready, self.draining = 0, False, False
         self.recent_seconds = 0.05
         self.created = int(time.time())
+        self.wires = routes_of(engine.task)
+        self.routes = dict.fromkeys(self.wires, "POST") | ROUTES
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         match scope["type"]:
@@ -88,14 +90,14 @@ class Gateway:
             if error.retry_after_s is not None:
                 extra["retry-after"] = str(error.retry_after_s)
             if error.status == 405:
-                extra["allow"] = ROUTES[path]
+                extra["allow"] = self.routes[path]
             self._count(catalog.SERVE_REFUSALS, 1, reason=error.kind if error.status == 400 else str(error.status))
         except asyncio.CancelledError:
             self._count(catalog.SERVE_REFUSALS, 1, reason="client_gone")
             raise
         except Exception as error:  # noqa: BLE001  # a client gets an answer whatever broke; health says the rest
             status, body = 500, error_response(RequestError(f"the engine failed: {type(error).__name__}", status=500, kind="server_error"))
-        route = path if path in ROUTES else "other"
+        route = path if path in self.routes else "other"
         self._count(catalog.SERVE_REQUESTS, 1, route=route, status=str(status))
         self._count(catalog.SERVE_SECONDS, time.perf_counter() - began, route=route)
         raw = body if isinstance(body, bytes) else json.dumps(body, ensure_ascii=False).encode()
@@ -111,13 +113,14 @@ class Gateway:
         await send({"type": "http.response.body", "body": raw})
 
     async def _answer(self, method: str, path: str, headers: dict[str, str], receive: Receive) -> tuple[int, object, str]:
-        if path not in ROUTES:
-            raise RequestError(f"there is no {path}", status=404, kind="not_found_error", fix=", ".join(ROUTES))
-        if method != ROUTES[path] and not (method == "HEAD" and ROUTES[path] == "GET"):
-            raise RequestError(f"{path} takes {ROUTES[path]}, not {method}", status=405, fix=f"{ROUTES[path]} {path}")
+        if path not in self.routes:
+            raise RequestError(f"there is no {path} here", status=404, kind="not_found_error", fix=", ".join(self.routes))
+        takes = self.routes[path]
+        if method != takes and not (method == "HEAD" and takes == "GET"):
+            raise RequestError(f"{path} takes {takes}, not {method}", status=405, fix=f"{takes} {path}")
+        if path in self.wires:
+            return 200, await self._predict(path, headers, receive), "application/json"
         match path:
-            case "/v1/classify":
-                return 200, await self._classify(headers, receive), "application/json"
             case "/v1/models":
                 return 200, models_response([self.model], self.created), "application/json"
             case "/healthz":
@@ -129,17 +132,17 @@ class Gateway:
                 self._check(self.engine.check_health)
                 return 200, {"status": "ready", "model": self.model}, "application/json"
             case "/openapi.json":
-                return 200, openapi(self.model, self.engine.labels, self.limits), "application/json"
-        return 200, docs_page(self.model).encode(), "text/html; charset=utf-8"
+                return 200, openapi(self.model, self.wires, self.engine.labels, self.limits), "application/json"
+        return 200, docs_page(self.model, self.wires).encode(), "text/html; charset=utf-8"
 
-    async def _classify(self, headers: dict[str, str], receive: Receive) -> object:
+    async def _predict(self, path: str, headers: dict[str, str], receive: Receive) -> object:
         content_type = headers.get("content-type", "").partition(";")[0].strip().lower()
         if content_type != "application/json":
             raise RequestError(
                 f"the content type is {content_type or 'not given'}", status=415, param="content-type", fix="content-type: application/json"
             )
         body = await self._body(headers, receive)
-        request = parse_classify(body, max_inputs=self.limits.max_inputs)
+        request: Request = self.wires[path].parse(read_json(body, self.wires[path].example), self.limits.max_inputs)
         if request.model not in (None, self.model):
             raise RequestError(
                 f"there is no model {request.model!r} here", status=404, kind="not_found_error", param="model", fix=repr(self.model)
@@ -157,7 +160,7 @@ class Gateway:
         self._count(catalog.SERVE_IN_FLIGHT, self.in_flight)
         began = time.perf_counter()
         try:
-            answers = await asyncio.wait_for(self.engine.classify(request.inputs), self.limits.request_timeout_s)
+            answers = await asyncio.wait_for(self.engine.predict(request.inputs), self.limits.request_timeout_s)
         except TimeoutError as error:
             raise RequestError(
                 f"no answer within {self.limits.request_timeout_s:g} s", status=504, kind="server_error", fix="fewer texts, or again later"
@@ -168,7 +171,7 @@ class Gateway:
         self.recent_seconds = 0.9 * self.recent_seconds + 0.1 * (time.perf_counter() - began)
         self._count(catalog.SERVE_INPUTS, len(answers))
         self._count(catalog.SERVE_TOKENS, sum(answer.num_tokens for answer in answers))
-        return classify_response(self.model, answers, self.engine.labels)
+        return self.wires[path].respond(self.model, request, answers, self.engine.labels)
 
     async def _body(self, headers: dict[str, str], receive: Receive) -> bytes:
         limit = self.limits.max_body_bytes

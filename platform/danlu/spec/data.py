@@ -17,6 +17,19 @@ class Columns(Spec):
     text: str | None = None
     text_pair: str | None = None
     label: str | None = None
+    """A label, a list of labels, a number, tags, or the right option (its letter, its number or its text), as the task has it."""
+
+    question: str | None = None
+    context: str | None = None
+    answers: str | None = None
+    """SQuAD's: {text: [...], answer_start: [...]}, or a list of {text, answer_start}."""
+    options: str | Annotated[list[str], Field(min_length=2)] | None = None
+    """The column of lists of options, or a column for each."""
+    tokens: str | None = None
+    """The column of lists of words."""
+    positive: str | None = None
+    negative: str | None = None
+    """A text that belongs to `text`, and one, or a list of them, that does not."""
 
 
 class Data(Spec):
@@ -31,8 +44,9 @@ class Data(Spec):
     test: str | Paths | None = None
     """The split that is scored once, at the end."""
 
-    format: Literal["auto", "csv", "tsv", "jsonl", "json", "parquet", "tab", "hub"] = "auto"
-    """`auto` goes by the file name and the first rows; `tab` is Orange's format."""
+    format: Literal["auto", "csv", "tsv", "jsonl", "json", "parquet", "tab", "conll", "hub"] = "auto"
+    """`auto` goes by the file name and the first rows; `tab` is Orange's format, `conll` a word and its tag a line. SQuAD's and C3's nested
+    documents are json."""
 
     columns: Columns = Columns()
 

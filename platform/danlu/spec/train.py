@@ -13,8 +13,11 @@ from danlu.spec.model import Model
 from danlu.spec.optim import Adafactor, BnbAdamW, Lion, Optim, Wsd
 from danlu.spec.parallel import Ddp, DeepSpeed, Parallel, Workers
 from danlu.spec.serve import ServeAfterTraining, Service
-from danlu.spec.task import METRICS, Classification, Task
+from danlu.spec.task import COLUMNS, METRICS, Classification, Embed, EncoderTask, ExtractiveQA, Task
 from danlu.spec.tuning import Adalora, Full, Tuning, VirtualTokens, is_merged
+
+PROMPTED = ("classification", "multi_label_classification", "regression", "pretrain")
+"""Tasks that learn behind virtual tokens."""
 
 
 class Evaluation(Spec):
@@ -22,8 +25,30 @@ class Evaluation(Spec):
 
     eval_steps: PositiveInt | None = None
     """Score the dev split every so many steps; unset: five times in the run. It is always scored at the end."""
-    metric_for_best_model: Literal["accuracy", "macro_f1", "loss"] | None = None
-    """What the best weights of the dev split are best at. Unset: accuracy for classification, loss for language modelling."""
+    metric_for_best_model: (
+        Literal[
+            "accuracy",
+            "macro_f1",
+            "micro_f1",
+            "subset_accuracy",
+            "pearson",
+            "spearman",
+            "mae",
+            "mse",
+            "exact_match",
+            "f1",
+            "precision",
+            "recall",
+            "ndcg_at_10",
+            "mrr",
+            "recall_at_1",
+            "recall_at_10",
+            "loss",
+        ]
+        | None
+    ) = None
+    """What the best weights of the dev split are best at. Unset: the task's first metric, such as accuracy for classification and loss for
+    language modelling."""
     early_stopping_patience: PositiveInt | None = None
     """Stop after so many evaluations in a row without a new best; unset never stops early."""
     batch_tokens: PositiveInt = 2048
@@ -137,10 +162,29 @@ class TrainJob(Spec):
 
     @model_validator(mode="after")
     def _what_follows_training_can_take_the_task(self) -> Self:
-        if self.task.kind != "classification":
+        if not isinstance(self.task, EncoderTask):
             for name in ("compress", "serve"):
                 if getattr(self, name) is not None:
-                    raise ValueError(f"{name} takes task.kind=classification only; leave it out for task.kind={self.task.kind}")
+                    raise ValueError(f"{name} takes an encoder's task, such as classification; leave it out for task.kind={self.task.kind}")
+        return self
+
+    @model_validator(mode="after")
+    def _task_fits_the_batches(self) -> Self:
+        if isinstance(self.task, Embed) and self.micro_batch_size < 2:
+            raise ValueError("micro_batch_size=1 leaves task.kind=embedding no other texts to tell apart; at least 2")
+        if isinstance(self.task, ExtractiveQA) and (self.task.doc_stride or 0) > self.model.max_length // 2:
+            raise ValueError(
+                f"task.doc_stride={self.task.doc_stride} is more than half of model.max_length={self.model.max_length}: windows would "
+                f"hardly move on; at most {self.model.max_length // 2}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _task_reads_the_columns(self) -> Self:
+        for role, name in self.data.columns:
+            if name is not None and role not in COLUMNS[self.task.kind]:
+                there = ", ".join(COLUMNS[self.task.kind])
+                raise ValueError(f"data.columns.{role} has no effect with task.kind={self.task.kind}, which reads: {there}")
         return self
 
     @model_validator(mode="after")
@@ -162,6 +206,11 @@ class TrainJob(Spec):
                 raise ValueError(
                     f"tuning.kind={self.tuning.kind} does not go with parallel.zero_stage=3: the prompt is made outside the modules whose "
                     "weights ZeRO-3 gathers; use parallel.zero_stage=2, or tuning.kind=lora"
+                )
+            case VirtualTokens() if self.task.kind not in PROMPTED:
+                raise ValueError(
+                    f"tuning.kind={self.tuning.kind} puts a prompt in front of a text, which task.kind={self.task.kind} does not take; "
+                    f"it goes with: {', '.join(PROMPTED)}; or use tuning.kind=lora"
                 )
             case _:
                 pass

@@ -1,4 +1,4 @@
-"""Classification: one label per text. Rows, model, loss, metrics, prediction."""
+"""Classification: one label per text or pair of texts. Rows, model, loss, metrics, prediction."""
 
 from __future__ import annotations
 
@@ -10,59 +10,80 @@ import numpy as np
 import torch
 from sklearn.metrics import accuracy_score, confusion_matrix, precision_recall_fscore_support
 from torch import nn
-from transformers import AutoConfig, AutoModelForSequenceClassification, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForSequenceClassification, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from danlu.data.columns import labelled
+from danlu.data.columns import Labelled, labelled
 from danlu.data.encode import Encoded, encode
-from danlu.data.formats import read_rows
-from danlu.data.pack import Packed, by_length, pack_rows
+from danlu.data.pack import Packed
 from danlu.data.report import check_labels, data_report
 from danlu.data.split import stratified_split
-from danlu.errors import ModelError
 from danlu.spec.data import Data
-from danlu.spec.task import Classification
+from danlu.spec.task import Classification, EncoderTask
+from danlu.tasks.encoder import build_encoder, encoder_skeleton, head_of, head_parameters, hold_out, read_given, read_splits, text_examples
+from danlu.tasks.exchange import Prediction, Text
 from danlu.tasks.packed import PackedClassifier, inputs
-from danlu.tasks.rows import Split, Splits
-from danlu.tasks.tokenizer import load_tokenizer
+from danlu.tasks.rows import Split, Splits, metrics_line, per_class_table
+
+PER_TOKEN = False
 
 # rows
 
 
 def splits(data: Data, task: Classification, tokenizer: PreTrainedTokenizerBase, *, max_length: int, seed: int) -> Splits:
     """Read, check, split and tokenise; raises DataError for anything that could not be learned from."""
-    rows = {"train": read_rows(data.train, format=data.format, max_rows=data.max_rows, where="data.train")}
-    for name, source in (("dev", data.dev), ("test", data.test)):
-        if source is not None:
-            rows[name] = read_rows(source, format=data.format, max_rows=data.max_rows, where=f"data.{name}")
+    rows = read_splits(data)
     texts = {name: labelled(table, data.columns, where=f"data.{name}") for name, table in rows.items()}
     label_names = check_labels(texts["train"].labels or [], {name: split for name, split in texts.items() if name != "train"}, task.labels)
-    index = {name: i for i, name in enumerate(label_names)}
-    labels = {name: np.asarray([index[label] for label in split.labels or []], dtype=np.int64) for name, split in texts.items()}
-    encoded = {
-        name: encode(split.texts, split.pairs, tokenizer, max_length=max_length, cache_dir=data.cache_dir) for name, split in texts.items()
-    }
-    report = data_report({name: (texts[name], encoded[name]) for name in texts}, rows, max_length=max_length)
-    whole = {name: Split(encoded[name], labels[name], texts[name]) for name in texts}
-    if "dev" not in whole:
-        train_rows, dev_rows = stratified_split(labels["train"], data.dev_size, seed)
-        whole["dev"], whole["train"] = _take(whole["train"], dev_rows), _take(whole["train"], train_rows)
-    return Splits(whole["train"], whole["dev"], whole.get("test"), label_names, report)
+    made = {name: _split(split, task, tokenizer, label_names, max_length, data.cache_dir) for name, split in texts.items()}
+    report = data_report({name: (texts[name], split.encoded) for name, split in made.items()}, rows, max_length=max_length)
+    if "dev" not in made:
+        assert made["train"].labels is not None
+        made = hold_out(made, *stratified_split(made["train"].labels, data.dev_size, seed))
+    return Splits(made["train"], made["dev"], made.get("test"), label_names, report)
 
 
 def given_split(
-    source: str | Sequence[str], data: Data, tokenizer: PreTrainedTokenizerBase, label_names: Sequence[str], *, max_length: int
+    source: str | Sequence[str],
+    data: Data,
+    task: Classification,
+    tokenizer: PreTrainedTokenizerBase,
+    label_names: Sequence[str],
+    *,
+    max_length: int,
 ) -> Split:
     """Labelled rows of other files than the job's, for scoring a model that knows `label_names`."""
-    texts = labelled(read_rows(source, format=data.format, max_rows=data.max_rows, where="--data"), data.columns, where="--data")
+    texts = labelled(read_given(source, data), data.columns, where="--data")
     check_labels(list(label_names), {"test": texts}, label_names)
+    return _split(texts, task, tokenizer, label_names, max_length, data.cache_dir)
+
+
+def encode_examples(
+    examples: Sequence[Text],
+    tokenizer: PreTrainedTokenizerBase,
+    task: EncoderTask,
+    *,
+    max_length: int,
+    cache_dir: str | Path | None = None,
+) -> Encoded:
+    """Token ids of texts, or of pairs if there is one among them, cut to max_length."""
+    paired = any(one.text_pair is not None for one in examples)
+    pairs = [one.text_pair or "" for one in examples] if paired else None
+    return encode([one.text for one in examples], pairs, tokenizer, max_length=max_length, cache_dir=cache_dir)
+
+
+def _split(
+    texts: Labelled,
+    task: Classification,
+    tokenizer: PreTrainedTokenizerBase,
+    label_names: Sequence[str],
+    max_length: int,
+    cache_dir: str,
+) -> Split:
     index = {name: i for i, name in enumerate(label_names)}
-    labels = np.asarray([index[label] for label in texts.labels or []], dtype=np.int64)
-    return Split(encode(texts.texts, texts.pairs, tokenizer, max_length=max_length, cache_dir=data.cache_dir), labels, texts)
-
-
-def _take(split: Split, rows: np.ndarray) -> Split:
-    assert split.labels is not None
-    return Split(split.encoded.take(rows), split.labels[rows], split.texts.take(rows))
+    told = texts.labels or []
+    examples = text_examples(texts)
+    encoded = encode_examples(examples, tokenizer, task, max_length=max_length, cache_dir=cache_dir)
+    return Split(encoded, np.asarray([index[label] for label in told], dtype=np.int64), texts, examples, [(label,) for label in told])
 
 
 # model
@@ -75,53 +96,18 @@ def build_model(
 
     ModelError if the folder lacks some of the encoder.
     """
-    config = AutoConfig.from_pretrained(folder)
-    config.num_labels = len(label_names)
-    config.id2label = dict(enumerate(label_names))
-    config.label2id = {name: i for i, name in enumerate(label_names)}
-    config.problem_type = "single_label_classification"
-    if dropout is not None:
-        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "dropout", "attention_dropout"):
-            if hasattr(config, name):
-                setattr(config, name, dropout)
-    fewer = {} if quantization is None else {"quantization_config": quantization}
-    model: PreTrainedModel
-    model, loaded = AutoModelForSequenceClassification.from_pretrained(
-        folder, config=config, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True, **fewer
-    )
-    # Only a head may be missing, or be another number of labels' own; an encoder's layer would silently start from nothing.
-    unloaded = {*loaded["missing_keys"], *(name for name, *_ in loaded["mismatched_keys"])} - head_parameters(model)
-    if unloaded:
-        raise ModelError(
-            f"the weights in {folder} lack or do not fit {len(unloaded)} of the encoder's parameters, such as {min(unloaded)}",
-            where="model.model_name_or_path",
-            fix="a folder whose config.json belongs to its weights",
-        )
-    return model
+    head = {**head_of(label_names), "problem_type": "single_label_classification"}
+    return build_encoder(AutoModelForSequenceClassification, folder, head, dropout=dropout, quantization=quantization)
 
 
 def skeleton(folder: str | Path, num_labels: int) -> PreTrainedModel:
     """The model `build_model` builds, with shapes and no weights."""
-    try:
-        config = AutoConfig.from_pretrained(folder)
-        config.num_labels = num_labels
-        with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForSequenceClassification.from_config(config)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"{folder} is no classifier's base: {error}", where="model.model_name_or_path") from error
-    return model
+    return encoder_skeleton(AutoModelForSequenceClassification, folder, {"num_labels": num_labels})
 
 
-def head_parameters(model: PreTrainedModel) -> set[str]:
-    """Names of the parameters that stand on top of the encoder: they start from nothing, or nearly so."""
-    prefix = model.base_model_prefix
-    layers = (".encoder.", ".embeddings.", ".transformer.", ".layers.", ".embed_tokens.", "embeddings.", "encoder.")
-    return {name for name, _ in model.named_parameters() if not name.startswith(f"{prefix}.") or not any(part in name for part in layers)}
-
-
-def wrap(model: PreTrainedModel) -> PackedClassifier:
-    """The model as the loop calls it."""
-    return PackedClassifier(model)
+def wrap(model: PreTrainedModel, task: Classification, *, packed: bool | None = None) -> PackedClassifier:
+    """The model as the loop calls it; `packed` as PackedEncoder has it."""
+    return PackedClassifier(model, packed=packed)
 
 
 # loss
@@ -157,6 +143,15 @@ class Scores:
         """The single numbers, by name."""
         return {"accuracy": self.accuracy, "macro_f1": self.macro_f1, "loss": self.loss}
 
+    def text(self) -> str:
+        """For the terminal, with the classes and the confusion matrix."""
+        width = max(len(name) for name in self.per_class)
+        lines = [metrics_line(self), "", *per_class_table(self.per_class)]
+        lines += ["", f"  {'truth / answer':<{width}} " + " ".join(f"{name[:7]:>7}" for name in self.per_class)]
+        for name, counts in zip(self.per_class, self.confusion, strict=True):
+            lines.append(f"  {name:<{width}} " + " ".join(f"{count or '.':>7}" for count in counts))
+        return "\n".join(lines)
+
 
 def row_outputs(model: nn.Module, batch: Packed) -> torch.Tensor:
     """Logits, [rows, labels]."""
@@ -164,8 +159,9 @@ def row_outputs(model: nn.Module, batch: Packed) -> torch.Tensor:
     return logits
 
 
-def scores(logits: np.ndarray, labels: np.ndarray | None, label_names: Sequence[str]) -> Scores:
-    """Score logits (float [rows, labels]) against labels (int [rows]) with scikit-learn."""
+def scores(logits: np.ndarray, split: Split, label_names: Sequence[str], task: EncoderTask) -> Scores:
+    """Score logits (float [rows, labels]) against a split's labels with scikit-learn."""
+    labels = split.labels
     assert labels is not None
     predicted, every = logits.argmax(axis=1), range(len(label_names))
     precision, recall, f1, support = precision_recall_fscore_support(labels, predicted, labels=every, zero_division=0)
@@ -187,70 +183,15 @@ def scores(logits: np.ndarray, labels: np.ndarray | None, label_names: Sequence[
 # prediction
 
 
-@dataclass(frozen=True)
-class Prediction:
-    """The answer for one text: the most probable label, and each label's probability in the order of the model's outputs."""
-
-    label: str
-    probabilities: list[float]
-
-
-class Predictor:
-    """A model, its tokenizer and its labels: what evaluation and serving share, so that both give the same answers."""
-
-    def __init__(
-        self,
-        model: PackedClassifier,
-        tokenizer: PreTrainedTokenizerBase,
-        label_names: Sequence[str],
-        *,
-        max_length: int,
-        bf16: bool = False,
-    ) -> None:
-        self.model, self.tokenizer, self.label_names = model.eval(), tokenizer, list(label_names)
-        self.max_length, self.bf16 = max_length, bf16
-        self.device = next(model.parameters()).device
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of the weights in memory."""
-        return sum(p.numel() * p.element_size() for p in self.model.parameters())
-
-    def encode(self, texts: Sequence[str], pairs: Sequence[str] | None = None) -> Encoded:
-        """Token ids, cut to max_length."""
-        return encode(texts, pairs, self.tokenizer, max_length=self.max_length, cache_dir=None)
-
-    def forward(self, batch: Packed) -> np.ndarray:
-        """Logits of one packed batch, float32 [rows, labels]."""
-        with torch.inference_mode(), torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            return self.model.logits(batch.to(self.device)).float().cpu().numpy()
-
-    def logits(self, encoded: Encoded, *, batch_tokens: int = 1024) -> np.ndarray:
-        """Logits of all rows in their order, float32 [rows, labels]; batches are filled by length."""
-        logits = np.empty((len(encoded), len(self.label_names)), dtype=np.float32)
-        for rows in by_length(encoded.lengths, batch_tokens):
-            logits[rows] = self.forward(pack_rows(encoded, rows))
-        return logits
-
-    def outputs(self, encoded: Encoded, *, batch_tokens: int = 1024) -> np.ndarray:
-        """What `scores` is made of: the logits."""
-        return self.logits(encoded, batch_tokens=batch_tokens)
-
-    def predict(self, texts: Sequence[str], pairs: Sequence[str] | None = None) -> list[Prediction]:
-        """Labels and probabilities of texts."""
-        return predictions(self.logits(self.encode(texts, pairs)), self.label_names)
-
-
-def predictions(logits: np.ndarray, label_names: Sequence[str]) -> list[Prediction]:
+def predictions(
+    logits: np.ndarray, encoded: Encoded, examples: Sequence[Text], label_names: Sequence[str], task: EncoderTask
+) -> list[Prediction]:
     """Labels and probabilities of logits (float [rows, labels])."""
     probabilities = torch.from_numpy(logits).softmax(-1).numpy()
     return [Prediction(label_names[int(row.argmax())], [float(p) for p in row]) for row in probabilities]
 
 
-def load_predictor(
-    folder: str | Path, label_names: Sequence[str], *, max_length: int, bf16: bool = False, model: PackedClassifier | None = None
-) -> Predictor:
-    """The predictor of a saved classifier's folder (weights and tokenizer). `model` overrides how the weights are loaded."""
-    if model is None:
-        model = PackedClassifier(AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32))
-    return Predictor(model, load_tokenizer(folder), label_names, max_length=max_length, bf16=bf16)
+__all__ = [
+    "PER_TOKEN", "Scores", "build_model", "encode_examples", "given_split", "head_parameters", "loss", "num_targets", "predictions",
+    "row_outputs", "scores", "skeleton", "splits", "wrap",
+]  # fmt: skip

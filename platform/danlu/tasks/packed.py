@@ -1,10 +1,10 @@
-"""Packed encoders: an unmodified Hugging Face classifier that reads rows laid end to end, each row seeing only itself."""
+"""Packed encoders: unmodified Hugging Face models that read sequences laid end to end, each seeing only itself."""
 
 from __future__ import annotations
 
 import itertools
 import logging
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -85,15 +85,19 @@ class PackedModel(nn.Module):
     prompted: bool = False
 
 
-class PackedClassifier(PackedModel):
-    """A Hugging Face `...ForSequenceClassification` whose forward takes packed rows and gives logits.
+class PackedEncoder(PackedModel):
+    """A Hugging Face encoder, with or without a head, whose forward takes packed sequences and gives an output for each (`per_token`: for
+    each of their tokens).
 
-    Encoders (BERT, RoBERTa, ELECTRA, DistilBERT ...) read the rows end to end: attention splits on the offsets, and a hook behind
-    the last layer hands the model's own pooler and head each row's first token. Whether that gives the model's own answers is tried out
+    Encoders (BERT, RoBERTa, ELECTRA, DistilBERT ...) read sequences end to end: attention splits on the offsets, and where the head looks
+    at first tokens a hook behind the last layer hands it each sequence's own. Whether that gives the model's own answers is tried out
     once; any model for which it does not is fed padded batches instead.
 
     `packed` is for quantized weights, whose rounding looks like another answer: what the same model in floating point has.
     """
+
+    per_token = False
+    reads_first_tokens = True
 
     def __init__(self, model: PreTrainedModel, *, packed: bool | None = None) -> None:
         super().__init__()
@@ -101,18 +105,25 @@ class PackedClassifier(PackedModel):
         self.pad_token_id = int(model.config.pad_token_id or 0)
         # RoBERTa and its kin count positions from pad_token_id + 1 (and find them from the ids, if not given).
         self.first_position = 0
+        # A tokenizer numbers segments whether the model tells them apart or not.
+        self.has_segments = int(getattr(model.config, "type_vocab_size", 0) or 0) > 1
         self.packed = False
         layers = _layer_stack(model)
         if layers is not None and packed is not False:
             self.first_position = _first_position(model)
-            hook = layers.register_forward_hook(_first_tokens, with_kwargs=True)
+            hook = layers.register_forward_hook(_first_tokens, with_kwargs=True) if self.reads_first_tokens else None
             if packed:
                 model.set_attn_implementation(ATTENTION)
             self.packed = packed or _answers_are_the_same(self)
-            if not self.packed:
+            if not self.packed and hook is not None:
                 hook.remove()
         if not self.packed:
             log.info("%s is fed padded batches: its packed answers are not its own", type(model).__name__)
+
+    def call(self, input_ids: torch.Tensor, **arguments: torch.Tensor) -> torch.Tensor:
+        """The model on [batch, length]: what its head says of each sequence, [batch, width], or of each token, [batch, length, width]."""
+        logits: torch.Tensor = self.model(input_ids=input_ids, **arguments).logits
+        return logits
 
     def forward(
         self,
@@ -121,11 +132,12 @@ class PackedClassifier(PackedModel):
         cu_seqlens: torch.Tensor,
         token_type_ids: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Logits [rows, labels] of packed rows (see `danlu.data.pack.Packed`)."""
-        return (self._forward_packed if self.packed else self._forward_padded)(input_ids, position_ids, cu_seqlens, token_type_ids)
+        """Outputs [sequences, width], or [tokens, width] with `per_token`, of a batch (see `danlu.data.pack.Packed`)."""
+        types = token_type_ids if self.has_segments else None
+        return (self._forward_packed if self.packed else self._forward_padded)(input_ids, position_ids, cu_seqlens, types)
 
     def logits(self, batch: Packed) -> torch.Tensor:
-        """Logits [rows, labels] of a batch; not for training, where the wrapped module has to be called."""
+        """The outputs of a batch; not for training, where the wrapped module has to be called."""
         logits: torch.Tensor = self(*inputs(batch))
         return logits
 
@@ -134,28 +146,91 @@ class PackedClassifier(PackedModel):
     ) -> torch.Tensor:
         types = {} if token_type_ids is None else {"token_type_ids": token_type_ids[None]}
         positions = position_ids[None] + self.first_position
-        output = self.model(input_ids=input_ids[None], position_ids=positions, cu_seqlens=cu_seqlens, **types)
-        logits: torch.Tensor = output.logits
-        return logits
+        output = self.call(input_ids[None], position_ids=positions, cu_seqlens=cu_seqlens, **types)
+        return output if self.reads_first_tokens else output[0]
 
     def _forward_padded(
         self, input_ids: torch.Tensor, position_ids: torch.Tensor, cu_seqlens: torch.Tensor, token_type_ids: torch.Tensor | None
     ) -> torch.Tensor:
         lengths = cu_seqlens.diff().tolist()
-
         types = {} if token_type_ids is None else {"token_type_ids": padded_rows(token_type_ids, lengths)}
         mask = padded_rows(torch.ones_like(input_ids), lengths)
-        logits: torch.Tensor = self.model(input_ids=padded_rows(input_ids, lengths, self.pad_token_id), attention_mask=mask, **types).logits
+        output = self.call(padded_rows(input_ids, lengths, self.pad_token_id), attention_mask=mask, **types)
+        return output if self.reads_first_tokens else output[mask.bool()]
+
+
+class PackedClassifier(PackedEncoder):
+    """`...ForSequenceClassification`: logits [sequences, labels]."""
+
+
+class PackedChooser(PackedEncoder):
+    """`...ForMultipleChoice`: a score for each option, [sequences, 1]. Its softmax is left to whoever knows which belong together."""
+
+    def call(self, input_ids: torch.Tensor, **arguments: torch.Tensor) -> torch.Tensor:
+        """One option a row, as that class wants them: [batch, options, length]."""
+        shaped = {name: value if name == "cu_seqlens" else value[:, None] for name, value in arguments.items()}
+        logits: torch.Tensor = self.model(input_ids=input_ids[:, None], **shaped).logits
         return logits
 
 
-def padded_rows(tensor: torch.Tensor, lengths: list[int], value: int = 0) -> torch.Tensor:
+class PackedTagger(PackedEncoder):
+    """`...ForTokenClassification`: logits [tokens, labels]."""
+
+    per_token = True
+    reads_first_tokens = False
+
+
+class PackedReader(PackedEncoder):
+    """`...ForQuestionAnswering`: each token's logits of being an answer's first and its last, [tokens, 2]."""
+
+    per_token = True
+    reads_first_tokens = False
+
+    def call(self, input_ids: torch.Tensor, **arguments: torch.Tensor) -> torch.Tensor:
+        """Start and end beside each other."""
+        output = self.model(input_ids=input_ids, **arguments)
+        return torch.stack([output.start_logits, output.end_logits], dim=-1)
+
+
+class PackedEmbedder(PackedEncoder):
+    """An encoder without a head: a vector of length 1 for each sequence, [sequences, hidden], float32."""
+
+    reads_first_tokens = False
+
+    def __init__(self, model: PreTrainedModel, *, pooling: Literal["mean", "cls"], packed: bool | None = None) -> None:
+        super().__init__(model, packed=packed)
+        self.pooling = pooling
+
+    def call(self, input_ids: torch.Tensor, **arguments: torch.Tensor) -> torch.Tensor:
+        """Hidden states."""
+        hidden: torch.Tensor = self.model(input_ids=input_ids, **arguments).last_hidden_state
+        return hidden
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        cu_seqlens: torch.Tensor,
+        token_type_ids: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Vectors of a batch's sequences."""
+        hidden = super().forward(input_ids, position_ids, cu_seqlens, token_type_ids).float()
+        starts, lengths = cu_seqlens[:-1].to(hidden.device, torch.int64), cu_seqlens.diff().to(hidden.device, torch.int64)
+        if self.pooling == "cls":
+            pooled = hidden[starts]
+        else:
+            owner = torch.repeat_interleave(torch.arange(len(lengths), device=hidden.device), lengths)
+            pooled = hidden.new_zeros(len(lengths), hidden.shape[1]).index_add(0, owner, hidden) / lengths[:, None]
+        return nn.functional.normalize(pooled, dim=-1)
+
+
+def padded_rows(tensor: torch.Tensor, lengths: list[int], value: float = 0) -> torch.Tensor:
     """[tokens] of packed rows -> [rows, longest], `value` behind each row's end."""
     return nn.utils.rnn.pad_sequence(list(torch.split(tensor, lengths)), batch_first=True, padding_value=value)
 
 
 def inputs(batch: Packed) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """A batch as the arguments of PackedClassifier.forward."""
+    """A batch as the arguments of PackedEncoder.forward."""
     return batch.input_ids, batch.position_ids, batch.cu_seqlens, batch.token_type_ids
 
 
@@ -183,22 +258,22 @@ def _first_tokens(stack: nn.Module, args: Any, kwargs: dict[str, Any], output: A
 
 
 @torch.no_grad()
-def _answers_are_the_same(classifier: PackedClassifier) -> bool:
+def _answers_are_the_same(encoder: PackedEncoder) -> bool:
     """Packed beside padded: rows of different lengths, so that a leak between them or a wrong position shows, and more tokens in all
     than a short position table has."""
-    model, before = classifier.model, classifier.model.config._attn_implementation
+    model, before = encoder.model, encoder.model.config._attn_implementation
     was_training = model.training
     model.eval()
     generator = torch.Generator().manual_seed(0)
-    table = int(getattr(model.config, "max_position_embeddings", 0) or 0) - classifier.first_position
+    table = int(getattr(model.config, "max_position_embeddings", 0) or 0) - encoder.first_position
     lengths = [5, 3, 7] + [min(64, table)] * (table // 64 + 1 if 0 < table <= 1024 else 0)
     ids = torch.randint(3, model.config.vocab_size, (sum(lengths),), generator=generator).to(model.device)
     positions = torch.cat([torch.arange(n) for n in lengths]).to(model.device)
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
     try:
-        padded = classifier._forward_padded(ids, positions, cu_seqlens, None)
+        padded = encoder._forward_padded(ids, positions, cu_seqlens, None)
         model.set_attn_implementation(ATTENTION)
-        packed = classifier._forward_packed(ids, positions, cu_seqlens, None)
+        packed = encoder._forward_packed(ids, positions, cu_seqlens, None)
         tolerance = 1e-4 if packed.dtype == torch.float32 else 1e-2
         same = torch.allclose(padded.float(), packed.float(), rtol=tolerance, atol=tolerance)
     except (TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:

@@ -27,6 +27,8 @@ from danlu.tasks.rows import Split, Splits
 WHOLE = 1 << 40
 """Tokens a text may have: nothing of it is cut off, it is cut into pieces."""
 
+PER_TOKEN = False
+
 # rows
 
 
@@ -52,7 +54,13 @@ def splits(data: Data, task: Pretrain, tokenizer: PreTrainedTokenizerBase, *, ma
 
 
 def given_split(
-    source: str | Sequence[str], data: Data, tokenizer: PreTrainedTokenizerBase, label_names: Sequence[str], *, max_length: int
+    source: str | Sequence[str],
+    data: Data,
+    task: Pretrain,
+    tokenizer: PreTrainedTokenizerBase,
+    label_names: Sequence[str],
+    *,
+    max_length: int,
 ) -> Split:
     """Texts of other files than the job's."""
     rows = read_rows(source, format=data.format, max_rows=data.max_rows, where="--data")
@@ -113,7 +121,7 @@ def head_parameters(model: PreTrainedModel) -> set[str]:
     return set()
 
 
-def wrap(model: PreTrainedModel) -> PackedDecoder:
+def wrap(model: PreTrainedModel, task: Pretrain) -> PackedDecoder:
     """The model as the loop calls it."""
     return PackedDecoder(model)
 
@@ -151,6 +159,11 @@ class LanguageScores:
         """The single numbers, by name."""
         return {"loss": self.loss, "perplexity": self.perplexity}
 
+    def text(self) -> str:
+        """For the terminal."""
+        size = f"tokens {self.num_tokens:,}   rows {self.num_rows:,}"
+        return f"  loss {self.loss:.4f} nats a token   perplexity {self.perplexity:.3f}   {size}"
+
 
 def row_outputs(model: nn.Module, batch: Packed) -> torch.Tensor:
     """Each row's summed loss and number of targets, float32 [rows, 2]."""
@@ -158,7 +171,7 @@ def row_outputs(model: nn.Module, batch: Packed) -> torch.Tensor:
     return torch.stack([losses.float(), (batch.cu_seqlens.diff() - 1).to(losses.device, torch.float32)], dim=1)
 
 
-def scores(outputs: np.ndarray, labels: np.ndarray | None = None, label_names: Sequence[str] = ()) -> LanguageScores:
+def scores(outputs: np.ndarray, split: Split, label_names: Sequence[str], task: Pretrain) -> LanguageScores:
     """Loss over all tokens of rows' outputs (float [rows, 2])."""
     total, tokens = outputs.astype(np.float64).sum(axis=0)
     return LanguageScores(float(total / tokens), int(tokens), len(outputs))
@@ -173,6 +186,7 @@ class Scorer:
     def __init__(self, model: PackedDecoder, tokenizer: PreTrainedTokenizerBase, *, max_length: int, bf16: bool = False) -> None:
         self.model, self.tokenizer, self.max_length, self.bf16 = model.eval(), tokenizer, max_length, bf16
         self.label_names: list[str] = []
+        self.task = Pretrain()
         self.device = next(model.parameters()).device
 
     def encode(self, texts: Sequence[str]) -> Encoded:
@@ -187,6 +201,10 @@ class Scorer:
             with torch.inference_mode(), torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
                 found[rows] = row_outputs(self.model, batch).float().cpu().numpy()
         return found
+
+    def scores(self, outputs: np.ndarray, split: Split) -> LanguageScores:
+        """Scores of a split's outputs."""
+        return scores(outputs, split, (), self.task)
 
     def losses(self, texts: Sequence[str]) -> list[float]:
         """Nats a token of each text."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -11,18 +11,35 @@ import numpy as np
 from danlu.data.columns import Labelled
 from danlu.data.encode import Encoded
 from danlu.data.report import DataReport
+from danlu.tasks.exchange import Example
 
 
 @dataclass(frozen=True)
 class Split:
-    """The rows of one split: token ids, labels (int64 [rows], or None where the tokens themselves are the targets) and their texts."""
+    """The rows of one split: token ids, labels ([rows, ...], or None where the tokens themselves carry the targets) and their texts.
+
+    Of an encoder's task also what it is asked in each row, and each row's right answers as a prediction's `label` says them.
+    """
 
     encoded: Encoded
     labels: np.ndarray | None
     texts: Labelled
+    examples: Sequence[Example] = ()
+    references: Sequence[Sequence[str]] = ()
 
     def __len__(self) -> int:
         return len(self.encoded)
+
+    def take(self, rows: np.ndarray) -> Split:
+        """The named rows, in that order."""
+        some = [int(row) for row in rows]
+        return Split(
+            self.encoded.take(rows),
+            None if self.labels is None else self.labels[rows],
+            self.texts.take(rows),
+            [self.examples[i] for i in some] if self.examples else (),
+            [self.references[i] for i in some] if self.references else (),
+        )
 
 
 @dataclass(frozen=True)
@@ -45,3 +62,22 @@ class Scored(Protocol):
     def metrics(self) -> Mapping[str, float]:
         """The single numbers, by name."""
         ...
+
+    def text(self) -> str:
+        """All of it, for the terminal."""
+        ...
+
+
+def metrics_line(scores: Scored) -> str:
+    """`  accuracy 0.9000   macro F1 0.8912   rows 100`."""
+    told = "   ".join(f"{name.replace('_', ' ').replace('f1', 'F1')} {value:.4f}" for name, value in scores.metrics().items())
+    return f"  {told}   rows {scores.num_rows}"
+
+
+def per_class_table(per_class: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """Precision, recall, F1 and support of each class, as lines."""
+    width = max(map(len, per_class), default=0)
+    lines = [f"  {'':<{width}} precision    recall        f1   rows"]
+    for name, row in per_class.items():
+        lines.append(f"  {name:<{width}} {row['precision']:>9.4f} {row['recall']:>9.4f} {row['f1']:>9.4f} {int(row['support']):>6}")
+    return lines

@@ -11,22 +11,34 @@ import torch
 from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from danlu.data.encode import Encoded
 from danlu.data.pack import Packed
 from danlu.spec import task as spec
 from danlu.spec.data import Data
-from danlu.tasks.packed import PackedModel
+from danlu.tasks.exchange import Prediction
+from danlu.tasks.packed import PackedEncoder, PackedModel
 from danlu.tasks.rows import Scored, Split, Splits
 
 
 class TaskFile(Protocol):
     """A module of this package: the same functions in each. How they are used: splits, build_model, wrap; then loss; then scores."""
 
+    PER_TOKEN: bool
+    """Whether the model's outputs are one a token, or one a sequence."""
+
     def splits(self, data: Data, task: Any, tokenizer: PreTrainedTokenizerBase, *, max_length: int, seed: int) -> Splits:
         """Read, check, split and tokenise; raises DataError for anything that could not be learned from."""
         ...
 
     def given_split(
-        self, source: str | Sequence[str], data: Data, tokenizer: PreTrainedTokenizerBase, label_names: Sequence[str], *, max_length: int
+        self,
+        source: str | Sequence[str],
+        data: Data,
+        task: Any,
+        tokenizer: PreTrainedTokenizerBase,
+        label_names: Sequence[str],
+        *,
+        max_length: int,
     ) -> Split:
         """Rows of other files than the job's, for scoring a model that knows `label_names`."""
         ...
@@ -50,7 +62,7 @@ class TaskFile(Protocol):
         """Names of the parameters that start from nothing."""
         ...
 
-    def wrap(self, model: PreTrainedModel) -> PackedModel:
+    def wrap(self, model: PreTrainedModel, task: Any) -> PackedModel:
         """The model as the loop calls it."""
         ...
 
@@ -63,12 +75,43 @@ class TaskFile(Protocol):
         ...
 
     def row_outputs(self, model: nn.Module, batch: Packed) -> torch.Tensor:
-        """What scores are made of: float [rows, width]."""
+        """What scores are made of: float [sequences, width], or [tokens, width] with PER_TOKEN."""
         ...
 
-    def scores(self, outputs: np.ndarray, labels: np.ndarray | None, label_names: Sequence[str]) -> Scored:
-        """Scores of a split's outputs (float [rows, width]) against its labels."""
+    def scores(self, outputs: np.ndarray, split: Split, label_names: Sequence[str], task: Any) -> Scored:
+        """Scores of the outputs of a split's sequences, laid end to end in the order of its rows."""
         ...
+
+
+class EncoderTaskFile(TaskFile, Protocol):
+    """An encoder's task is also asked for answers."""
+
+    def wrap(self, model: PreTrainedModel, task: Any, *, packed: bool | None = None) -> PackedEncoder:
+        """The model as the loop calls it; `packed` as PackedEncoder has it."""
+        ...
+
+    def encode_examples(
+        self,
+        examples: Sequence[Any],
+        tokenizer: PreTrainedTokenizerBase,
+        task: Any,
+        *,
+        max_length: int,
+        cache_dir: str | Path | None = None,
+    ) -> Encoded:
+        """Token ids of what is asked, a row each."""
+        ...
+
+    def predictions(
+        self, outputs: np.ndarray, encoded: Encoded, examples: Sequence[Any], label_names: Sequence[str], task: Any
+    ) -> Sequence[Prediction]:
+        """An answer for each row of `encoded`, from the outputs of its sequences."""
+        ...
+
+
+def encoder_file(task: spec.EncoderTask) -> EncoderTaskFile:
+    """The file of an encoder's `task:`."""
+    return cast(EncoderTaskFile, task_file(task))
 
 
 def task_file(task: spec.Task) -> TaskFile:
@@ -78,6 +121,30 @@ def task_file(task: spec.Task) -> TaskFile:
             from danlu.tasks import classification
 
             return cast(TaskFile, classification)
+        case spec.MultiLabelClassification():
+            from danlu.tasks import multi_label
+
+            return cast(TaskFile, multi_label)
+        case spec.Regression():
+            from danlu.tasks import regression
+
+            return cast(TaskFile, regression)
+        case spec.ExtractiveQA():
+            from danlu.tasks import extractive_qa
+
+            return cast(TaskFile, extractive_qa)
+        case spec.MultipleChoice():
+            from danlu.tasks import multiple_choice
+
+            return cast(TaskFile, multiple_choice)
+        case spec.TokenClassification():
+            from danlu.tasks import token_classification
+
+            return cast(TaskFile, token_classification)
+        case spec.Embed():
+            from danlu.tasks import embedding
+
+            return cast(TaskFile, embedding)
         case spec.Pretrain():
             from danlu.tasks import pretrain
 

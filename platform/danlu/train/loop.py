@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from danlu.data.pack import Batches, by_length, pack_rows
 from danlu.errors import DanluError
 from danlu.spec.parallel import Ddp, DeepSpeed, Tensor
+from danlu.spec.task import LOWER_IS_BETTER
 from danlu.spec.train import TrainJob
 from danlu.tasks.device import has_native_bf16
 from danlu.tasks.rows import Split, Splits
@@ -152,21 +153,22 @@ def shape(job: TrainJob) -> str:
 
 @torch.no_grad()
 def score_rows(task: TaskFile, model: nn.Module, split: Split, run: Run, *, batch_tokens: int, autocast: bool) -> np.ndarray:
-    """A task's outputs of a split, float32 [rows, width], the rows shared out over the ranks. Collective."""
+    """A task's outputs of a split's sequences, float32 [sequences, width] or [tokens, width], shared out over the ranks. Collective."""
     model.eval()
-    groups = by_length(split.encoded.lengths, batch_tokens)
+    sequences = split.encoded.sequences
+    groups = by_length(sequences.lengths, batch_tokens)
     outputs = torch.empty(0)
     # Under ZeRO-3 a forward is collective: every rank does as many, a short one repeats its last.
     for turn in range(math.ceil(len(groups) / run.world_size)):
         mine = turn * run.world_size + run.rank
         rows = groups[min(mine, len(groups) - 1)]
-        batch = pack_rows(split.encoded, rows).to(run.device)
+        batch = pack_rows(sequences, rows).to(run.device)
         with torch.autocast(run.device.type, torch.bfloat16, enabled=autocast):
             out = task.row_outputs(model, batch)
         if not len(outputs):
-            outputs = torch.zeros(len(split), out.shape[1])
+            outputs = torch.zeros(len(sequences.input_ids) if task.PER_TOKEN else len(sequences), out.shape[1])
         if mine < len(groups):
-            outputs[rows] = out.float().cpu()
+            outputs[sequences.tokens_of(rows) if task.PER_TOKEN else rows] = out.float().cpu()
     return run.all_sum(outputs).numpy()
 
 
@@ -187,9 +189,9 @@ def _evaluate(
     autocast = bf16 and isinstance(job.parallel, Ddp | Tensor)
     task = task_file(job.task)
     outputs = score_rows(task, model, data.dev, models, batch_tokens=job.evaluation.batch_tokens, autocast=autocast)
-    metrics = dict(task.scores(outputs, data.dev.labels, data.label_names).metrics())
+    metrics = dict(task.scores(outputs, data.dev, data.label_names, job.task).metrics())
     name = job.metric_for_best_model
-    is_best = improved(progress, metrics[name], higher_is_better=name != "loss")
+    is_best = improved(progress, metrics[name], higher_is_better=name not in LOWER_IS_BETTER)
     progress = after_eval(progress, metrics[name], is_best=is_best)
     if is_best:
         weights = state.weights(trainee.exported)  # collective

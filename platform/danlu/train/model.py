@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from danlu.artifact.trainable import is_embedding, new_parameters, num_layers, trained_names
+from danlu.artifact.trainable import HEADS, is_embedding, new_parameters, num_layers, trained_names
 from danlu.errors import ModelError
 from danlu.spec.train import TrainJob
 from danlu.spec.tuning import Adalora, Adapter, Freeze, Full, Ia3, Lora, Prefix, Prompt, PTuning, Qlora
@@ -59,7 +59,7 @@ def build(job: TrainJob, folder: Path, label_names: list[str], *, bf16: bool = F
         raise ModelError(f"{folder} could not be loaded: {error}", where="model.model_name_or_path") from error
     if job.model.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    module = task.wrap(model)
+    module = task.wrap(model, job.task)
     match tuning:
         case Full() | Freeze():
             exported = frozenset(module.state_dict())
@@ -139,7 +139,7 @@ def _with_bottlenecks(module: PackedModel, tuning: Adapter, folder: Path, head: 
     from danlu.tasks.bottleneck import insert, save
 
     model = module.model
-    own = {name for name in head if name.split(".")[0] in ("classifier", "score")} | new_parameters(folder, head, model.base_model_prefix)
+    own = {name for name in head if name.split(".")[0] in HEADS} | new_parameters(folder, head, model.base_model_prefix)
     trained = own | set(insert(model, tuning))
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in trained)

@@ -21,13 +21,22 @@ from peft import (
     get_peft_model,
     get_peft_model_state_dict,
 )
-from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
-from danlu.artifact.trainable import ia3_modules
+from danlu.artifact.trainable import HEADS, ia3_modules
 from danlu.errors import SpecError
-from danlu.spec.task import Classification, Task
+from danlu.spec.task import (
+    Classification,
+    Embed,
+    EncoderTask,
+    ExtractiveQA,
+    MultiLabelClassification,
+    MultipleChoice,
+    Regression,
+    Task,
+    TokenClassification,
+)
 from danlu.spec.tuning import Adalora, Ia3, Lora, Prefix, Prompt, PTuning, Qlora
 
 ADAPTER = "default"
@@ -43,9 +52,9 @@ def with_adapter(
         _check_targets(model, named)
     config: IA3Config | LoraConfig
     shared: dict[str, Any] = {
-        "task_type": TaskType.SEQ_CLS if isinstance(task, Classification) else TaskType.CAUSAL_LM,
+        "task_type": _task_type(task),
         # PEFT trains the head that it knows whole of its own accord.
-        "modules_to_save": sorted(name for name in whole if name.split(".")[0] not in ("classifier", "score")) or None,
+        "modules_to_save": sorted(name for name in whole if name.split(".")[0] not in HEADS or name == "qa_outputs") or None,
     }
     match tuning:
         case Ia3():
@@ -53,9 +62,10 @@ def with_adapter(
             config = IA3Config(**shared, target_modules=list(targets), feedforward_modules=list(feedforward))
         case _:
             config = _low_rank(tuning, shared, num_steps)
-            if named == "all-linear" and isinstance(task, Classification):
+            if named == "all-linear" and isinstance(task, EncoderTask):
                 # PEFT puts a head it trains whole around each of these, and cannot where there is an adapter already.
-                config.exclude_modules = sorted(name for name, _ in model.named_modules() if name.endswith(tuple(SEQ_CLS_HEAD_NAMES)))
+                unused = ("pooler.dense",) if isinstance(task, Embed) else ()
+                config.exclude_modules = sorted(name for name, _ in model.named_modules() if name.endswith((*HEADS, *unused))) or None
     return get_peft_model(model, config)
 
 
@@ -71,10 +81,23 @@ def _low_rank(tuning: Lora | Qlora | Adalora, shared: dict[str, Any], num_steps:
             return LoraConfig(**shared, **rank, init_lora_weights=start)
 
 
+def _task_type(task: Task) -> TaskType:
+    """What PEFT finds the head by."""
+    match task:
+        case TokenClassification():
+            return TaskType.TOKEN_CLS
+        case ExtractiveQA() | Embed():
+            # PEFT's own class for questions drops position_ids and token_type_ids (0.21).
+            return TaskType.FEATURE_EXTRACTION
+        case Classification() | MultiLabelClassification() | Regression() | MultipleChoice():
+            return TaskType.SEQ_CLS
+        case _:
+            return TaskType.CAUSAL_LM
+
+
 def with_prompt(model: PreTrainedModel, tuning: Prompt | PTuning | Prefix, task: Task) -> PeftModel:
     """The model with a prompt in front of each row; it and the head are trainable."""
-    task_type = TaskType.SEQ_CLS if isinstance(task, Classification) else TaskType.CAUSAL_LM
-    shared: dict[str, Any] = {"task_type": task_type, "num_virtual_tokens": tuning.num_virtual_tokens}
+    shared: dict[str, Any] = {"task_type": _task_type(task), "num_virtual_tokens": tuning.num_virtual_tokens}
     match tuning:
         case Prompt():
             config: PeftConfig = PromptTuningConfig(**shared, prompt_tuning_init=tuning.prompt_tuning_init.upper())

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from danlu.data import encode as module
 from danlu.data.encode import Encoded, encode
-from danlu.tasks.classification import load_tokenizer
+from danlu.tasks.tokenizer import load_tokenizer
 
 
 @pytest.fixture(scope="module")

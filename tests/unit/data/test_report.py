@@ -17,7 +17,7 @@ from danlu.data.formats import Rows, read_rows
 from danlu.data.report import DataReport, check_labels, data_report
 from danlu.errors import DataError
 from danlu.spec.data import Columns
-from danlu.tasks.classification import load_tokenizer
+from danlu.tasks.tokenizer import load_tokenizer
 
 DIRTY = [("Wheat  rose", "grain"), ("wheat rose", "grain"), ("WHEAT\nrose", "trade"), ("port shut", "ship"), ("port shut ", "ship")]
 

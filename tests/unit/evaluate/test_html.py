@@ -8,9 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import split_of
 
 from danlu.evaluate.html import ReportData, render
 from danlu.evaluate.score import Delta
+from danlu.spec.task import Classification
 from danlu.tasks.classification import scores
 
 EVIL = '<script>alert("1")</script>&'
@@ -63,7 +65,7 @@ def step(number: int) -> dict[str, Any]:
 @pytest.fixture
 def data() -> ReportData:
     logits = np.random.default_rng(0).normal(size=(30, 3)).astype(np.float32)
-    found = scores(logits, np.arange(30) % 3, ["grain", EVIL, "交易"])
+    found = scores(logits, split_of(np.arange(30) % 3), ["grain", EVIL, "交易"], Classification())
     eval_record = {"kind": "eval", "step": 4, "metrics": found.metrics()}
     delta = Delta(
         f"int8{EVIL}", found.metrics(), found.metrics(), 0.99, 0.01, 100.0, 250.0, 2.5, 2.4, 2.6, 5, 4_000_000, 1_000_000, 30, "test"

@@ -10,13 +10,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import make_rows
+from conftest import make_rows, split_of
 from sklearn import metrics
 
 from danlu.data.columns import Labelled
 from danlu.evaluate.score import Evaluation, compare, evaluate, scores_text
-from danlu.tasks.classification import Predictor, Split, build_model, load_tokenizer, scores
+from danlu.spec.task import Classification
+from danlu.tasks.classification import Split, build_model, scores
+from danlu.tasks.exchange import Text
 from danlu.tasks.packed import PackedClassifier
+from danlu.tasks.predictor import Predictor
+from danlu.tasks.tokenizer import load_tokenizer
 
 NAMES = ["grain", "ship", "trade"]
 
@@ -43,7 +47,12 @@ def split(predictor: Predictor) -> Split:
     rows = make_rows(60, 4)
     texts = [row["text"] for row in rows]
     labels = np.array([NAMES.index(row["label"]) for row in rows])
-    return Split(predictor.encode(texts), labels, Labelled(texts, None, [row["label"] for row in rows], list(range(1, 61)), {}))
+    return Split(
+        predictor.encode(texts),
+        labels,
+        Labelled(texts, None, [row["label"] for row in rows], list(range(1, 61)), {}),
+        [Text(text) for text in texts],
+    )
 
 
 def changed(predictor: Predictor, by: float) -> Predictor:
@@ -78,14 +87,14 @@ def test_an_evaluation_scores_every_row(predictor: Predictor, split: Split) -> N
 def test_a_comparison_counts_what_changed(predictor: Predictor, split: Split) -> None:
     other = changed(predictor, 0.7)
     delta = compare(predictor, other, split, name="int8", split_name="test", bytes_original=4000, bytes_compressed=1000, runs=3)
-    before, after = predictor.logits(split.encoded), other.logits(split.encoded)
+    before, after = predictor.outputs(split.encoded), other.outputs(split.encoded)
     agreement = metrics.accuracy_score(before.argmax(1), after.argmax(1))
     assert 0 < agreement < 1
     assert delta.agreement == agreement
     change = (torch.from_numpy(before).softmax(-1) - torch.from_numpy(after).softmax(-1)).abs().max()
     assert delta.largest_probability_change == pytest.approx(float(change), abs=1e-6)
-    assert delta.original == scores(before, split.labels, NAMES).metrics()
-    assert delta.compressed == scores(after, split.labels, NAMES).metrics()
+    assert delta.original == scores(before, split, NAMES, Classification()).metrics()
+    assert delta.compressed == scores(after, split, NAMES, Classification()).metrics()
     assert (delta.num_rows, delta.runs, delta.split, delta.bytes_original, delta.bytes) == (60, 3, "test", 4000, 1000)
     assert 0 < delta.speedup_min <= delta.speedup <= delta.speedup_max
     text = delta.text()
@@ -119,7 +128,7 @@ def test_an_evaluation_at_hand_is_not_made_again(predictor: Predictor, split: Sp
 
 def test_the_text_has_every_label_and_count() -> None:
     logits = np.eye(3, dtype=np.float32)[[0, 0, 1, 2, 2, 2]]
-    text = scores_text(scores(logits, np.array([0, 1, 1, 2, 2, 0]), ["a", "中文", "c"]))
+    text = scores_text(scores(logits, split_of([0, 1, 1, 2, 2, 0]), ["a", "中文", "c"], Classification()))
     lines = [line.split() for line in text.splitlines()]
     assert lines[0][:2] == ["accuracy", "0.6667"]
     assert ["中文", "1.0000", "0.5000", "0.6667", "2"] in lines

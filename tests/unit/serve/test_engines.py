@@ -15,13 +15,14 @@ from transformers import AutoModelForSequenceClassification
 from danlu.artifact.bundle import Bundle, BundleMeta, Lineage, Probe
 from danlu.data.pack import Packed
 from danlu.errors import QualityError, ResourceError
-from danlu.serve.engine import Answer, Engine, Input
+from danlu.serve.engine import Answer, Engine
 from danlu.serve.engines.echo import EchoEngine
 from danlu.serve.engines.encoder import BatchRecord, EncoderEngine
 from danlu.spec.serve import Echo, Encoder
 from danlu.spec.task import Classification
-from danlu.tasks.classification import Predictor, load_predictor
+from danlu.tasks.exchange import Text
 from danlu.tasks.packed import PackedClassifier
+from danlu.tasks.predictor import Predictor, load_predictor
 
 LABELS = ["grain", "ship", "trade"]
 TEXTS = [row["text"] for row in make_rows(40, 9)]
@@ -62,9 +63,9 @@ def engine(request: pytest.FixtureRequest) -> Engine:
 def test_requests_at_once_get_the_answers_they_get_alone(engine: Engine) -> None:
     async def life() -> tuple[list[list[Answer]], list[list[Answer]]]:
         await engine.start()
-        requests = [[Input(text) for text in TEXTS[i : i + 1 + i % 3]] for i in range(0, 36, 2)]
-        alone = [await engine.classify(request) for request in requests]
-        together = await asyncio.gather(*(engine.classify(request) for request in requests))
+        requests = [[Text(text) for text in TEXTS[i : i + 1 + i % 3]] for i in range(0, 36, 2)]
+        alone = [await engine.predict(request) for request in requests]
+        together = await asyncio.gather(*(engine.predict(request) for request in requests))
         await engine.stop()
         return alone, list(together)
 
@@ -78,7 +79,7 @@ def test_requests_at_once_get_the_answers_they_get_alone(engine: Engine) -> None
 def test_probabilities_are_in_the_order_of_the_labels_and_sum_to_one(engine: Engine) -> None:
     async def life() -> list[Answer]:
         await engine.start()
-        answers = await engine.classify([Input(text) for text in TEXTS])
+        answers = await engine.predict([Text(text) for text in TEXTS])
         await engine.stop()
         return answers
 
@@ -107,7 +108,7 @@ def test_answers_are_the_predictors(predictor: Predictor) -> None:
     async def life() -> list[Answer]:
         engine = encoder(predictor)
         await engine.start()
-        answers = await engine.classify([Input(text) for text in TEXTS])
+        answers = await engine.predict([Text(text) for text in TEXTS])
         await engine.stop()
         return answers
 
@@ -124,7 +125,7 @@ def test_a_request_larger_than_a_batch_takes_several_and_batches_keep_the_limit(
         engine = encoder(predictor, max_batch_tokens=60)
         engine.on_batch = batches.append
         await engine.start()
-        answers = await engine.classify([Input(text) for text in TEXTS])
+        answers = await engine.predict([Text(text) for text in TEXTS])
         await engine.stop()
         return answers
 
@@ -142,7 +143,7 @@ def test_requests_that_come_while_a_forward_runs_share_the_next_one(predictor: P
         engine = encoder(predictor)
         engine.on_batch = batches.append
         await engine.start()
-        await asyncio.gather(*(engine.classify([Input(text)]) for text in TEXTS))
+        await asyncio.gather(*(engine.predict([Text(text)]) for text in TEXTS))
         await engine.stop()
 
     asyncio.run(life())
@@ -157,8 +158,8 @@ def test_a_cancelled_request_leaves_the_queue(predictor: Predictor) -> None:
         engine = encoder(predictor, batch_wait_ms=100)
         engine.on_batch = batches.append
         await engine.start()
-        gone = asyncio.create_task(engine.classify([Input(text) for text in TEXTS]))
-        kept = asyncio.create_task(engine.classify([Input(TEXTS[0])]))
+        gone = asyncio.create_task(engine.predict([Text(text) for text in TEXTS]))
+        kept = asyncio.create_task(engine.predict([Text(TEXTS[0])]))
         await asyncio.sleep(0.01)
         gone.cancel()
         await kept
@@ -178,11 +179,11 @@ def test_a_forward_that_breaks_fails_its_requests_and_no_other(predictor: Predic
         engine = encoder(predictor)
         await engine.start()
         monkeypatch.setattr(predictor, "forward", broken)
-        results = await asyncio.gather(*(engine.classify([Input(text)]) for text in TEXTS[:5]), return_exceptions=True)
+        results = await asyncio.gather(*(engine.predict([Text(text)]) for text in TEXTS[:5]), return_exceptions=True)
         assert all(isinstance(result, RuntimeError) for result in results)
         monkeypatch.setattr(predictor, "forward", whole)
         engine.check_health()
-        answers = await engine.classify([Input(TEXTS[0])])
+        answers = await engine.predict([Text(TEXTS[0])])
         await engine.stop()
         return answers
 
@@ -192,9 +193,9 @@ def test_a_forward_that_breaks_fails_its_requests_and_no_other(predictor: Predic
 def test_an_engine_whose_answers_are_not_the_evaluations_does_not_start(predictor: Predictor) -> None:
     (answer,) = predictor.predict(TEXTS[:1])
     shifted = [answer.probabilities[1], answer.probabilities[2], answer.probabilities[0]]
-    good = Probe(text=TEXTS[0], label=answer.label, probabilities=answer.probabilities)
+    good = Probe(text=TEXTS[0], input={"text": TEXTS[0]}, margin=1.0, label=answer.label, probabilities=answer.probabilities)
     asyncio.run(encoder(predictor, probes=[good]).start())
-    wrong = Probe(text=TEXTS[0], label=LABELS[int(np.argmax(shifted))], probabilities=shifted)
+    wrong = Probe(text=TEXTS[0], input={"text": TEXTS[0]}, margin=1.0, label=LABELS[int(np.argmax(shifted))], probabilities=shifted)
     with pytest.raises(QualityError, match="where its evaluation answered"):
         asyncio.run(encoder(predictor, probes=[wrong]).start())
 
@@ -203,7 +204,7 @@ def test_stopping_answers_what_was_asked_before(predictor: Predictor) -> None:
     async def life() -> list[Any]:
         engine = encoder(predictor, batch_wait_ms=50)
         await engine.start()
-        asked = [asyncio.create_task(engine.classify([Input(text)])) for text in TEXTS[:6]]
+        asked = [asyncio.create_task(engine.predict([Text(text)])) for text in TEXTS[:6]]
         await asyncio.sleep(0)
         await engine.stop()
         return await asyncio.gather(*asked, return_exceptions=True)
@@ -226,7 +227,7 @@ def test_a_request_that_comes_as_the_engine_ends_is_answered_or_refused_but_does
     async def life() -> None:
         engine = Ending(Encoder(), bundle(), predictor=predictor)
         await engine.start()
-        (result,) = await asyncio.gather(asyncio.wait_for(engine.classify([Input(TEXTS[0])]), 20), return_exceptions=True)
+        (result,) = await asyncio.gather(asyncio.wait_for(engine.predict([Text(TEXTS[0])]), 20), return_exceptions=True)
         assert isinstance(result, list | ResourceError)
         await engine.stop()
 
@@ -242,7 +243,7 @@ def test_all_who_wait_are_told_when_the_engines_thread_fails(predictor: Predicto
         engine = encoder(predictor, max_batch_tokens=30)
         await engine.start()
         monkeypatch.setattr(predictor, "forward", broken)
-        waiting = asyncio.gather(*(engine.classify([Input(text)]) for text in TEXTS), return_exceptions=True)
+        waiting = asyncio.gather(*(engine.predict([Text(text)]) for text in TEXTS), return_exceptions=True)
         for result in await asyncio.wait_for(waiting, 20):
             assert isinstance(result, ResourceError)
             assert "the end" in str(result)
@@ -254,7 +255,9 @@ def test_all_who_wait_are_told_when_the_engines_thread_fails(predictor: Predicto
 
 def test_who_asks_while_an_engine_starts_that_cannot_is_told(predictor: Predictor, monkeypatch: pytest.MonkeyPatch) -> None:
     (answer,) = predictor.predict(TEXTS[:1])
-    wrong = Probe(text=TEXTS[0], label=answer.label, probabilities=[1.0 - p for p in answer.probabilities])
+    wrong = Probe(
+        text=TEXTS[0], input={"text": TEXTS[0]}, margin=1.0, label=answer.label, probabilities=[1.0 - p for p in answer.probabilities]
+    )
     all_asked, predict = threading.Event(), predictor.predict
 
     def later(*args: Any) -> Any:
@@ -266,7 +269,7 @@ def test_who_asks_while_an_engine_starts_that_cannot_is_told(predictor: Predicto
     async def life() -> list[Any]:
         engine = encoder(predictor, probes=[wrong])
         tasks: list[asyncio.Task[Any]] = [asyncio.create_task(engine.start())]
-        tasks += [asyncio.create_task(engine.classify([Input(text)])) for text in TEXTS]
+        tasks += [asyncio.create_task(engine.predict([Text(text)])) for text in TEXTS]
         await asyncio.sleep(0)  # all of them run until they wait
         assert len(engine.jobs) == len(TEXTS)
         all_asked.set()
@@ -280,7 +283,7 @@ def test_who_asks_while_an_engine_starts_that_cannot_is_told(predictor: Predicto
 def test_no_texts_have_no_answers_and_disturb_no_one(engine: Engine) -> None:
     async def life() -> list[list[Answer]]:
         await engine.start()
-        asked = [asyncio.create_task(engine.classify(inputs)) for inputs in ([], [Input(TEXTS[0])], [])]
+        asked = [asyncio.create_task(engine.predict(inputs)) for inputs in ([], [Text(TEXTS[0])], [])]
         answers = await asyncio.wait_for(asyncio.gather(*asked), 20)
         await engine.stop()
         return answers

@@ -139,7 +139,7 @@ def test_an_engine_that_breaks_is_a_500_without_its_insides() -> None:
     async def broken(inputs: object) -> Any:
         raise RuntimeError("secret path /x/y")
 
-    app.engine.classify = broken  # type: ignore[method-assign,assignment]
+    app.engine.predict = broken  # type: ignore[method-assign,assignment]
     response = run(ask(app, json={"input": "a"}))
     assert response.status_code == 500
     assert "secret" not in response.text

@@ -146,6 +146,29 @@ GOOD: dict[str, tuple[type[Spec], Document]] = {
         )
     },
     "its labels": (TrainJob, JOB | {"task": {"kind": "classification", "labels": ["b", "a", "c"]}}),
+    **{
+        f"task: {task}": (TrainJob, JOB | {"task": task, "data": {"train": "a.json", "columns": columns}})
+        for task, columns in (
+            ({"kind": "multi_label_classification", "labels": ["a", "b"], "separator": "|", "threshold": 0.4}, {"label": "l"}),
+            ({"kind": "regression"}, {"text_pair": "other"}),
+            (
+                {
+                    "kind": "extractive_qa",
+                    "doc_stride": 32,
+                    "max_answer_length": 40,
+                    "n_best_size": 3,
+                    "version_2_with_negative": True,
+                    "null_score_diff_threshold": -1.5,
+                },
+                {"question": "q", "context": "c", "answers": "a"},
+            ),
+            ({"kind": "multiple_choice"}, {"options": "choices", "label": "right"}),
+            ({"kind": "multiple_choice"}, {"options": ["first", "second"]}),
+            ({"kind": "token_classification", "labels": ["O", "B-X"]}, {"tokens": "words"}),
+            ({"kind": "embedding", "pooling": "cls", "temperature": 0.1}, {"positive": "near", "negative": "far"}),
+        )
+    },
+    "the tags of a corpus": (TrainJob, JOB | {"task": {"kind": "token_classification"}, "data": {"train": "a.bio", "format": "conll"}}),
     "a language model": (TrainJob, JOB | {"task": {"kind": "pretrain"}, "group_by_length": True}),
     **{
         f"optim: {optim}": (TrainJob, JOB | {"optim": optim})
@@ -237,7 +260,7 @@ BAD: dict[str, tuple[type[Spec], Document, str, object]] = {
         "optim.max_grad_norm": [0, -1],
         "optim.schedule": ["cosine", {"kind": "step"}, {"warmup_ratio": 0.5}, {"kind": "wsd", "decay_ratio": 0}],
         "evaluation.eval_steps": [0, 2.5],
-        "evaluation.metric_for_best_model": ["f1", 1],
+        "evaluation.metric_for_best_model": ["bleu", 1],
         "checkpoint.save_total_limit": [1, 0],
         "precision": ["fp16", None, 32],
         "global_batch_size": [0, "32", 31.5, None],
@@ -277,6 +300,20 @@ SPANNING = {
     "is more than max_replicas": (Service, SERVICE | {"autoscaling": {"min_replicas": 2}}),
     "bundle is needed by engine.kind=encoder": (Service, {"name": "topics"}),
     "bundle has no effect with engine.kind=echo": (Service, SERVICE | {"engine": {"kind": "echo"}}),
+    "data.columns.context has no effect with task.kind=classification": (
+        TrainJob,
+        JOB | {"data": {"train": "a.csv", "columns": {"context": "c"}}},
+    ),
+    "task.doc_stride=300 is more than half of model.max_length": (TrainJob, JOB | {"task": {"kind": "extractive_qa", "doc_stride": 300}}),
+    "micro_batch_size=1 leaves task.kind=embedding no other texts": (
+        TrainJob,
+        JOB | {"task": {"kind": "embedding"}, "micro_batch_size": 1},
+    ),
+    "null_score_diff_threshold has no effect without": (
+        TrainJob,
+        JOB | {"task": {"kind": "extractive_qa", "null_score_diff_threshold": 1}},
+    ),
+    "puts a prompt in front of a text": (TrainJob, JOB | {"task": {"kind": "multiple_choice"}, "tuning": {"kind": "prefix"}}),
 }
 """The rules that no schema of single fields can hold, by what pydantic says; and a document for each."""
 

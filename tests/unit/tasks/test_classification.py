@@ -11,7 +11,7 @@ import numpy as np
 import pandas
 import pytest
 import torch
-from conftest import make_rows
+from conftest import make_rows, split_of
 from safetensors.torch import load_file, save_file
 from sklearn import metrics
 from torch import nn
@@ -21,20 +21,12 @@ from danlu.data.pack import pack_rows
 from danlu.errors import DataError, ModelError
 from danlu.spec.data import Data
 from danlu.spec.task import Classification
-from danlu.tasks.classification import (
-    Predictor,
-    Splits,
-    build_model,
-    given_split,
-    head_parameters,
-    load_predictor,
-    load_tokenizer,
-    loss,
-    predictions,
-    scores,
-    splits,
-)
+from danlu.tasks.classification import build_model, given_split, head_parameters, loss, predictions, scores, splits
+from danlu.tasks.exchange import Text
 from danlu.tasks.packed import PackedClassifier
+from danlu.tasks.predictor import Predictor, load_predictor
+from danlu.tasks.rows import Splits
+from danlu.tasks.tokenizer import load_tokenizer
 
 NAMES = ["grain", "ship", "trade"]
 
@@ -136,10 +128,10 @@ def test_bad_rows_are_refused_before_anything_is_tokenised(tiny_model: Path, top
 
 def test_rows_given_for_scoring_are_checked_like_the_jobs(tiny_model: Path, topic_files: dict[str, str], tmp_path: Path) -> None:
     data, tokenizer = Data(train="unused", cache_dir=str(tmp_path)), load_tokenizer(tiny_model)
-    split = given_split(topic_files["test"], data, tokenizer, NAMES, max_length=16)
+    split = given_split(topic_files["test"], data, Classification(), tokenizer, NAMES, max_length=16)
     assert [NAMES[label] for label in split.labels] == list(pandas.read_csv(topic_files["test"])["label"])
     with pytest.raises(DataError, match="row 1 has the label 'grain'"):
-        given_split(topic_files["test"], data, tokenizer, ["ship", "trade"], max_length=16)
+        given_split(topic_files["test"], data, Classification(), tokenizer, ["ship", "trade"], max_length=16)
 
 
 # model
@@ -223,7 +215,7 @@ def scored(number: int, present: list[int], classes: int = 4, seed: int = 0) -> 
 def test_scores_are_scikit_learns(present: list[int]) -> None:
     logits, labels = scored(200, present)
     names = ["a", "b", "c", "d"]
-    found = scores(logits, labels, names)
+    found = scores(logits, split_of(labels), names, Classification())
     predicted = logits.argmax(1)
     probabilities = torch.from_numpy(logits).double().softmax(-1).numpy()
     assert found.accuracy == metrics.accuracy_score(labels, predicted)
@@ -243,7 +235,7 @@ def test_scores_are_scikit_learns(present: list[int]) -> None:
 
 def test_certain_wrong_answers_have_a_finite_loss() -> None:
     logits = np.array([[1e4, 0.0], [0.0, 1e4]], dtype=np.float32)
-    found = scores(logits, np.array([1, 0]), ["a", "b"])
+    found = scores(logits, split_of([1, 0]), ["a", "b"], Classification())
     assert (found.accuracy, found.loss) == (0.0, pytest.approx(1e4))
 
 
@@ -254,7 +246,7 @@ def test_certain_wrong_answers_have_a_finite_loss() -> None:
 @pytest.mark.parametrize("batch_tokens", [1, 40, 4096])
 def test_logits_are_those_of_plain_transformers_one_by_one(classifier: Path, predictor: Predictor, paired: bool, batch_tokens: int) -> None:
     pairs = texts(30, 6) if paired else None
-    found = predictor.logits(predictor.encode(texts(30), pairs), batch_tokens=batch_tokens)
+    found = predictor.outputs(predictor.encode(texts(30), pairs), batch_tokens=batch_tokens)
     expected = plain_logits(classifier, texts(30), pairs)
     assert found.dtype == np.float32
     assert np.ptp(expected, axis=0).min() > 0.1
@@ -266,12 +258,14 @@ def test_predictions_name_the_most_probable_label(classifier: Path, predictor: P
     expected = torch.from_numpy(plain_logits(classifier, texts(20))).softmax(-1)
     assert [prediction.label for prediction in found] == [NAMES[int(row.argmax())] for row in expected]
     np.testing.assert_allclose([prediction.probabilities for prediction in found], expected, atol=1e-5)
-    assert predictions(np.array([[0.0, np.log(3.0)]]), ["a", "b"])[0].probabilities == pytest.approx([0.25, 0.75])
+    assert predictions(np.array([[0.0, np.log(3.0)]]), split_of([0]).encoded, [Text("a")], ["a", "b"], Classification())[
+        0
+    ].probabilities == pytest.approx([0.25, 0.75])
 
 
 def test_bf16_stays_near_float32(classifier: Path, predictor: Predictor) -> None:
     bf16 = load_predictor(classifier, NAMES, max_length=16, bf16=True)
-    one, other = (which.logits(which.encode(texts(20))) for which in (predictor, bf16))
+    one, other = (which.outputs(which.encode(texts(20))) for which in (predictor, bf16))
     assert other.dtype == np.float32
     assert not np.array_equal(one, other)
     np.testing.assert_allclose(one, other, atol=0.1)

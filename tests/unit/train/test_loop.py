@@ -15,7 +15,8 @@ from danlu.data.pack import Batches, pack_rows
 from danlu.errors import DanluError, SpecError
 from danlu.spec.train import TrainJob
 from danlu.tasks import classification
-from danlu.tasks.classification import Splits
+from danlu.tasks.rows import Splits
+from danlu.tasks.tokenizer import load_tokenizer
 from danlu.train.loop import Outcome, train
 from danlu.train.run import EvalRecord, EventRecord, LocalRun, StepRecord
 
@@ -42,12 +43,12 @@ class Setting:
         return TrainJob.model_validate(fields | overrides)
 
     def data(self, job: TrainJob) -> Splits:
-        tokenizer = classification.load_tokenizer(self.model)
+        tokenizer = load_tokenizer(self.model)
         return classification.splits(job.data, job.task, tokenizer, max_length=32, seed=job.seed)
 
     def run(self, job: TrainJob, name: str = "run", run: LocalRun | None = None) -> tuple[Outcome, LocalRun]:
         run = run or LocalRun(CPU)
-        outcome = train(job, self.data(job), self.model, classification.load_tokenizer(self.model), run, str(self.folder / name))
+        outcome = train(job, self.data(job), self.model, load_tokenizer(self.model), run, str(self.folder / name))
         return outcome, run
 
 
@@ -108,7 +109,7 @@ def test_it_learns_and_the_best_weights_load_in_plain_transformers_with_the_repo
     assert outcome.best_value > 0.9
     data = setting.data(job)
     model = AutoModelForSequenceClassification.from_pretrained(setting.folder / "run" / "best" / f"step-{outcome.best_step:06d}").eval()
-    tokenizer = classification.load_tokenizer(setting.model)
+    tokenizer = load_tokenizer(setting.model)
     with torch.no_grad():
         batch = tokenizer(data.dev.texts.texts, padding=True, truncation=True, max_length=32, return_tensors="pt")
         predicted = model(**batch).logits.argmax(-1).numpy()

@@ -14,6 +14,7 @@ from danlu.spec import optim as spec
 from danlu.spec.optim import Optim
 from danlu.spec.train import TrainJob
 from danlu.tasks import classification
+from danlu.tasks.tokenizer import load_tokenizer
 from danlu.train.ema import Ema
 from danlu.train.loop import train
 from danlu.train.optim import learning_rate_at, make_optimizer, param_groups
@@ -159,7 +160,7 @@ def job_of(model: Path, files: dict[str, str], folder: Path, **overrides: Any) -
 
 def run_of(job: TrainJob, model: Path, uri: str, listener: Any = None) -> LocalRun:
     run = LocalRun(CPU, listener)
-    tokenizer = classification.load_tokenizer(model)
+    tokenizer = load_tokenizer(model)
     data = classification.splits(job.data, job.task, tokenizer, max_length=32, seed=job.seed)
     train(job, data, model, tokenizer, run, uri)
     return run

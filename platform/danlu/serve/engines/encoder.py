@@ -14,32 +14,40 @@ import torch
 
 from danlu.artifact.bundle import Bundle
 from danlu.compress.load import load_predictor
-from danlu.data.encode import Encoded
+from danlu.data.encode import Encoded, ends
 from danlu.data.pack import pack_rows
 from danlu.errors import QualityError, ResourceError
-from danlu.serve.engine import Answer, Input
+from danlu.serve.engine import Answer
 from danlu.spec.serve import Encoder
-from danlu.tasks.classification import Predictor, predictions
+from danlu.spec.task import EncoderTask
 from danlu.tasks.device import pick_device
+from danlu.tasks.exchange import Example, from_fields, largest_change
+from danlu.tasks.predictor import Predictor
 
 TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2, "quantized": 2e-2}
-"""How far a probability may be from the evaluation's: other kernels on another CPU round differently, other weights are further off."""
+"""How far a number may be from the evaluation's (as a share of the largest, where that is above 1): other kernels on another CPU round
+differently, other weights are further off."""
 
 
 @dataclass
 class Job:
-    """The texts of one request on their way through the engine."""
+    """What one request asks, on its way through the engine: its sequences wait for a forward one by one."""
 
-    inputs: Sequence[Input]
+    inputs: Sequence[Example]
     loop: asyncio.AbstractEventLoop
     done: asyncio.Future[list[Answer]]
     arrived: float
     encoded: Encoded | None = None
-    logits: list[np.ndarray] = field(default_factory=list)
+    sequences: Encoded | None = None
+    outputs: list[np.ndarray] = field(default_factory=list)
 
     @property
-    def next_row(self) -> int:
-        return len(self.logits)
+    def next_sequence(self) -> int:
+        return len(self.outputs)
+
+    @property
+    def is_whole(self) -> bool:
+        return self.sequences is not None and self.next_sequence == len(self.sequences)
 
     @property
     def is_wanted(self) -> bool:
@@ -48,7 +56,7 @@ class Job:
 
 @dataclass(frozen=True)
 class BatchRecord:
-    """What one forward did: rows, tokens, seconds, and how long each of its requests had waited."""
+    """What one forward did: sequences, tokens, seconds, and how long each of its requests had waited."""
 
     rows: int
     tokens: int
@@ -57,13 +65,17 @@ class BatchRecord:
 
 
 class EncoderEngine:
-    """Requests are taken in the order they came, their rows packed into forwards of at most `max_batch_tokens` tokens.
+    """Requests are taken in the order they came, their sequences packed into forwards of at most `max_batch_tokens` tokens: a long
+    document's windows and a question's options as well as a text.
 
     While a forward runs, new requests gather for the next one; the event loop is woken once a forward.
     """
 
     def __init__(self, spec: Encoder, bundle: Bundle, *, predictor: Predictor | None = None) -> None:
-        self.spec, self.bundle, self.labels = spec, bundle, list(bundle.meta.labels)
+        task = bundle.meta.task
+        if not isinstance(task, EncoderTask):
+            raise ResourceError(f"{bundle.meta.name} was trained for {task.kind}", where="engine.kind", fix="an encoder's bundle")
+        self.spec, self.bundle, self.labels, self.task = spec, bundle, list(bundle.meta.labels), task
         self.predictor = predictor
         self.on_batch: Callable[[BatchRecord], None] | None = None
         self.jobs: deque[Job] = deque()
@@ -80,7 +92,7 @@ class EncoderEngine:
         self.thread.start()
         await started
 
-    async def classify(self, inputs: Sequence[Input]) -> list[Answer]:
+    async def predict(self, inputs: Sequence[Example]) -> list[Answer]:
         if not inputs:
             return []
         loop = asyncio.get_running_loop()
@@ -162,19 +174,20 @@ class EncoderEngine:
             tokens = self._fill(predictor, jobs, taken)
             if not taken:
                 return
-            # Rows of one length side by side take one attention call; the answers go back by `order`.
-            order = np.argsort([int(_encoded(job).lengths[row]) for job, row in taken], kind="stable")
-            batch = _joined([(_encoded(taken[i][0]), taken[i][1]) for i in order])
+            # Sequences of one length side by side take one attention call; the answers go back by `order`.
+            order = np.argsort([int(_sequences(job).lengths[at]) for job, at in taken], kind="stable")
+            batch = _joined([(_sequences(taken[i][0]), taken[i][1]) for i in order])
             began = time.perf_counter()
-            logits = predictor.forward(pack_rows(batch, range(len(batch))))
+            outputs = predictor.forward(pack_rows(batch, range(len(batch))))
             seconds = time.perf_counter() - began
-            placed: list[np.ndarray] = [logits[0]] * len(taken)
-            for place, row in zip(order, logits, strict=True):
-                placed[place] = row
-            waited = [began - job.arrived for job, row in taken if row == 0]
-            for (job, _), row in zip(taken, placed, strict=True):
-                job.logits.append(row)
-            finished = [(job, self._answers(job)) for job in jobs if job.encoded is not None and job.next_row == len(job.encoded)]
+            pieces = np.split(outputs, batch.offsets[1:-1]) if predictor.file.PER_TOKEN else np.split(outputs, len(batch))
+            placed: list[np.ndarray] = [outputs] * len(taken)
+            for place, piece in zip(order, pieces, strict=True):
+                placed[place] = piece
+            waited = [began - job.arrived for job, at in taken if at == 0]
+            for (job, _), piece in zip(taken, placed, strict=True):
+                job.outputs.append(piece)
+            finished = [(job, self._answers(predictor, job)) for job in jobs if job.is_whole]
             if self.on_batch is not None:
                 self.on_batch(BatchRecord(len(taken), tokens, seconds, waited))
         except Exception as error:  # noqa: BLE001  # every request of the batch gets it; none may wait for ever
@@ -186,17 +199,18 @@ class EncoderEngine:
         _deliver(finished)
 
     def _fill(self, predictor: Predictor, jobs: list[Job], taken: list[tuple[Job, int]]) -> int:
-        """Put (job, row) into `taken` until the token budget is full; at least one row. The number of tokens."""
+        """Put (job, sequence) into `taken` until the token budget is full; at least one. The number of tokens."""
         tokens = 0
         for job in jobs:
-            if job.encoded is None:
-                pairs = [one.text_pair or "" for one in job.inputs] if any(one.text_pair is not None for one in job.inputs) else None
-                job.encoded = predictor.encode([one.text for one in job.inputs], pairs)
-            for row in range(job.next_row, len(job.encoded)):
-                length = int(job.encoded.lengths[row])
+            if job.sequences is None:
+                job.encoded = predictor.encode(job.inputs)
+                job.sequences = job.encoded.sequences
+            lengths = job.sequences.lengths
+            for at in range(job.next_sequence, len(lengths)):
+                length = int(lengths[at])
                 if taken and tokens + length > self.spec.max_batch_tokens:
                     return tokens
-                taken.append((job, row))
+                taken.append((job, at))
                 tokens += length
         return tokens
 
@@ -205,21 +219,23 @@ class EncoderEngine:
         with self.wake:
             self.jobs = deque(job for job in self.jobs if id(job) not in gone)
 
-    def _answers(self, job: Job) -> list[Answer]:
-        encoded = _encoded(job)
-        found = predictions(np.stack(job.logits), self.labels)
-        return [Answer(one.label, one.probabilities, int(length)) for one, length in zip(found, encoded.lengths, strict=True)]
+    def _answers(self, predictor: Predictor, job: Job) -> list[Answer]:
+        assert job.encoded is not None
+        found = predictor.predictions(np.concatenate(job.outputs), job.encoded, job.inputs)
+        return [Answer(one, int(length)) for one, length in zip(found, job.encoded.lengths, strict=True)]
 
     def _check_probes(self, predictor: Predictor) -> None:
         """What is served is what was evaluated: the probes' answers have to come out again."""
         meta = self.bundle.meta
         if not meta.probes:
             return
-        pairs = [probe.text_pair or "" for probe in meta.probes] if any(probe.text_pair is not None for probe in meta.probes) else None
+        asked = [from_fields(probe.input, self.task) for probe in meta.probes]
         tolerance = TOLERANCE["quantized" if meta.quantization else "bf16" if predictor.bf16 else "fp32"]
-        for probe, found in zip(meta.probes, predictor.predict([probe.text for probe in meta.probes], pairs), strict=True):
-            change = float(np.abs(np.subtract(found.probabilities, probe.probabilities)).max())
-            if change > tolerance or (found.label != probe.label and _is_clear(probe.probabilities, tolerance)):
+        for probe, found in zip(meta.probes, predictor.predict(asked), strict=True):
+            scale = max(1.0, *map(abs, probe.probabilities))
+            change = largest_change(found.probabilities, probe.probabilities) / scale
+            # Where the two best answers are near each other rounding may swap them.
+            if change > tolerance or (found.label != probe.label and probe.margin > 2 * tolerance):
                 raise QualityError(
                     f"the bundle answers {found.label!r} {found.probabilities} "
                     f"where its evaluation answered {probe.label!r} {probe.probabilities}",
@@ -228,21 +244,15 @@ class EncoderEngine:
                 )
 
 
-def _is_clear(probabilities: Sequence[float], tolerance: float) -> bool:
-    """False where the two best labels are so near that rounding may swap them."""
-    best, second = sorted(probabilities, reverse=True)[:2] if len(probabilities) > 1 else (1.0, 0.0)
-    return best - second > 2 * tolerance
-
-
-def _encoded(job: Job) -> Encoded:
-    assert job.encoded is not None
-    return job.encoded
+def _sequences(job: Job) -> Encoded:
+    assert job.sequences is not None
+    return job.sequences
 
 
 def _joined(rows: Sequence[tuple[Encoded, int]]) -> Encoded:
-    """Rows of several requests as one."""
+    """Sequences of several requests as one."""
     ids = [encoded.row(row) for encoded, row in rows]
-    offsets = np.concatenate([[0], np.cumsum([len(row) for row in ids])]).astype(np.int64)
+    offsets = ends([len(row) for row in ids])
     with_types = any(encoded.token_type_ids is not None for encoded, _ in rows)
     types = [e.token_types(row) if e.token_type_ids is not None else np.zeros(len(e.row(row)), dtype=np.int8) for e, row in rows]
     return Encoded(np.concatenate(ids), offsets, np.zeros(len(rows), dtype=bool), np.concatenate(types) if with_types else None)

@@ -1,0 +1,396 @@
+"""Wire types of the encoders' routes: bodies in, answers out, and their JSON Schemas. Pure."""
+
+from __future__ import annotations
+
+import base64
+import json
+import struct
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from danlu.errors import RequestError
+from danlu.serve.engine import Answer
+from danlu.spec.serve import Limits
+from danlu.spec.task import (
+    Classification,
+    Embed,
+    EncoderTask,
+    ExtractiveQA,
+    MultiLabelClassification,
+    MultipleChoice,
+    Regression,
+    TokenClassification,
+)
+from danlu.tasks.exchange import (
+    BadExample,
+    Choice,
+    Embedding,
+    Example,
+    LabelSet,
+    Prediction,
+    Reading,
+    Span,
+    Tagging,
+    Text,
+    Value,
+    Words,
+    read_example,
+    to_fields,
+)
+
+Schema = dict[str, Any]
+TEXT: Schema = {"type": "string", "minLength": 1}
+NUMBER: Schema = {"type": "number"}
+
+
+def _object(required: Mapping[str, Schema], **optional: Schema) -> Schema:
+    return {"type": "object", "properties": {**required, **optional}, "required": list(required), "additionalProperties": False}
+
+
+def _array(items: Schema, **limits: Any) -> Schema:
+    return {"type": "array", "items": items, **limits}
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a body asks: examples of the engine's task, and what else the route takes."""
+
+    model: str | None
+    inputs: list[Example]
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Wire:
+    """A route that takes `input`, an example or a list of them, and gives `data`, an entry each, in the shape of vLLM's /v1/classify."""
+
+    task: EncoderTask
+    path: str
+    summary: str
+    item: Schema
+    """What `input` may be, or a list of."""
+    sample: object
+    """One such."""
+
+    @property
+    def example(self) -> str:
+        return json.dumps({"model": "NAME", "input": [self.sample]}, ensure_ascii=False)
+
+    def parse(self, document: Mapping[str, Any], max_inputs: int) -> Request:
+        """The request in a body; RequestError names the field, the rule and what would work."""
+        items = self._items(document, "input", max_inputs)
+        single = not isinstance(document["input"], list)
+        inputs = [self._read(item, "input" if single else f"input[{i}]") for i, item in enumerate(items)]
+        return Request(_model(document), inputs)
+
+    def request(self, model: str, examples: Sequence[Example]) -> dict[str, Any]:
+        """The body that asks `examples`."""
+        return {"model": model, "input": [_item(example) for example in examples]}
+
+    def respond(self, model: str, request: Request, answers: Sequence[Answer], labels: Sequence[str]) -> dict[str, Any]:
+        """The body that answers a request."""
+        data = [
+            {"index": i, **entry(answer.prediction, example)}
+            for i, (answer, example) in enumerate(zip(answers, request.inputs, strict=True))
+        ]
+        named = {"labels": list(labels)} if labels else {}
+        return _response(self.path, model, data, answers) | named
+
+    def read(self, document: Mapping[str, Any]) -> list[tuple[str, list[float]]]:
+        """What the answers of a body say, and the numbers behind them, as predictions hold them."""
+        return [read_entry(found, self.task) for found in document["data"]]
+
+    def schemas(self, labels: Sequence[str], limits: Limits) -> tuple[Schema, Schema]:
+        """JSON Schema of the two bodies."""
+        several = _array(self.item, minItems=1, maxItems=limits.max_inputs)
+        request = {"type": "object", "required": ["input"], "properties": {"model": MODEL, "input": {"anyOf": [self.item, several]}}}
+        answer = {"type": "object", "properties": {"index": {"type": "integer"}, **entry_schema(self.task, labels)}}
+        shared = {"id": TEXT, "object": {"const": "list"}, "created": {"type": "integer"}, "model": TEXT, "usage": {"type": "object"}}
+        properties = {**shared, "data": _array(answer), **({"labels": _array(TEXT)} if labels else {})}
+        return request, {"type": "object", "required": ["data", "model", "usage"], "properties": properties}
+
+    def _read(self, item: object, where: str) -> Example:
+        try:
+            return read_example(item, self.task, where)
+        except BadExample as error:
+            raise RequestError(error.problem, param=error.field, fix=error.fix) from error
+
+    def _items(self, document: Mapping[str, Any], name: str, max_inputs: int) -> list[object]:
+        if name not in document:
+            raise RequestError(f"there is no `{name}`", param=name, fix=self.example)
+        given = document[name]
+        items = given if isinstance(given, list) else [given]
+        if not items:
+            raise RequestError(f"`{name}` is an empty list: there is nothing to answer", param=name, fix=self.example)
+        if len(items) > max_inputs:
+            raise RequestError(
+                f"{len(items)} texts in one request; the limit is {max_inputs}",
+                status=413,
+                param=name,
+                fix=f"send them {max_inputs} at a time",
+            )
+        return items
+
+
+MODEL: Schema = {"type": ["string", "null"], "description": "A name from GET /v1/models, or nothing."}
+
+
+@dataclass(frozen=True)
+class EmbeddingsWire(Wire):
+    """`POST /v1/embeddings`, OpenAI's: https://platform.openai.com/docs/api-reference/embeddings."""
+
+    def parse(self, document: Mapping[str, Any], max_inputs: int) -> Request:
+        request = super().parse(document, max_inputs)
+        encoding = document.get("encoding_format") or "float"
+        if encoding not in ("float", "base64"):
+            raise RequestError(f"`encoding_format` is {encoding!r}", param="encoding_format", fix="float or base64")
+        if document.get("dimensions") is not None:
+            raise RequestError("this model's vectors have one length", param="dimensions", fix="leave `dimensions` out")
+        return Request(request.model, request.inputs, {"encoding_format": encoding})
+
+    def respond(self, model: str, request: Request, answers: Sequence[Answer], labels: Sequence[str]) -> dict[str, Any]:
+        as_text = request.options["encoding_format"] == "base64"
+        data = []
+        for i, answer in enumerate(answers):
+            vector = answer.probabilities
+            told = base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode() if as_text else vector
+            data.append({"object": "embedding", "index": i, "embedding": told})
+        tokens = sum(answer.num_tokens for answer in answers)
+        return {"object": "list", "model": model, "data": data, "usage": {"prompt_tokens": tokens, "total_tokens": tokens}}
+
+    def schemas(self, labels: Sequence[str], limits: Limits) -> tuple[Schema, Schema]:
+        request, response = super().schemas(labels, limits)
+        request["properties"] |= {"encoding_format": {"enum": ["float", "base64"]}, "user": TEXT}
+        return request, response
+
+
+@dataclass(frozen=True)
+class RerankWire(Wire):
+    """`POST /v1/rerank`, as Jina, Cohere and vLLM have it: documents by the cosine of their vectors with the query's."""
+
+    @property
+    def example(self) -> str:
+        return json.dumps(self.sample, ensure_ascii=False)
+
+    def parse(self, document: Mapping[str, Any], max_inputs: int) -> Request:
+        documents = self._items(document, "documents", max_inputs)
+        top_n = document.get("top_n")
+        if top_n is not None and (not isinstance(top_n, int) or isinstance(top_n, bool) or top_n < 1):
+            raise RequestError(f"`top_n` is {top_n!r}", param="top_n", fix="a number of documents, 1 or more")
+        if "query" not in document:
+            raise RequestError("there is no `query`", param="query", fix=self.example)
+        query = self._read(document["query"], "query")
+        inputs = [query, *(self._read(item, f"documents[{i}]") for i, item in enumerate(documents))]
+        return Request(_model(document), inputs, {"top_n": top_n})
+
+    def respond(self, model: str, request: Request, answers: Sequence[Answer], labels: Sequence[str]) -> dict[str, Any]:
+        query, *documents = (answer.probabilities for answer in answers)
+        found = [sum(a * b for a, b in zip(query, vector, strict=True)) for vector in documents]
+        texts = [example.text for example in request.inputs[1:] if isinstance(example, Text)]
+        order = sorted(range(len(found)), key=lambda i: -found[i])[: request.options["top_n"]]
+        results = [{"index": i, "document": {"text": texts[i]}, "relevance_score": found[i]} for i in order]
+        tokens = sum(answer.num_tokens for answer in answers)
+        return {"id": f"rerank-{uuid.uuid4().hex}", "model": model, "results": results, "usage": {"total_tokens": tokens}}
+
+    def schemas(self, labels: Sequence[str], limits: Limits) -> tuple[Schema, Schema]:
+        documents = _array(TEXT, minItems=1, maxItems=limits.max_inputs)
+        request = {
+            "type": "object",
+            "required": ["query", "documents"],
+            "properties": {"model": MODEL, "query": TEXT, "documents": documents, "top_n": {"type": ["integer", "null"], "minimum": 1}},
+        }
+        result = _object({"index": {"type": "integer"}, "document": _object({"text": TEXT}), "relevance_score": NUMBER})
+        return request, {
+            "type": "object",
+            "properties": {"id": TEXT, "model": TEXT, "results": _array(result), "usage": {"type": "object"}},
+        }
+
+
+def wire_of(task: EncoderTask) -> Wire:
+    """The route that answers a task."""
+    pair = {"anyOf": [TEXT, _object({"text": TEXT}, text_pair=TEXT)]}
+    match task:
+        case Classification() | MultiLabelClassification() | Regression():
+            told = {"classification": "Label texts", "regression": "A number for each text"}.get(task.kind, "Any number of labels a text")
+            return Wire(task, "/v1/classify", told, pair, "wheat exports rose")
+        case ExtractiveQA():
+            item = _object({"question": TEXT, "context": TEXT})
+            sample: object = {"question": "What rose?", "context": "Wheat exports rose."}
+            return Wire(task, "/v1/answer", "Answer questions out of their contexts", item, sample)
+        case MultipleChoice():
+            item = _object({"question": TEXT, "options": _array(TEXT, minItems=2)}, context={"type": "string"})
+            sample = {"question": "What rose?", "options": ["wheat", "corn"], "context": "Wheat exports rose."}
+            return Wire(task, "/v1/choose", "Choose one of a question's options", item, sample)
+        case TokenClassification():
+            item = {"anyOf": [TEXT, _object({"tokens": _array(TEXT, minItems=1)})]}
+            return Wire(task, "/v1/tag", "Find the entities of texts", item, "Wheat from Ohio")
+        case Embed():
+            return EmbeddingsWire(task, "/v1/embeddings", "A vector for each text", TEXT, "wheat exports rose")
+
+
+def routes_of(task: EncoderTask) -> dict[str, Wire]:
+    """Every route of a task, by path."""
+    wires = [wire_of(task)]
+    if isinstance(task, Embed):
+        sample = {"model": "NAME", "query": "wheat", "documents": ["corn exports fell", "wheat exports rose"], "top_n": 1}
+        wires.append(RerankWire(task, "/v1/rerank", "Order documents by a query", TEXT, sample))
+    return {wire.path: wire for wire in wires}
+
+
+def read_json(body: bytes, example: str) -> dict[str, Any]:
+    """The object in a body."""
+    try:
+        document = json.loads(body)
+    except UnicodeDecodeError as error:
+        raise RequestError(f"the body is not UTF-8: {error.reason} at byte {error.start}", fix="send JSON in UTF-8") from error
+    except ValueError as error:
+        raise RequestError(f"the body is not JSON: {error}", fix=example) from error
+    if not isinstance(document, dict):
+        raise RequestError(f"an object is needed, not {type(document).__name__}", fix=example)
+    return document
+
+
+def entry(prediction: Prediction, example: Example) -> dict[str, Any]:
+    """An answer as JSON."""
+    match prediction:
+        case LabelSet():
+            return {"labels": list(prediction.labels), "probs": prediction.probabilities, "num_classes": len(prediction.probabilities)}
+        case Reading():
+            told = [_span(span) for span in prediction.spans]
+            # What is said, or that nothing is: the candidates stand beside it either way.
+            best = told[0] if prediction.label else {"text": "", "start": None, "end": None, "score": prediction.no_answer or 0.0}
+            return {
+                "answer": best["text"],
+                **{name: best[name] for name in ("start", "end", "score")},
+                "no_answer_score": prediction.no_answer,
+                "candidates": told,
+            }
+        case Choice():
+            return {"index_of_option": prediction.index, "option": prediction.label, "probs": prediction.probabilities}
+        case Tagging():
+            assert isinstance(example, Words)
+            words = zip(example.spans, prediction.tags, prediction.probabilities, strict=True)
+            return {
+                "text": example.text,
+                "entities": [{"entity": span.label, **_span(span)} for span in prediction.spans],
+                "tokens": [
+                    {"text": example.text[start:end], "start": start, "end": end, "tag": tag, "score": score}
+                    for (start, end), tag, score in words
+                ],
+            }
+        case Embedding():
+            return {"embedding": prediction.vector}
+        case Value():
+            return {"value": prediction.value}
+        case _:
+            numbers = prediction.probabilities
+            return {"label": prediction.label, "probs": numbers, "num_classes": len(numbers)}
+
+
+def summary(prediction: Prediction) -> dict[str, Any]:
+    """An answer in a line: what it says, and how probable that is."""
+    match prediction:
+        case Value():
+            return {"value": prediction.value}
+        case LabelSet():
+            return {"labels": list(prediction.labels)}
+        case Tagging():
+            return {"entities": [{"entity": span.label, **_span(span)} for span in prediction.spans]}
+        case Embedding():
+            return {"embedding": prediction.vector}
+        case _:
+            return {"label": prediction.label, "probability": round(max(prediction.probabilities, default=1.0), 4)}
+
+
+def read_entry(found: Mapping[str, Any], task: EncoderTask) -> tuple[str, list[float]]:
+    """What `entry` says, as a prediction's `label` and `probabilities`."""
+    match task:
+        case MultiLabelClassification():
+            return ", ".join(found["labels"]), found["probs"]
+        case Regression():
+            return f"{found['value']:.4g}", [found["value"]]
+        case ExtractiveQA():
+            none = found["no_answer_score"]
+            return found["answer"], sorted(
+                [*(one["score"] for one in found["candidates"]), *([] if none is None else [none])], reverse=True
+            )
+        case MultipleChoice():
+            return found["option"], found["probs"]
+        case TokenClassification():
+            return " ".join(token["tag"] for token in found["tokens"]), [token["score"] for token in found["tokens"]]
+        case Embed():
+            return "", found["embedding"]
+        case Classification():
+            return found["label"], found["probs"]
+
+
+def entry_schema(task: EncoderTask, labels: Sequence[str]) -> dict[str, Schema]:
+    """The properties of an answer."""
+    probs = _array(NUMBER)
+    name: Schema = {"type": "string", "enum": list(labels)} if labels else TEXT
+    place = {"type": ["integer", "null"]}
+    span = {"text": {"type": "string"}, "start": {"type": "integer"}, "end": {"type": "integer"}, "score": NUMBER}
+    match task:
+        case MultiLabelClassification():
+            return {"labels": _array(name), "probs": probs | {"description": "Each label's own, in the order of `labels`."}}
+        case Regression():
+            return {"value": NUMBER}
+        case ExtractiveQA():
+            described: Schema = {
+                "type": "string",
+                "description": "Empty: the context has no answer. `start` and `end` are characters of it.",
+            }
+            none: Schema = {"type": ["number", "null"], "description": "Probability that there is no answer."}
+            said = {"answer": described, "start": place, "end": place, "score": NUMBER, "no_answer_score": none}
+            return {**said, "candidates": _array(_object(span))}
+        case MultipleChoice():
+            return {
+                "index_of_option": {"type": "integer"},
+                "option": TEXT,
+                "probs": probs | {"description": "In the order of the options."},
+            }
+        case TokenClassification():
+            tagged = {"text": TEXT, "start": {"type": "integer"}, "end": {"type": "integer"}, "tag": name, "score": NUMBER}
+            return {"text": TEXT, "entities": _array(_object({"entity": TEXT, **span})), "tokens": _array(_object(tagged))}
+        case Embed():
+            vector = {"anyOf": [_array(NUMBER), {"type": "string", "description": "base64 of little-endian float32"}]}
+            return {"object": {"const": "embedding"}, "embedding": vector}
+        case Classification():
+            numbers = probs | {"description": "In the order of `labels`."}
+            return {"label": name, "probs": numbers, "num_classes": {"type": "integer"}}
+
+
+def _model(document: Mapping[str, Any]) -> str | None:
+    model = document.get("model")
+    if model is not None and not isinstance(model, str):
+        raise RequestError(f"`model` is a text, not {type(model).__name__}", param="model", fix="a name from GET /v1/models")
+    return model
+
+
+def _item(example: Example) -> object:
+    match example:
+        case Words():
+            return {"tokens": [example.text[start:end] for start, end in example.spans]}
+        case Text(text_pair=None):
+            return example.text
+        case _:
+            return to_fields(example)
+
+
+def _span(span: Span) -> dict[str, Any]:
+    return {"text": span.text, "start": span.start, "end": span.end, "score": span.score}
+
+
+def _response(path: str, model: str, data: Sequence[Mapping[str, Any]], answers: Sequence[Answer]) -> dict[str, Any]:
+    tokens = sum(answer.num_tokens for answer in answers)
+    return {
+        "id": f"{path.rpartition('/')[2]}-{uuid.uuid4().hex}",
+        "object": "list",
+        "created": int(time.time()),
+        "model": model,
+        "data": list(data),
+        "usage": {"prompt_tokens": tokens, "total_tokens": tokens, "completion_tokens": 0},
+    }

@@ -1,0 +1,105 @@
+"""What the encoders' tasks share: reading their rows, and loading a pretrained encoder under a head of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedModel
+
+from danlu.data.columns import Labelled
+from danlu.data.formats import Rows, read_rows
+from danlu.errors import ModelError
+from danlu.spec.data import Data
+from danlu.tasks.exchange import Text
+from danlu.tasks.rows import Split
+
+DROPOUTS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "dropout", "attention_dropout")
+
+
+def read_splits(data: Data) -> dict[str, Rows]:
+    """The rows of `train`, and of `dev` and `test` where there are such."""
+    sources = {name: source for name in ("train", "dev", "test") if (source := getattr(data, name)) is not None}
+    return {name: read_rows(source, format=data.format, max_rows=data.max_rows, where=f"data.{name}") for name, source in sources.items()}
+
+
+def read_given(source: str | Sequence[str], data: Data) -> Rows:
+    """Rows of other files than the job's, read as its own are."""
+    return read_rows(source, format=data.format, max_rows=data.max_rows, where="--data")
+
+
+def hold_out(made: Mapping[str, Split], train_rows: np.ndarray, dev_rows: np.ndarray) -> dict[str, Split]:
+    """The splits with a dev split taken out of `train`."""
+    return {**made, "train": made["train"].take(train_rows), "dev": made["train"].take(dev_rows)}
+
+
+def text_examples(texts: Labelled) -> list[Text]:
+    """What is asked in rows of texts or pairs."""
+    pairs: Sequence[str | None] = texts.pairs or [None] * len(texts.texts)
+    return [Text(text, pair) for text, pair in zip(texts.texts, pairs, strict=True)]
+
+
+def head_of(label_names: Sequence[str]) -> dict[str, Any]:
+    """A head's entries in a model's config."""
+    return {
+        "num_labels": len(label_names),
+        "id2label": dict(enumerate(label_names)),
+        "label2id": {name: i for i, name in enumerate(label_names)},
+    }
+
+
+def build_encoder(
+    auto_class: Any,
+    folder: str | Path,
+    head: Mapping[str, Any],
+    *,
+    dropout: float | None = None,
+    quantization: BitsAndBytesConfig | None = None,
+) -> PreTrainedModel:
+    """The pretrained encoder in float32 as one of transformers' auto classes builds it, `head` set in its config.
+
+    ModelError if the folder lacks some of the encoder.
+    """
+    config = AutoConfig.from_pretrained(folder)
+    config.update(dict(head))
+    if dropout is not None:
+        for name in DROPOUTS:
+            if hasattr(config, name):
+                setattr(config, name, dropout)
+    fewer = {} if quantization is None else {"quantization_config": quantization}
+    model: PreTrainedModel
+    model, loaded = auto_class.from_pretrained(
+        folder, config=config, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True, **fewer
+    )
+    # Only a head may be missing, or be another number of labels' own; an encoder's layer would silently start from nothing.
+    unloaded = {*loaded["missing_keys"], *(name for name, *_ in loaded["mismatched_keys"])} - head_parameters(model)
+    if unloaded:
+        raise ModelError(
+            f"the weights in {folder} lack or do not fit {len(unloaded)} of the encoder's parameters, such as {min(unloaded)}",
+            where="model.model_name_or_path",
+            fix="a folder whose config.json belongs to its weights",
+        )
+    return model
+
+
+def encoder_skeleton(auto_class: Any, folder: str | Path, head: Mapping[str, Any]) -> PreTrainedModel:
+    """The model `build_encoder` builds, with shapes and no weights."""
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        config.update(dict(head))
+        with torch.device("meta"):
+            model: PreTrainedModel = auto_class.from_config(config)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"{folder} is no base of this task's models: {error}", where="model.model_name_or_path") from error
+    return model
+
+
+def head_parameters(model: PreTrainedModel) -> set[str]:
+    """Names of the parameters that stand on top of the encoder: they start from nothing, or nearly so."""
+    # A bare encoder's own parameters have no prefix.
+    prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
+    layers = ("encoder.", "embeddings.", "transformer.", "layers.", "embed_tokens.")
+    return {name for name, _ in model.named_parameters() if not name.startswith(prefix) or not any(part in name for part in layers)}
