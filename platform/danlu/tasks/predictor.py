@@ -52,7 +52,7 @@ class Predictor:
         with torch.inference_mode(), torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             return self.file.row_outputs(self.model, batch.to(self.device)).float().cpu().numpy()
 
-    def outputs(self, encoded: Encoded, *, batch_tokens: int = 2048) -> np.ndarray:
+    def outputs(self, encoded: Encoded, *, batch_tokens: int = 1024) -> np.ndarray:
         """Outputs of all sequences in their order; batches are filled by length."""
         sequences = encoded.sequences
         found = np.empty((0, 0), dtype=np.float32)
