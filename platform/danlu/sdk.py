@@ -312,12 +312,34 @@ def _fit(job: TrainJob, run_uri: str, prepared: Prepared, listener: Callable[[Re
         from danlu.train.run import LocalRun
         from danlu.train.worker import work
 
-        return asdict(work(job, LocalRun(pick_device(job.workers.gpus_per_worker), listener), run_uri, prepared.splits))
+        with _metered(job, listener) as heard:
+            return asdict(work(job, LocalRun(pick_device(job.workers.gpus_per_worker), heard), run_uri, prepared.splits))
     from danlu.local_ray import start_ray
     from danlu.train import driver
 
     start_ray()
     return driver.fit(job, run_uri, listener)
+
+
+@contextmanager
+def _metered(job: TrainJob, listener: Callable[[Record], None]) -> Iterator[Callable[[Record], None]]:
+    """The listener, and the job's metrics where this process is connected to a Ray that shows them."""
+    import sys
+
+    ray = sys.modules.get("ray")
+    if ray is None or not ray.is_initialized():
+        yield listener
+        return
+    from danlu.metrics import emit
+    from danlu.train.run import record_to_dict
+
+    with emit.training(job.name) as meter:
+
+        def heard(record: Record) -> None:
+            meter(record_to_dict(record))
+            listener(record)
+
+        yield heard
 
 
 def _portable(job: TrainJob) -> TrainJob:
