@@ -54,11 +54,13 @@ class Quantized:
 
 def prepare(job: TrainJob, *, calibrate: bool = True) -> Prepared:
     """Find and check everything a job needs, and plan it. Raises a DanluError for what would fail later."""
+    from danlu import track
     from danlu.plan import make_plan
     from danlu.tasks.task import task_file
     from danlu.tasks.tokenizer import load_tokenizer
 
     ensure_writable(job.storage)
+    track.chosen(job)
     check_machine(job)
     folder = model_folder(job.model)
     tokenizer = load_tokenizer(folder)
@@ -109,21 +111,24 @@ def train(
     job: TrainJob, *, fresh: bool = False, listener: Callable[[Record], None] | None = None, prepared: Prepared | None = None
 ) -> Trained:
     """Train, score and store a bundle. An unfinished run of the same spec is gone on with, unless `fresh`."""
+    from danlu.track import tracked
     from danlu.train.run import record_to_dict
 
     prepared = prepared or prepare(job)
-    digest = text_digest(canonical_json(job.model_dump(mode="json", exclude={"compress", "serve", "max_failures"})))
+    digest = text_digest(canonical_json(job.model_dump(mode="json", exclude={"compress", "serve", "max_failures", "trackers"})))
     run = open_run(absolute(job.storage), job.name, digest, fresh=fresh)
 
     def listen(record: Record) -> None:
         run.record(record_to_dict(record))
+        track(record_to_dict(record))
         if listener is not None:
             listener(record)
 
     run.write(SPEC, dump(job))
     run.set_status("running", spec_digest=digest)
     try:
-        outcome = _fit(_portable(job), run.uri, prepared, listen)
+        with tracked(job, run) as track:
+            outcome = _fit(_portable(job), run.uri, prepared, listen)
         trained = make_bundle(prepared, run, outcome, digest)
     except BaseException as error:
         reason = str(error) if isinstance(error, DanluError) else repr(error)
