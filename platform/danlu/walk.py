@@ -110,7 +110,7 @@ def monitor(*, port: int, alert_port: int, webhook: str | None) -> None:
     with monitoring(port=port, alert_port=alert_port, page=webhook, tell=webhook) as running:
         show(f"  Prometheus    {running.prometheus}/alerts")
         show(f"  Alertmanager  {running.alertmanager}")
-        show("  it finds every Ray that is started on this machine; Ctrl-C stops both")
+        show("  it follows the Ray that was started last on this machine; Ctrl-C stops both")
         while True:
             time.sleep(5)
             running.check()

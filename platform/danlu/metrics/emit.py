@@ -21,6 +21,8 @@ FLUSH_S = 1.0
 MAX_VALUES = 200
 """A label takes so many values in a process; later ones are counted together as `other`, so that sums stay right and series bounded."""
 OTHER = "other"
+ZERO = 1e-12
+"""Ray's counters refuse 0, and a counter that begins with its first event shows Prometheus no increase."""
 
 
 class _Emitter:
@@ -32,6 +34,7 @@ class _Emitter:
         self.last: dict[tuple[Metric, tuple[str, ...]], float] = {}
         self.observed: defaultdict[tuple[Metric, tuple[str, ...]], list[float]] = defaultdict(list)
         self.live: dict[str, Any] = {}
+        self.begun: set[tuple[Metric, tuple[str, ...]]] = set()
         self.values: defaultdict[tuple[str, str], set[str]] = defaultdict(set)
         self.thread: threading.Thread | None = None
 
@@ -69,7 +72,10 @@ class _Emitter:
         if not ray.is_initialized():
             return
         for (metric, labels), value in sums.items():
-            self._live(metric).inc(value, tags=dict(zip(metric.labels, labels, strict=True)))
+            if value == 0 and (metric, labels) in self.begun:
+                continue
+            self.begun.add((metric, labels))
+            self._live(metric).inc(value or ZERO, tags=dict(zip(metric.labels, labels, strict=True)))
         for (metric, labels), value in last.items():
             self._live(metric).set(value, tags=dict(zip(metric.labels, labels, strict=True)))
         for (metric, labels), values in observed.items():

@@ -10,7 +10,7 @@ import yaml
 from danlu.metrics.alerts import ALERTS, RECORDED, Alert
 
 RAY_TARGETS = "/tmp/ray/prom_metrics_service_discovery.json"
-"""Where a Ray on this machine lists its nodes' metrics ports."""
+"""Where the Ray that was started last on this machine lists its nodes' metrics ports."""
 
 WRITTEN = "# Written by `python -m danlu.generate`; change platform/danlu/metrics instead.\n"
 
