@@ -41,11 +41,13 @@ else
 	@$(BIN)/python -m pytest -m "not gpu and not soak" $(ARGS)
 endif
 
-check: $(STAMP) ## Lint, types, layers, generated files
+check: $(STAMP) ## Lint, types, layers, generated files; rules by promtool and amtool where they are installed
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports --no-cache && $(BIN)/python -m danlu.generate --check
+	@! command -v promtool >/dev/null || promtool check config ops/prometheus/prometheus.yaml
+	@! command -v amtool >/dev/null || amtool check-config ops/prometheus/alertmanager.yaml
 
 bench: $(STAMP) $(DATA) ## Measure against peers and limits; tables here, JSON in build/bench
-	@for script in train decoder startup encoder serve_http; do $(BIN)/python ops/bench/$$script.py || exit 1; done
+	@for script in train decoder startup encoder serve_http metrics; do $(BIN)/python ops/bench/$$script.py || exit 1; done
 
 soak: $(STAMP) $(DATA) ## The longer suites: killed workers, load, benchmarks' smoke
 	@$(BIN)/python -m pytest -m soak $(ARGS)

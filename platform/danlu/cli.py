@@ -106,6 +106,29 @@ def run(
 
 
 @app.command()
+def monitor(
+    port: Annotated[int, typer.Option(help="Prometheus' port on 127.0.0.1; 0 takes a free one.")] = 9090,
+    alert_port: Annotated[int, typer.Option(help="Alertmanager's.")] = 9093,
+    webhook: Annotated[str | None, typer.Option(metavar="URL", help="Where alerts are sent; unset: they are only shown.")] = None,
+) -> None:
+    """Watch the Ray on this machine with Prometheus and Alertmanager until Ctrl-C. As the system has them; our rules."""
+    from danlu import walk
+
+    walk.monitor(port=port, alert_port=alert_port, webhook=webhook)
+
+
+@app.command()
+def top(
+    storage: Annotated[str, typer.Option(help="The storage URI whose jobs are shown.")] = "runs",
+    once: Annotated[bool, typer.Option("--once", help="Print it once instead of live.")] = False,
+) -> None:
+    """Show jobs and services live in the terminal. Steps, loss, speed and time left; requests, failures, p95."""
+    from danlu.top import watch
+
+    watch(storage, once=once)
+
+
+@app.command()
 def schema(kind: Annotated[str, typer.Argument(help="train or serve.")]) -> None:
     """The JSON Schema of a spec, for editors and pipelines."""
     from danlu import walk

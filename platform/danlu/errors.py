@@ -4,6 +4,7 @@ DanluError                  a user's mistake or an outside fault; the CLI prints
 ├── SpecError               the YAML or a --set
 ├── DataError               rows, files, columns, labels
 ├── ModelError              a model folder, its weights, its tokenizer
+├── DivergedError           a loss that is no number any more
 ├── CheckpointError         a checkpoint that is damaged or of another shape
 ├── StorageError            the storage URI: missing, full, not writable
 ├── ResourceError           not enough cores, GPUs, memory, a port in use
@@ -48,6 +49,10 @@ class DataError(DanluError):
 
 class ModelError(DanluError):
     """The model cannot be loaded."""
+
+
+class DivergedError(DanluError):
+    """Training went wrong: a loss or a gradient that is not finite."""
 
 
 class CheckpointError(DanluError):

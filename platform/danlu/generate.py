@@ -7,7 +7,9 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from danlu.metrics import catalog
+from danlu.metrics import catalog, foreign, grafana, rules
+from danlu.metrics.alerts import ALERTS
+from danlu.metrics.dashboards import DASHBOARDS
 from danlu.spec.schema import schema
 from danlu.spec.serve import Service
 from danlu.spec.train import TrainJob
@@ -21,6 +23,14 @@ def derived() -> Mapping[str, str]:
         "k8s/schemas/train.schema.json": _json(schema(TrainJob)),
         "k8s/schemas/service.schema.json": _json(schema(Service)),
         "ops/METRICS.md": _metrics_page(),
+        "ops/prometheus/rules/danlu.yaml": rules.rule_file(),
+        "ops/prometheus/prometheus.yaml": rules.prometheus_config(
+            targets={"file_sd_configs": [{"files": [rules.RAY_TARGETS]}]}, rules=["rules/*.yaml"], alertmanager="127.0.0.1:9093"
+        ),
+        "ops/prometheus/alertmanager.yaml": rules.alertmanager_config(page="http://127.0.0.1:9095/page", tell="http://127.0.0.1:9095/tell"),
+        **{alert.runbook: rules.runbook(alert) for alert in ALERTS},
+        **{f"ops/grafana/dashboards/{page.uid}.json": grafana.dashboard_json(page) for page in DASHBOARDS},
+        **{f"ops/grafana/{name}": text for name, text in grafana.provisioning().items()},
     }
 
 
@@ -54,6 +64,14 @@ def _metrics_page() -> str:
             if metric.layer == layer:
                 lines.append(f"| `{metric.exported}` | {metric.kind} | {metric.unit} | {', '.join(metric.labels)} | {metric.help} |")
         lines.append("")
+    lines += [
+        "## Read from others", "", "What rules and panels read besides. `scraped`: seen on a metrics port; `read`: in the source only.", "",
+        "| metric | kind | unit | labels used | what it says | seen |", "| --- | --- | --- | --- | --- | --- |",
+    ]  # fmt: skip
+    for other in foreign.ALL:
+        labels = ", ".join(other.labels)
+        lines.append(f"| `{other.exported}` | {other.kind} | {other.unit} | {labels} | {other.help} | {other.seen}, {other.seen_in} |")
+    lines.append("")
     return "\n".join(lines)
 
 

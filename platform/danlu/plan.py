@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -254,20 +253,16 @@ def _precision(job: TrainJob) -> tuple[bool, str]:
 
 
 def _matmul_per_second(bf16: bool, num_threads: int) -> float:
-    """Operations per second of a matrix product of an encoder's size, best of a few."""
+    """Operations per second that this many of the machine's threads reach."""
     import torch
+
+    from danlu.tasks.device import matmul_per_second
 
     before = torch.get_num_threads()
     torch.set_num_threads(max(1, num_threads))
-    dtype = torch.bfloat16 if bf16 else torch.float32
-    left, right = torch.randn(1024, 384, dtype=dtype), torch.randn(384, 1536, dtype=dtype)
-    best, until = math.inf, time.perf_counter() + 0.3
-    while time.perf_counter() < until:
-        began = time.perf_counter()
-        left @ right
-        best = min(best, time.perf_counter() - began)
+    speed = matmul_per_second(torch.device("cpu"), bf16=bf16)
     torch.set_num_threads(before)
-    return 2 * 1024 * 384 * 1536 / best
+    return speed
 
 
 def _speed_note(speed: float) -> str:

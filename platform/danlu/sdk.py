@@ -54,11 +54,13 @@ class Quantized:
 
 def prepare(job: TrainJob, *, calibrate: bool = True) -> Prepared:
     """Find and check everything a job needs, and plan it. Raises a DanluError for what would fail later."""
+    from danlu import track
     from danlu.plan import make_plan
     from danlu.tasks.task import task_file
     from danlu.tasks.tokenizer import load_tokenizer
 
     ensure_writable(job.storage)
+    track.chosen(job)
     check_machine(job)
     folder = model_folder(job.model)
     tokenizer = load_tokenizer(folder)
@@ -109,21 +111,24 @@ def train(
     job: TrainJob, *, fresh: bool = False, listener: Callable[[Record], None] | None = None, prepared: Prepared | None = None
 ) -> Trained:
     """Train, score and store a bundle. An unfinished run of the same spec is gone on with, unless `fresh`."""
+    from danlu.track import tracked
     from danlu.train.run import record_to_dict
 
     prepared = prepared or prepare(job)
-    digest = text_digest(canonical_json(job.model_dump(mode="json", exclude={"compress", "serve", "max_failures"})))
+    digest = text_digest(canonical_json(job.model_dump(mode="json", exclude={"compress", "serve", "max_failures", "trackers"})))
     run = open_run(absolute(job.storage), job.name, digest, fresh=fresh)
 
     def listen(record: Record) -> None:
         run.record(record_to_dict(record))
+        track(record_to_dict(record))
         if listener is not None:
             listener(record)
 
     run.write(SPEC, dump(job))
     run.set_status("running", spec_digest=digest)
     try:
-        outcome = _fit(_portable(job), run.uri, prepared, listen)
+        with tracked(job, run) as track:
+            outcome = _fit(_portable(job), run.uri, prepared, listen)
         trained = make_bundle(prepared, run, outcome, digest)
     except BaseException as error:
         reason = str(error) if isinstance(error, DanluError) else repr(error)
@@ -323,12 +328,34 @@ def _fit(job: TrainJob, run_uri: str, prepared: Prepared, listener: Callable[[Re
         from danlu.train.run import LocalRun
         from danlu.train.worker import work
 
-        return asdict(work(job, LocalRun(pick_device(job.workers.gpus_per_worker), listener), run_uri, prepared.splits))
+        with _metered(job, listener) as heard:
+            return asdict(work(job, LocalRun(pick_device(job.workers.gpus_per_worker), heard), run_uri, prepared.splits))
     from danlu.local_ray import start_ray
     from danlu.train import driver
 
     start_ray()
     return driver.fit(job, run_uri, listener)
+
+
+@contextmanager
+def _metered(job: TrainJob, listener: Callable[[Record], None]) -> Iterator[Callable[[Record], None]]:
+    """The listener, and the job's metrics where this process is connected to a Ray that shows them."""
+    import sys
+
+    ray = sys.modules.get("ray")
+    if ray is None or not ray.is_initialized():
+        yield listener
+        return
+    from danlu.metrics import emit
+    from danlu.train.run import record_to_dict
+
+    with emit.training(job.name) as meter:
+
+        def heard(record: Record) -> None:
+            meter(record_to_dict(record))
+            listener(record)
+
+        yield heard
 
 
 def _portable(job: TrainJob) -> TrainJob:

@@ -52,7 +52,7 @@ class TrainingView:
                 self._step(record)
             case "eval":
                 self._above(f"  step {record.step}: dev {_metrics(record.metrics)}{'  (best so far)' if record.is_best else ''}")  # type: ignore[union-attr]
-            case _:
+            case "event":
                 self._above(f"  step {record.step}: {record.event}{': ' + record.detail if record.detail else ''}")  # type: ignore[union-attr]
 
     def _step(self, record: Record) -> None:

@@ -108,6 +108,19 @@ def run(spec: Path, overrides: Sequence[str], *, fresh: bool, keep: bool | None)
             _wait()
 
 
+def monitor(*, port: int, alert_port: int, webhook: str | None) -> None:
+    """Prometheus and Alertmanager until Ctrl-C."""
+    from danlu.monitor import monitoring
+
+    with monitoring(port=port, alert_port=alert_port, page=webhook, tell=webhook) as running:
+        show(f"  Prometheus    {running.prometheus}/alerts")
+        show(f"  Alertmanager  {running.alertmanager}")
+        show("  it follows the Ray that was started last on this machine; Ctrl-C stops both")
+        while True:
+            time.sleep(5)
+            running.check()
+
+
 def schema(kind: str) -> None:
     """Print a spec's JSON Schema."""
     from danlu.spec.schema import schema as schema_of

@@ -79,11 +79,11 @@ def test_two_workers_give_the_losses_of_one(
 
     # The last numbers reach the metrics port although the workers are gone by now.
     tokens = sum(record.tokens for record in records if isinstance(record, StepRecord))
-    wait_for("all tokens on the metrics port", lambda: metrics_port.total(catalog.TRAIN_TOKENS.exported, job="long") == tokens)
+    wait_for("all tokens on the metrics port", lambda: metrics_port.total(catalog.TRAIN_TOKENS.exported, train_job="long") == tokens)
     last = next(record for record in reversed(records) if isinstance(record, StepRecord))
-    assert metrics_port.total(catalog.TRAIN_STEP.exported, job="long") == STEPS
-    assert metrics_port.total(catalog.TRAIN_LOSS.exported, job="long") == pytest.approx(last.loss)
-    assert metrics_port.total(f"{catalog.TRAIN_STEP_SECONDS.exported}_count", job="long") == STEPS
+    assert metrics_port.total(catalog.TRAIN_STEP.exported, train_job="long") == STEPS
+    assert metrics_port.total(catalog.TRAIN_LOSS.exported, train_job="long") == pytest.approx(last.loss)
+    assert metrics_port.total(f"{catalog.TRAIN_STEP_SECONDS.exported}_count", train_job="long") == STEPS
 
 
 def test_zero2_through_the_sdk_gives_the_losses_of_one_and_a_stored_bundle(

@@ -5,16 +5,22 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+Kind = Literal["counter", "gauge", "histogram"]
+
+RESERVED = frozenset({"job", "instance"})
+"""Labels that Prometheus puts on every series itself: one of ours with such a name would be renamed to `exported_...`."""
+
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+LONG_SECONDS = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1800.0)
 SIZES = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0)
 
 
 @dataclass(frozen=True)
 class Metric:
-    """One metric. `labels` are closed: a value for each has to be given, and no other."""
+    """One metric of ours. `labels` are closed: a value for each has to be given, and no other."""
 
     name: str
-    kind: Literal["counter", "gauge", "histogram"]
+    kind: Kind
     unit: str
     help: str
     layer: Literal["train", "serve"]
@@ -27,21 +33,127 @@ class Metric:
         return f"ray_{self.name}{'_total' if self.kind == 'counter' else ''}"
 
 
-TRAIN_LOSS = Metric("danlu_train_loss", "gauge", "nats", "Mean loss of the last step's targets.", "train", ("job",))
-TRAIN_LEARNING_RATE = Metric("danlu_train_learning_rate", "gauge", "", "Learning rate of the last step.", "train", ("job",))
-TRAIN_GRAD_NORM = Metric("danlu_train_grad_norm", "gauge", "", "Global gradient norm before clipping.", "train", ("job",))
-TRAIN_STEP = Metric("danlu_train_step", "gauge", "steps", "Optimizer steps done.", "train", ("job",))
+# What happens in training. Emitted where the records of rank 0 arrive: a stopped or lost worker cannot take its last numbers with it.
+TRAIN_RUNNING = Metric("danlu_train_running", "gauge", "", "1 while the job trains, 0 after it ended.", "train", ("train_job",))
+TRAIN_LOSS = Metric("danlu_train_loss", "gauge", "nats", "Mean loss of the last step's targets.", "train", ("train_job",))
+TRAIN_BEST_LOSS = Metric("danlu_train_best_loss", "gauge", "nats", "Lowest mean loss of 20 steps so far.", "train", ("train_job",))
+TRAIN_LEARNING_RATE = Metric("danlu_train_learning_rate", "gauge", "", "Learning rate of the last step.", "train", ("train_job",))
+TRAIN_GRAD_NORM = Metric("danlu_train_grad_norm", "gauge", "", "Global gradient norm before clipping.", "train", ("train_job",))
+TRAIN_STEP = Metric("danlu_train_step", "gauge", "steps", "Optimizer steps done.", "train", ("train_job",))
+TRAIN_NUM_STEPS = Metric("danlu_train_num_steps", "gauge", "steps", "Optimizer steps of the whole job.", "train", ("train_job",))
 TRAIN_TOKENS = Metric(
-    "danlu_train_tokens", "counter", "tokens", "Tokens trained on, padding not counted, replayed ones included.", "train", ("job",)
+    "danlu_train_tokens", "counter", "tokens", "Tokens trained on, padding not counted, replayed ones included.", "train", ("train_job",)
 )
-TRAIN_TOKENS_PER_SECOND = Metric("danlu_train_tokens_per_second", "gauge", "tokens/s", "Over the last 20 steps.", "train", ("job",))
-TRAIN_STEP_SECONDS = Metric("danlu_train_step_seconds", "histogram", "s", "Wall time of an optimizer step.", "train", ("job",), SECONDS)
-TRAIN_ETA = Metric("danlu_train_eta_seconds", "gauge", "s", "Time left at the speed of the last 20 steps.", "train", ("job",))
-TRAIN_EVAL = Metric("danlu_train_eval", "gauge", "", "Score of the dev split.", "train", ("job", "metric"))
+TRAIN_TOKENS_LOST = Metric(
+    "danlu_train_tokens_lost", "counter", "tokens", "Tokens trained on again because a restart had lost them.", "train", ("train_job",)
+)
+TRAIN_EXAMPLES = Metric(
+    "danlu_train_examples", "counter", "examples", "Examples trained on, replayed ones included.", "train", ("train_job",)
+)
+TRAIN_TOKENS_PER_SECOND = Metric("danlu_train_tokens_per_second", "gauge", "tokens/s", "Over the last 20 steps.", "train", ("train_job",))
+TRAIN_STEP_SECONDS = Metric(
+    "danlu_train_step_seconds", "histogram", "s", "Wall time of an optimizer step.", "train", ("train_job",), SECONDS
+)
+TRAIN_PHASE_SECONDS = Metric(
+    "danlu_train_phase_seconds",
+    "counter",
+    "s",
+    "Where steps spent their time: data, wait (for the slowest rank), forward, backward (exchanging gradients included), optimizer. "
+    "On GPUs every tenth step is measured.",
+    "train",
+    ("train_job", "phase"),
+)
+TRAIN_WALL_SECONDS = Metric(
+    "danlu_train_wall_seconds",
+    "counter",
+    "s",
+    "Wall time of the job by what it went into: startup, step, stall, replay, evaluation, checkpoint, restart, other. Only `step` moves "
+    "the model.",
+    "train",
+    ("train_job", "activity"),
+)
+TRAIN_GOODPUT = Metric(
+    "danlu_train_goodput", "gauge", "ratio", "Share of the job's wall time in steps that moved the model.", "train", ("train_job",)
+)
+TRAIN_MFU = Metric(
+    "danlu_train_mfu",
+    "gauge",
+    "ratio",
+    "Model FLOPs of the last 20 steps as a share of the peak. Attention's own products are not counted.",
+    "train",
+    ("train_job",),
+)
+TRAIN_PEAK_FLOPS = Metric(
+    "danlu_train_peak_flops",
+    "gauge",
+    "FLOP/s",
+    "Peak of one worker, as its maker states it, or as measured at the start on a CPU.",
+    "train",
+    ("train_job", "source"),
+)
+TRAIN_ETA = Metric("danlu_train_eta_seconds", "gauge", "s", "Time left at the speed of the last 20 steps.", "train", ("train_job",))
+TRAIN_EVAL = Metric("danlu_train_eval", "gauge", "", "Score of the dev split.", "train", ("train_job", "metric"))
 TRAIN_CHECKPOINT_SECONDS = Metric(
-    "danlu_train_checkpoint_seconds", "histogram", "s", "Time to save a checkpoint.", "train", ("job",), SECONDS
+    "danlu_train_checkpoint_seconds", "histogram", "s", "Time to save a checkpoint.", "train", ("train_job",), LONG_SECONDS
 )
-TRAIN_RESUMED = Metric("danlu_train_resumed", "counter", "", "Times a run went on from a checkpoint.", "train", ("job",))
+TRAIN_CHECKPOINT_BYTES = Metric("danlu_train_checkpoint_bytes", "gauge", "bytes", "Size of the last checkpoint.", "train", ("train_job",))
+TRAIN_CHECKPOINT_TIME = Metric(
+    "danlu_train_checkpoint_timestamp_seconds",
+    "gauge",
+    "s",
+    "Unix time of the last whole checkpoint; of the start while there is none.",
+    "train",
+    ("train_job",),
+)
+TRAIN_CHECKPOINT_INTERVAL = Metric(
+    "danlu_train_checkpoint_interval_seconds", "gauge", "s", "Time between checkpoints at the present speed.", "train", ("train_job",)
+)
+TRAIN_RESTARTS = Metric(
+    "danlu_train_restarts",
+    "counter",
+    "",
+    "Times training began again: worker_lost, out_of_memory, error; started_again is the same command given anew.",
+    "train",
+    ("train_job", "reason"),
+)
+TRAIN_FAILURES = Metric(
+    "danlu_train_failures",
+    "counter",
+    "",
+    "Jobs that ended without a result: diverged, worker_lost, error, interrupted.",
+    "train",
+    ("train_job", "reason"),
+)
+TRAIN_MEMORY = Metric(
+    "danlu_train_memory_bytes",
+    "gauge",
+    "bytes",
+    "Memory of a rank: the most that PyTorch held on its GPU, or its process's resident memory on a CPU.",
+    "train",
+    ("train_job", "rank"),
+)
+TRAIN_RANK_SECONDS = Metric(
+    "danlu_train_rank_forward_seconds",
+    "gauge",
+    "s",
+    "A rank's own time in a step, before it needs another: its rows and its forwards, mean of the last 10 steps.",
+    "train",
+    ("train_job", "rank"),
+)
+TRAIN_STRAGGLING = Metric(
+    "danlu_train_straggling",
+    "gauge",
+    "ratio",
+    "The slowest rank's own time over the median rank's; 1 is even.",
+    "train",
+    ("train_job",),
+)
+TRAIN_COST = Metric(
+    "danlu_train_cost", "counter", "USD", "Device seconds held times their price (metrics/prices.py).", "train", ("train_job",)
+)
+TRAIN_DEVICE_SECONDS = Metric(
+    "danlu_train_device_seconds", "counter", "s", "GPU-seconds held, or CPU-core-seconds.", "train", ("train_job", "device")
+)
 
 SERVE_REQUESTS = Metric("danlu_serve_requests", "counter", "requests", "Requests answered.", "serve", ("model", "route", "status"))
 SERVE_SECONDS = Metric(

@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import atexit
 import threading
+import time
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import ray
 from ray.util import metrics as ray_metrics
 
-from danlu.metrics import catalog
+from danlu.errors import DivergedError, ResourceError
 from danlu.metrics.catalog import Metric
+from danlu.metrics.training import Sample, TrainingMeter
 
 FLUSH_S = 1.0
+MAX_VALUES = 200
+"""A label takes so many values in a process; later ones are counted together as `other`, so that sums stay right and series bounded."""
+OTHER = "other"
+ZERO = 1e-12
+"""Ray's counters refuse 0, and a counter that begins with its first event shows Prometheus no increase."""
 
 
 class _Emitter:
@@ -26,10 +34,15 @@ class _Emitter:
         self.last: dict[tuple[Metric, tuple[str, ...]], float] = {}
         self.observed: defaultdict[tuple[Metric, tuple[str, ...]], list[float]] = defaultdict(list)
         self.live: dict[str, Any] = {}
+        self.begun: set[tuple[Metric, tuple[str, ...]]] = set()
+        self.values: defaultdict[tuple[str, str], set[str]] = defaultdict(set)
         self.thread: threading.Thread | None = None
 
     def add(self, metric: Metric, value: float, labels: tuple[str, ...]) -> None:
         with self.lock:
+            labels = tuple(self._bounded(metric, name, value) for name, value in zip(metric.labels, labels, strict=True))
+            if metric.kind == "gauge" and OTHER in labels:
+                return  # the last of many values would stand for all of them
             match metric.kind:
                 case "counter":
                     self.sums[metric, labels] += value
@@ -42,6 +55,15 @@ class _Emitter:
                 self.thread.start()
                 atexit.register(self.flush)
 
+    def _bounded(self, metric: Metric, label: str, value: str) -> str:
+        known = self.values[metric.name, label]
+        if value in known:
+            return value
+        if len(known) >= MAX_VALUES:
+            return OTHER
+        known.add(value)
+        return value
+
     def flush(self) -> None:
         with self.lock:
             sums, self.sums = self.sums, defaultdict(float)
@@ -50,7 +72,10 @@ class _Emitter:
         if not ray.is_initialized():
             return
         for (metric, labels), value in sums.items():
-            self._live(metric).inc(value, tags=dict(zip(metric.labels, labels, strict=True)))
+            if value == 0 and (metric, labels) in self.begun:
+                continue
+            self.begun.add((metric, labels))
+            self._live(metric).inc(value or ZERO, tags=dict(zip(metric.labels, labels, strict=True)))
         for (metric, labels), value in last.items():
             self._live(metric).set(value, tags=dict(zip(metric.labels, labels, strict=True)))
         for (metric, labels), values in observed.items():
@@ -92,22 +117,33 @@ def flush() -> None:
     _emitter.flush()
 
 
-def emit_training(job: str, record: Mapping[str, Any]) -> None:
-    """The metrics of one training record (see danlu.train.run)."""
-    match record["kind"]:
-        case "step":
-            emit(catalog.TRAIN_LOSS, record["loss"], job=job)
-            emit(catalog.TRAIN_LEARNING_RATE, record["learning_rate"], job=job)
-            emit(catalog.TRAIN_GRAD_NORM, record["grad_norm"], job=job)
-            emit(catalog.TRAIN_STEP, record["step"], job=job)
-            emit(catalog.TRAIN_TOKENS, record["tokens"], job=job)
-            emit(catalog.TRAIN_TOKENS_PER_SECOND, record["tokens_per_second"], job=job)
-            emit(catalog.TRAIN_STEP_SECONDS, record["step_seconds"], job=job)
-            emit(catalog.TRAIN_ETA, record["eta_s"], job=job)
-        case "eval":
-            for name, value in record["metrics"].items():
-                emit(catalog.TRAIN_EVAL, value, job=job, metric=name)
-        case "event" if record["event"] == "checkpoint":
-            emit(catalog.TRAIN_CHECKPOINT_SECONDS, record["seconds"], job=job)
-        case "event" if record["event"] == "resumed":
-            emit(catalog.TRAIN_RESUMED, 1, job=job)
+@contextmanager
+def training(train_job: str) -> Iterator[Callable[[Mapping[str, Any]], None]]:
+    """While the block trains: give each record (see danlu.train.run) to what this yields, and the job's metrics are there."""
+    meter = TrainingMeter(train_job)
+
+    def send(samples: list[Sample]) -> None:
+        for metric, value, labels in samples:
+            emit(metric, value, **labels)
+
+    send(meter.begin(time.monotonic(), time.time()))
+    failure = ""
+    try:
+        yield lambda record: send(meter.hear(record, time.monotonic(), time.time()))
+    except BaseException as error:
+        failure = _failure(error)
+        raise
+    finally:
+        send(meter.end(time.monotonic(), failure))
+        flush()
+
+
+def _failure(error: BaseException) -> str:
+    match error:
+        case DivergedError():
+            return "diverged"
+        case ResourceError():
+            return "worker_lost"
+        case KeyboardInterrupt():
+            return "interrupted"
+    return "error"

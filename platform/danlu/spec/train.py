@@ -98,6 +98,10 @@ class TrainJob(Spec):
     storage: str = "runs"
     """Storage URI of runs, checkpoints and bundles: a folder, or s3://, gs:// ... through fsspec."""
 
+    trackers: list[Literal["tensorboard", "wandb", "mlflow"]] | None = None
+    """Where curves are drawn besides. Unset: TensorBoard where it is installed; [] for none. W&B writes offline unless WANDB_MODE says
+    otherwise, MLflow beside the run unless MLFLOW_TRACKING_URI does."""
+
     compress: Compress | None = None
     serve: ServeAfterTraining | None = None
 

@@ -58,12 +58,12 @@ class Checkpoints:
         self.root = PurePosixPath(path)
         self.is_local = isinstance(self.filesystem, LocalFileSystem)
 
-    def save(self, progress: Progress, write: Callable[[Path], None]) -> None:
-        """Let every rank `write` its part; StorageError on all ranks if one of them could not.
+    def save(self, progress: Progress, write: Callable[[Path], None]) -> int:
+        """Let every rank `write` its part; StorageError on all ranks if one of them could not. Its size in bytes, on rank 0.
 
         `write` may be collective; then it raises after its last collective only.
         """
-        step, folder = progress.step, self._folder(progress.step)
+        step, folder, size = progress.step, self._folder(progress.step), 0
         with self._agreed(step):
             if self.run.rank == 0 and self.filesystem.exists(str(folder)):
                 self.filesystem.rm(str(folder), recursive=True)  # left half-written, or damaged
@@ -74,9 +74,10 @@ class Checkpoints:
             self._put(Path(private.name), folder)
         with self._agreed(step):
             if self.run.rank == 0:
-                self._finish(folder, progress)
+                size = self._finish(folder, progress)
         if self.run.rank == 0:
             self._drop_old()
+        return size
 
     def restore(self, state: State) -> Progress | None:
         """Load the newest whole checkpoint, or the one before where that is damaged; None if there is none."""
@@ -150,7 +151,7 @@ class Checkpoints:
         else:
             self.filesystem.put_file(str(path), str(target))
 
-    def _finish(self, folder: PurePosixPath, progress: Progress) -> None:
+    def _finish(self, folder: PurePosixPath, progress: Progress) -> int:
         files: dict[str, Any] = {}
         for rank in range(self.run.world_size):
             with self.filesystem.open(str(folder / f"rank-{rank}.json")) as file:
@@ -166,6 +167,7 @@ class Checkpoints:
             os.replace(partial, Path(folder) / MANIFEST)
         else:
             self.filesystem.pipe_file(str(folder / MANIFEST), text.encode())
+        return sum(file["size"] for file in files.values())
 
     def _drop_old(self) -> None:
         for step in self.steps()[self.keep :]:

@@ -6,8 +6,8 @@ import contextlib
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, replace
 from typing import Any
 
 import ray
@@ -17,13 +17,16 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.exceptions import RayTrainError
 
 from danlu.errors import DanluError, ResourceError
+from danlu.metrics import emit
 from danlu.spec.files import dump, parse
 from danlu.spec.train import TrainJob
-from danlu.train.run import Record, record_from_dict, record_to_dict
+from danlu.train.run import EventRecord, Record, record_from_dict, record_to_dict
 
 log = logging.getLogger(__name__)
 
 POLL_S = 0.25
+FAILURE = "failure"
+"""The event that workers failed, with the reason as its detail."""
 
 
 def fit(job: TrainJob, run_uri: str, listener: Callable[[Record], None]) -> dict[str, Any]:
@@ -45,10 +48,11 @@ def fit(job: TrainJob, run_uri: str, listener: Callable[[Record], None]) -> dict
             name="ray-train",
             storage_path=run_uri,
             failure_config=FailureConfig(max_failures=job.max_failures),
+            callbacks=[_Failures(mailbox)],
         ),
         torch_config=TorchConfig(backend="nccl" if job.workers.gpus_per_worker else "gloo"),
     )
-    with _delivered(mailbox, listener):
+    with emit.training(job.name) as meter, _delivered(mailbox, _Heard(listener, meter)):
         try:
             result = trainer.fit()
         except KeyboardInterrupt:
@@ -58,6 +62,41 @@ def fit(job: TrainJob, run_uri: str, listener: Callable[[Record], None]) -> dict
             raise _what_stopped(job, error) from error
     outcome: dict[str, Any] = result.return_value
     return outcome
+
+
+class _Heard:
+    """What hears the records here: the metrics, then the caller's listener."""
+
+    def __init__(self, listener: Callable[[Record], None], meter: Callable[[dict[str, Any]], None]) -> None:
+        self.listener, self.meter, self.step = listener, meter, 0
+
+    def __call__(self, record: Record) -> None:
+        if isinstance(record, EventRecord) and record.event == FAILURE:
+            record = replace(record, step=self.step)  # the controller does not know it
+        self.step = record.step
+        self.meter(record_to_dict(record))
+        self.listener(record)
+
+
+class _Failures(ray.train.UserCallback):  # type: ignore[misc]
+    """Says why workers failed, from Ray Train's controller."""
+
+    def __init__(self, mailbox: Any) -> None:
+        self.mailbox = mailbox
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, BaseException]) -> None:
+        if worker_exceptions:
+            self.mailbox.push.remote(record_to_dict(EventRecord(0, FAILURE, _reason(worker_exceptions))))
+
+
+def _reason(failures: Mapping[int, BaseException]) -> str:
+    """`out_of_memory`, `worker_lost` or `error`."""
+    texts = [str(failure) for failure in failures.values()]
+    if any("low on memory" in text for text in texts):
+        return "out_of_memory"
+    lost = [isinstance(failure, (RayTrainError, ray.exceptions.RayActorError)) for failure in failures.values()]
+    # A rank that was waiting for the lost one fails as well, in gloo's words for a connection that broke.
+    return "worker_lost" if any(lost) or all("by peer" in text for text in texts) else "error"
 
 
 class _Trainer(TorchTrainer):  # type: ignore[misc]
@@ -104,7 +143,6 @@ def _worker(config: dict[str, Any]) -> dict[str, Any] | None:
     """The train function of every rank."""
     from ray.train.torch import get_device
 
-    from danlu.metrics.emit import emit_training, flush
     from danlu.train.run import RayRun
     from danlu.train.worker import work
 
@@ -112,7 +150,6 @@ def _worker(config: dict[str, Any]) -> dict[str, Any] | None:
     mailbox = config["mailbox"]
 
     def listener(record: Record) -> None:
-        emit_training(job.name, record_to_dict(record))
         mailbox.push.remote(record_to_dict(record))
 
     # Ray Train restarts after any error; what a user has to mend comes out the same each time.
@@ -123,8 +160,6 @@ def _worker(config: dict[str, Any]) -> dict[str, Any] | None:
     except DanluError as error:
         ray.get(mailbox.set_mistake.remote(error))
         raise
-    finally:
-        flush()  # Ray ends this process as soon as the function returns
     return asdict(outcome)
 
 

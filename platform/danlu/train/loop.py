@@ -16,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from danlu.data.pack import Batches, by_length, pack_rows
-from danlu.errors import DanluError
+from danlu.errors import DivergedError
 from danlu.spec.parallel import Ddp, DeepSpeed, Tensor
 from danlu.spec.task import LOWER_IS_BETTER
 from danlu.spec.train import TrainJob
@@ -27,7 +27,8 @@ from danlu.train.checkpoint import Checkpoints, Progress, after_eval, improved
 from danlu.train.ema import Ema, EmaState
 from danlu.train.model import Trainee, build, export
 from danlu.train.optim import learning_rate_at, param_groups
-from danlu.train.run import EvalRecord, EventRecord, Models, Run, StepRecord
+from danlu.train.phases import Phases, device_name, flops_per_token, peak_flops
+from danlu.train.run import EvalRecord, EventRecord, Models, Run, StartRecord, StepRecord
 from danlu.train.strategy import Setup, State, Strategy, make_strategy
 
 
@@ -56,6 +57,7 @@ def train(job: TrainJob, data: Splits, folder: Path, tokenizer: PreTrainedTokeni
     bf16 = uses_bf16(job, run)
     task = task_file(job.task)
     trainee = build(job, folder, data.label_names, bf16=bf16, num_steps=steps)
+    operations = flops_per_token(trainee.module)  # before a strategy cuts weights apart
     strategy = make_strategy(job.parallel)
     model = strategy.prepare(trainee.module, _setup(job, trainee, run, bf16))
     ema = Ema(trainee.module, job.optim.ema_decay) if job.optim.ema_decay is not None else None
@@ -78,6 +80,9 @@ def train(job: TrainJob, data: Splits, folder: Path, tokenizer: PreTrainedTokeni
     progress = checkpoints.restore(state) or Progress()
     if progress.step:
         run.report(EventRecord(progress.step, "resumed", f"from the checkpoint of step {progress.step}"))
+    if run.rank == 0:
+        run.report(_start_record(progress, steps, save_steps, job, run, operations, bf16))
+    phases = Phases(run)
     clock = _Clock(steps)
     stopped_early = _out_of_patience(job, progress)
 
@@ -86,20 +91,27 @@ def train(job: TrainJob, data: Splits, folder: Path, tokenizer: PreTrainedTokeni
         # Dropout follows from the step, so a resumed run draws what the uninterrupted one would have.
         torch.manual_seed(hash((job.seed, step, models.rank)) & 0x7FFFFFFF)
         model.train()
+        phases.begin(step)
         micro_batches = [batch.to(run.device) for batch in batches.at(step)]
+        phases.end("data")
         num_targets = float(models.all_sum(torch.tensor(float(sum(task.num_targets(batch) for batch in micro_batches)))))
+        phases.end("wait")
         loss_sum = torch.zeros((), device=run.device)
         for i, batch in enumerate(micro_batches):
             with strategy.micro_step(last=i + 1 == len(micro_batches)):
                 # Each target of the global batch weighs the same, however unevenly they
                 # fall on ranks and micro-batches; ranks average, and we want the sum.
                 loss = task.loss(model, batch, job.task) / num_targets
+                phases.end("forward")
                 strategy.backward((loss + trainee.penalty() / (len(micro_batches) * models.world_size)) * models.world_size)
+            phases.end("backward")
             loss_sum += loss.detach()
         grad_norm = strategy.step(learning_rate(step))
+        phases.end("optimizer")
         if ema is not None:
             ema.update(step + 1)
         mean_loss = float(models.all_sum(loss_sum))
+        phases.end("wait")
         _check_finite(mean_loss, grad_norm, step, checkpoints)
 
         tokens = batches.num_tokens(step)
@@ -118,8 +130,11 @@ def train(job: TrainJob, data: Splits, folder: Path, tokenizer: PreTrainedTokeni
                 tokens_per_second=tokens_per_second,
                 step_seconds=seconds,
                 eta_s=eta_s,
+                examples=job.global_batch_size,
+                phases=phases.seconds,
             )
         )
+        phases.compare(progress.step)
         if trainee.allocator is not None and trainee.allocator.moved:
             run.report(EventRecord(progress.step, "ranks", _ranks_text(trainee.allocator.ranks())))
         if progress.step % eval_steps == 0 or progress.step == steps:
@@ -131,8 +146,8 @@ def train(job: TrainJob, data: Splits, folder: Path, tokenizer: PreTrainedTokeni
             clock.pause()
         if progress.step % save_steps == 0 or progress.step == steps or stopped_early:
             started = time.perf_counter()
-            checkpoints.save(progress, state.save)
-            run.report(EventRecord(progress.step, "checkpoint", f"step {progress.step}", time.perf_counter() - started))
+            size = checkpoints.save(progress, state.save)
+            run.report(EventRecord(progress.step, "checkpoint", f"step {progress.step}", time.perf_counter() - started, size))
             clock.pause()
     return Outcome(progress.step, progress.best_step, progress.best_value, stopped_early, bf16, progress.tokens_total)
 
@@ -200,6 +215,12 @@ def _evaluate(
     return progress
 
 
+def _start_record(progress: Progress, steps: int, save_steps: int, job: TrainJob, run: Run, operations: float, bf16: bool) -> StartRecord:
+    peak, source = peak_flops(run.device, bf16=bf16)
+    threads = job.workers.cpus_per_worker
+    return StartRecord(progress.step, steps, save_steps, run.world_size, threads, device_name(run.device), operations, peak, source)
+
+
 def _setup(job: TrainJob, trainee: Trainee, run: Run, bf16: bool) -> Setup:
     groups = param_groups(trainee.module, job.optim, trainee.head, trainee.lr_scales)
     return Setup(job.optim, groups, job.micro_batch_size, bf16, run.device, run.rank, run.world_size, trainee.allocator)
@@ -225,7 +246,7 @@ def _out_of_patience(job: TrainJob, progress: Progress) -> bool:
 def _check_finite(loss: float, grad_norm: float, step: int, checkpoints: Checkpoints) -> None:
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
         kept = checkpoints.steps()
-        raise DanluError(
+        raise DivergedError(
             f"the loss of step {step + 1} is {loss} and its gradient norm {grad_norm}: training has diverged",
             where="optim.learning_rate",
             fix="a lower learning rate, a longer warm-up or a max_grad_norm; "

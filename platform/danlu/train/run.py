@@ -26,7 +26,38 @@ class StepRecord:
     tokens_per_second: float
     step_seconds: float
     eta_s: float
+    examples: int = 0
+    phases: dict[str, float] = field(default_factory=dict)
+    """Seconds by what they went into; empty where they were not measured."""
     kind: str = "step"
+
+
+@dataclass(frozen=True)
+class StartRecord:
+    """Training begins, or begins again, after `step` steps."""
+
+    step: int
+    num_steps: int
+    save_steps: int
+    world_size: int
+    threads_per_worker: int
+    device: str
+    flops_per_token: float
+    peak_flops: float
+    """Of one worker."""
+    peak_source: str
+    kind: str = "start"
+
+
+@dataclass(frozen=True)
+class RanksRecord:
+    """Each rank beside the others."""
+
+    step: int
+    own_seconds: list[float]
+    """A rank's time in a step before it needs another rank, mean of the last steps."""
+    memory_bytes: list[int]
+    kind: str = "ranks"
 
 
 @dataclass(frozen=True)
@@ -48,10 +79,11 @@ class EventRecord:
     event: str
     detail: str = ""
     seconds: float = 0.0
+    bytes: int = 0
     kind: str = "event"
 
 
-Record = StepRecord | EvalRecord | EventRecord
+Record = StartRecord | StepRecord | RanksRecord | EvalRecord | EventRecord
 
 
 def record_to_dict(record: Record) -> dict[str, Any]:
@@ -61,7 +93,9 @@ def record_to_dict(record: Record) -> dict[str, Any]:
 
 def record_from_dict(values: dict[str, Any]) -> Record:
     """The record that `record_to_dict` was given."""
-    kinds: dict[str, type[Record]] = {"step": StepRecord, "eval": EvalRecord, "event": EventRecord}
+    kinds: dict[str, type[Record]] = {
+        "start": StartRecord, "step": StepRecord, "ranks": RanksRecord, "eval": EvalRecord, "event": EventRecord
+    }  # fmt: skip
     return kinds[values["kind"]](**values)
 
 

@@ -25,3 +25,23 @@ def test_a_label_that_the_catalogue_does_not_have_is_refused() -> None:
         emit.emit(catalog.TRAIN_LOSS, 1.0, job="a", rank="0")
     with pytest.raises(ValueError, match="danlu_train_loss"):
         emit.emit(catalog.TRAIN_LOSS, 1.0)
+
+
+def test_no_label_of_ours_is_one_that_prometheus_would_rename() -> None:
+    for metric in catalog.ALL:
+        assert not catalog.RESERVED & set(metric.labels), metric.name
+
+
+def test_ten_thousand_tenants_become_a_bounded_number_of_series_whose_sum_is_right() -> None:
+    emitter = emit._Emitter()
+    counter = catalog.Metric("danlu_serve_spent", "counter", "tokens", "Tokens.", "serve", ("model", "tenant"))
+    gauge = catalog.Metric("danlu_serve_balance", "gauge", "tokens", "Tokens left.", "serve", ("tenant",))
+    for number in range(10_000):
+        for _ in range(2):
+            emitter.add(counter, 1.5, ("m", f"tenant-{number}"))
+            emitter.add(gauge, 1.0, (f"tenant-{number}",))
+    counted = {labels: value for (metric, labels), value in emitter.sums.items() if metric is counter}
+    assert len(counted) == emit.MAX_VALUES + 1
+    assert sum(counted.values()) == 30_000
+    assert counted["m", "other"] == 3.0 * (10_000 - emit.MAX_VALUES)
+    assert len(emitter.last) == emit.MAX_VALUES, "the last of many gauges does not stand for all of them"

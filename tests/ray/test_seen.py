@@ -1,0 +1,192 @@
+"""The whole stack as a person sees it: Ray, a job, a service, Prometheus, Alertmanager, a webhook. Nothing in between is made up."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+import ray
+
+from danlu.metrics import foreign
+from danlu.metrics.alerts import ALERTS, RECORDED
+from danlu.metrics.dashboards import DASHBOARDS
+from danlu.metrics.rules import rule_file
+from danlu.monitor import Monitor, monitoring
+from danlu.serve import app
+from danlu.spec.serve import Http
+from danlu.spec.train import TrainJob
+from danlu.train import driver
+
+pytestmark = [
+    pytest.mark.soak,
+    pytest.mark.usefixtures("ray_local"),
+    pytest.mark.skipif(
+        shutil.which("prometheus") is None or shutil.which("prometheus-alertmanager") is None,
+        reason="Prometheus and Alertmanager are not installed: apt-get install prometheus prometheus-alertmanager",
+    ),
+]
+
+
+def fast(text: str) -> str:
+    """The rule file with three seconds for a minute; Ray shows new numbers every ten."""
+    return re.sub(r"\b(\d+)m\b", lambda found: f"{3 * int(found[1])}s", text)
+
+
+@pytest.fixture(scope="module")
+def webhook() -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """A URL, and what was posted to it."""
+    heard: list[dict[str, Any]] = []
+
+    class Hook(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            heard.append(json.loads(self.rfile.read(int(self.headers["content-length"]))))
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hook)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}", heard
+    server.shutdown()
+
+
+@pytest.fixture(scope="module")
+def stack(ray_local: object, webhook: tuple[str, list[dict[str, Any]]], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Monitor]:
+    # In the form of Ray's own discovery file, which is the last started Ray's: others may run on this machine.
+    node = next(node for node in ray.nodes() if node["Alive"])
+    targets = tmp_path_factory.mktemp("targets") / "ray.json"
+    targets.write_text(json.dumps([{"labels": {"job": "ray"}, "targets": [f"{node['NodeManagerAddress']}:{node['MetricsExportPort']}"]}]))
+    url, _ = webhook
+    with monitoring(
+        targets=str(targets),
+        port=0,
+        alert_port=0,
+        page=f"{url}/page",
+        tell=f"{url}/tell",
+        interval="2s",
+        rules=fast(rule_file()),
+        group_wait="1s",
+    ) as running:
+        yield running
+    for process in psutil.process_iter(["cmdline"]):
+        assert str(running.folder) not in " ".join(process.info["cmdline"] or []), "nothing is left"
+    assert not running.folder.exists()
+
+
+def ask(stack: Monitor, expression: str) -> list[dict[str, Any]]:
+    answer = httpx.get(f"{stack.prometheus}/api/v1/query", params={"query": expression}, timeout=30)
+    assert answer.status_code == 200, f"{expression}: {answer.text}"
+    found: list[dict[str, Any]] = answer.json()["data"]["result"]
+    return found
+
+
+def filled_in(expression: str) -> str:
+    """As Grafana asks with every variable at All."""
+    text = expression.replace("$__rate_interval", "30s").replace("$__range", "10m")
+    return re.sub(r'"\$\w+"', '".*"', text)
+
+
+def test_every_panel_and_rule_has_data_and_a_stopped_worker_is_told_and_untold(
+    stack: Monitor,
+    webhook: tuple[str, list[dict[str, Any]]],
+    make_job: Callable[..., TrainJob],
+    topics: TrainJob,
+    processes_named: Callable[[str], list[psutil.Process]],
+    wait_for: Callable[..., Any],
+    tmp_path: Path,
+) -> None:
+    _, heard = webhook
+    endpoint = app.run(topics.service("topics@v1").model_copy(update={"http": Http(port=0)}))
+    job = make_job("watched", max_steps=100_000, checkpoint={"save_steps": 200}, evaluation={"eval_steps": 200}, num_train_epochs=1.0)
+    stop = threading.Event()
+    steps: list[int] = []
+
+    def listener(record: Any) -> None:
+        steps.append(record.step)
+
+    def train() -> None:
+        try:
+            driver.fit(job, str(tmp_path), listener)
+        except BaseException as error:  # noqa: BLE001  # ended by us
+            steps.append(-1)
+            ended.append(error)
+
+    def use() -> None:
+        with httpx.Client(timeout=60) as client:
+            while not stop.is_set():
+                client.post(f"{endpoint.url}/v1/classify", json={"input": ["wheat exports", "cargo vessel"]})
+                client.post(f"{endpoint.url}/v1/classify", json={"input": []})
+                stop.wait(0.2)
+
+    ended: list[BaseException] = []
+    with ThreadPoolExecutor(2) as pool:
+        training, using = pool.submit(train), pool.submit(use)
+        try:
+            wait_for("steps", lambda: len(steps) > 250, seconds=120)
+            absent = {other.exported for other in foreign.ALL if other.absent_here}
+            may_be_empty: dict[str, str] = {}
+
+            def empty() -> list[str]:
+                found = []
+                expressions = {(page.uid, panel.title): expr for page in DASHBOARDS for panel in page.panels for expr, _ in panel.queries}
+                expressions |= {("rule", rule.exported): rule.expr for rule in RECORDED}
+                for name, expr in expressions.items():
+                    if expr.reads & absent:
+                        may_be_empty[" / ".join(name)] = "its source is not on this machine"
+                    elif not ask(stack, filled_in(expr.text)):
+                        found.append(f"{name}: {expr.text}")
+                return found
+
+            wait_for(lambda: "these have no data:\n" + "\n".join(empty()), lambda: not empty(), seconds=90)
+            assert 8 < len(may_be_empty) < 25, may_be_empty
+            for alert in ALERTS:
+                ask(stack, alert.expr.text)  # each can be asked; most have no result, which is well
+            assert {rule["health"] for group in rule_groups(stack) for rule in group["rules"]} == {"ok"}
+            assert not firing(stack, "TrainingStalled")
+
+            # One of two workers is stopped: the other waits for it in a collective.
+            victim = processes_named("ray::RayTrainWorker")[-1]
+            os.kill(victim.pid, signal.SIGSTOP)
+            try:
+                wait_for("the alert at the webhook", lambda: told(heard, "TrainingStalled", "firing"), seconds=180)
+                assert told(heard, "TrainingStalled", "firing")[0]["labels"]["train_job"] == "watched"
+                assert told(heard, "TrainingStalled", "firing")[0]["labels"]["severity"] == "critical"
+            finally:
+                os.kill(victim.pid, signal.SIGCONT)
+            wait_for("its end at the webhook", lambda: told(heard, "TrainingStalled", "resolved"), seconds=180)
+        finally:
+            stop.set()
+            for worker in processes_named("ray::RayTrainWorker"):
+                worker.kill()
+            using.result(60)
+            training.result(120)
+            app.stop()
+    assert ended, "the job was ended by us"
+    wait_for("that the job failed", lambda: firing(stack, "TrainingFailed"), seconds=60)
+
+
+def rule_groups(stack: Monitor) -> list[dict[str, Any]]:
+    groups: list[dict[str, Any]] = httpx.get(f"{stack.prometheus}/api/v1/rules", timeout=30).json()["data"]["groups"]
+    return groups
+
+
+def firing(stack: Monitor, alert: str) -> list[dict[str, Any]]:
+    return ask(stack, f'ALERTS{{alertname="{alert}", alertstate="firing"}}')
+
+
+def told(heard: list[dict[str, Any]], alert: str, status: str) -> list[dict[str, Any]]:
+    return [one for message in heard for one in message["alerts"] if one["labels"]["alertname"] == alert and one["status"] == status]

@@ -1,0 +1,138 @@
+"""Alerts by Prometheus' own tools: each fires, does not fire, and ends; who hears of it; and a runbook whose commands exist."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer.main
+import yaml
+from alert_cases import ALIVE, CASES
+
+from danlu import cli
+from danlu.metrics import rules
+from danlu.metrics.alerts import ALERTS
+from danlu.metrics.dashboards import DASHBOARDS
+
+ROOT = Path(__file__).parents[3]
+OPS = ROOT / "ops/prometheus"
+needs_promtool = pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed: apt-get install prometheus")
+needs_amtool = pytest.mark.skipif(shutil.which("amtool") is None, reason="amtool is not installed: apt-get install prometheus-alertmanager")
+
+
+def run(*command: str | Path) -> str:
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+@needs_promtool
+def test_every_alert_fires_when_it_should_and_only_then_and_ends(tmp_path: Path) -> None:
+    assert {case.alert for case in CASES} == {alert.name for alert in ALERTS}
+    for name in {alert.name for alert in ALERTS}:
+        moments = [alerts for case in CASES if case.alert == name for _, alerts in sorted(case.firing.items())]
+        assert any(name in alerts for alerts in moments), f"{name} has no moment at which it fires"
+        assert name not in moments[0], f"{name} has no moment before it fires"
+    tests = [
+        {
+            "name": f"{case.alert} {number}",
+            "interval": "1m",
+            "input_series": [
+                {"series": series, "values": values}
+                for series, values in (case.series if case.alert == "RayMetricsMissing" else ALIVE | case.series).items()
+            ],
+            "promql_expr_test": [
+                {
+                    "expr": 'count by (alertname) (ALERTS{alertstate="firing"})',
+                    "eval_time": f"{minute}m",
+                    "exp_samples": [{"labels": f'{{alertname="{alert}"}}', "value": 1} for alert in sorted(alerts)],
+                }
+                for minute, alerts in case.firing.items()
+            ],
+        }
+        for number, case in enumerate(CASES)
+    ]
+    (tmp_path / "rules.yaml").write_text(rules.rule_file(), encoding="utf-8")
+    # Hours are looked at every five minutes only, to be done in seconds.
+    long = [max(case.firing) > 200 for case in CASES]
+    for every, some in (
+        ("2m", [test for test, is_long in zip(tests, long, strict=True) if not is_long]),
+        ("5m", [test for test, is_long in zip(tests, long, strict=True) if is_long]),
+    ):
+        document = {"rule_files": ["rules.yaml"], "evaluation_interval": every, "tests": some}
+        (tmp_path / f"every-{every}.yaml").write_text(yaml.safe_dump(document))
+    run("promtool", "test", "rules", tmp_path / "every-2m.yaml", tmp_path / "every-5m.yaml")
+
+
+@needs_promtool
+def test_prometheus_takes_the_rules_and_the_configuration() -> None:
+    assert "SUCCESS" in run("promtool", "check", "rules", OPS / "rules/danlu.yaml")
+    assert "SUCCESS" in run("promtool", "check", "config", OPS / "prometheus.yaml")
+
+
+@needs_amtool
+def test_critical_alerts_page_and_others_are_told() -> None:
+    run("amtool", "check-config", OPS / "alertmanager.yaml")
+    for severity, receiver in (("critical", "page"), ("warning", "tell")):
+        found = run("amtool", "config", "routes", "test", f"--config.file={OPS / 'alertmanager.yaml'}", f"severity={severity}")
+        assert found.strip() == receiver
+
+
+def test_what_is_silenced_and_what_silences_are_alerts_with_the_labels_it_goes_by() -> None:
+    labels = {alert.name: alert.expr.labels for alert in ALERTS}
+    for rule in yaml.safe_load(rules.alertmanager_config(page=None, tell=None))["inhibit_rules"]:
+        for matcher in (*rule["source_matchers"], *rule["target_matchers"]):
+            for name in matcher.split('"')[1].split("|"):
+                assert set(rule["equal"]) <= labels[name], f"{name} has {labels[name]}"
+
+
+def test_a_summary_names_only_labels_that_the_alert_has() -> None:
+    for alert in ALERTS:
+        named = set(re.findall(r"\$labels\.(\w+)", alert.summary))
+        assert named <= alert.expr.labels, alert.name
+
+
+def test_every_alert_has_a_runbook_and_a_dashboard() -> None:
+    pages = {page.uid for page in DASHBOARDS}
+    for alert in ALERTS:
+        assert alert.dashboard in pages
+        assert len(alert.steps) >= 2
+        assert alert.meaning in (ROOT / alert.runbook).read_text(encoding="utf-8")
+    assert {path.stem for path in (ROOT / "ops/runbooks").glob("*.md")} == {alert.name for alert in ALERTS}
+
+
+KUBECTL = {"get", "describe", "logs", "delete", "cordon"}
+ELSEWHERE = {"nvidia-smi", "dmesg", "df", "du", "top", "curl"}
+"""Commands of a node, which a machine without a GPU or a kernel log need not have."""
+
+
+def test_every_command_in_a_runbook_exists() -> None:
+    ours = typer.main.get_command(cli.app)
+    options = {option for command in ours.commands.values() for parameter in command.params for option in parameter.opts}  # type: ignore[attr-defined]
+    ray = run(_script("ray"), "--help")
+    seen = set()
+    for alert in ALERTS:
+        for code in re.findall(r"`([a-z][a-z-]+ [^`]+)`", " ".join(alert.steps)):
+            program, first, *rest = code.split()
+            seen.add(program)
+            match program:
+                case "danlu":
+                    assert first in ours.commands, code  # type: ignore[attr-defined]
+                    assert {word for word in rest if word.startswith("--")} <= options, code
+                case "ray":
+                    assert re.search(rf"^  {first}\s", ray, re.MULTILINE), code
+                case "kubectl":
+                    assert first in KUBECTL, code
+                case "py-spy":
+                    assert Path(_script("py-spy")).exists()
+                case _:
+                    assert program in ELSEWHERE, code
+    assert {"danlu", "ray", "kubectl", "nvidia-smi"} <= seen
+
+
+def _script(name: str) -> str:
+    return str(Path(sys.executable).parent / name)

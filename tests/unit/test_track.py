@@ -1,0 +1,98 @@
+"""Trackers: what their own readers find is what the records say, and one that breaks is left out."""
+
+from __future__ import annotations
+
+import logging
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from danlu import track
+from danlu.artifact.runs import RunFolder
+from danlu.errors import SpecError
+from danlu.spec.train import TrainJob
+
+RECORDS: list[dict[str, Any]] = [
+    {"kind": "step", "step": n, "loss": 1 / n, "learning_rate": 1e-3, "grad_norm": 2.0, "epoch": n / 4, "tokens_per_second": 9.0,
+     "step_seconds": 0.5, "eta_s": 1.0}
+    for n in (1, 2, 3)
+] + [
+    {"kind": "eval", "step": 3, "metrics": {"accuracy": 0.75, "loss": 0.5}},
+    {"kind": "event", "step": 3, "event": "checkpoint"},
+]  # fmt: skip
+EXPECTED = {("train/loss", 1): 1.0, ("train/loss", 3): 1 / 3, ("train/grad_norm", 2): 2.0, ("dev/accuracy", 3): 0.75}
+
+
+def job(folder: Path, **fields: Any) -> TrainJob:
+    return TrainJob.model_validate(
+        {"name": "seen", "model": {"model_name_or_path": "m"}, "data": {"train": "t.csv"}, "storage": str(folder)} | fields
+    )
+
+
+def run_of(folder: Path, *names: str) -> RunFolder:
+    run = RunFolder(f"{folder}/runs/seen/0001", 1)
+    with track.tracked(job(folder, trackers=list(names)), run) as take:
+        for record in RECORDS:
+            take(record)
+    return run
+
+
+def scalars(folder: Path) -> dict[tuple[str, int], float]:
+    """What stands in TensorBoard's event files, read by their format: length, checksum, protobuf, checksum."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    found = {}
+    for path in folder.glob("events.out.tfevents.*"):
+        raw, at = path.read_bytes(), 0
+        while at < len(raw):
+            (length,) = struct.unpack_from("<Q", raw, at)
+            event = Event.FromString(raw[at + 12 : at + 12 + length])
+            found |= {(value.tag, event.step): value.simple_value for value in event.summary.value}
+            at += 16 + length
+    return found
+
+
+def test_tensorboard_shows_the_records_numbers(tmp_path: Path) -> None:
+    run_of(tmp_path, "tensorboard")
+    shown = scalars(tmp_path / "runs/seen/0001/tensorboard")
+    assert {key: shown[key] for key in EXPECTED} == pytest.approx(EXPECTED)
+    assert len(shown) == 3 * 6 + 2
+
+
+def test_mlflow_shows_the_same_numbers_under_the_same_names(tmp_path: Path) -> None:
+    mlflow = pytest.importorskip("mlflow", reason="an extra: pip install danlu[mlflow]")
+    run_of(tmp_path, "mlflow")
+    client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/runs/seen/0001/mlflow.db")
+    (found,) = client.search_runs([client.get_experiment_by_name("seen").experiment_id])
+    shown = {(name, point.step): point.value for name in found.data.metrics for point in client.get_metric_history(found.info.run_id, name)}
+    assert {key: shown[key] for key in EXPECTED} == pytest.approx(EXPECTED)
+    assert found.info.status == "FINISHED"
+
+
+def test_wandb_writes_offline(tmp_path: Path) -> None:
+    pytest.importorskip("wandb", reason="an extra: pip install danlu[wandb]")
+    run_of(tmp_path, "wandb")
+    (file,) = (tmp_path / "runs/seen/0001/wandb").glob("offline-run-*/run-*.wandb")
+    assert b"train/loss" in file.read_bytes()
+
+
+def test_a_tracker_that_breaks_is_left_out_and_the_run_goes_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run = RunFolder(f"{tmp_path}/runs/seen/0001", 1)
+    (tmp_path / "runs/seen/0001").mkdir(parents=True)
+    (tmp_path / "runs/seen/0001/tensorboard").write_text("a file where TensorBoard wants a folder")
+    with caplog.at_level(logging.WARNING), track.tracked(job(tmp_path, trackers=["tensorboard"]), run) as take:
+        take(RECORDS[0])
+    assert "tensorboard is left out" in caplog.text
+
+
+def test_a_tracker_that_cannot_be_had_is_said_before_anything_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(track.MODULES, "wandb", "no_such_module_here")
+    with pytest.raises(SpecError, match=r"trackers\[1\]: wandb is not installed"):
+        track.chosen(job(tmp_path, trackers=["tensorboard", "wandb"]))
+    with pytest.raises(SpecError, match="trackers: trackers write beside"):
+        track.chosen(job(tmp_path, trackers=["tensorboard"], storage="memory://bucket"))
+    assert track.chosen(job(tmp_path, storage="memory://bucket")) == []
+    assert track.chosen(job(tmp_path)) == ["tensorboard"]
+    assert track.chosen(job(tmp_path, trackers=[])) == []
