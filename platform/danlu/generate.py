@@ -7,7 +7,9 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+from danlu.k8s import chart, manifests
 from danlu.metrics import catalog
+from danlu.spec.files import load, read, which
 from danlu.spec.schema import schema
 from danlu.spec.serve import Service
 from danlu.spec.train import TrainJob
@@ -21,6 +23,10 @@ def derived() -> Mapping[str, str]:
         "k8s/schemas/train.schema.json": _json(schema(TrainJob)),
         "k8s/schemas/service.schema.json": _json(schema(Service)),
         "ops/METRICS.md": _metrics_page(),
+        "charts/danlu/values.yaml": chart.values(),
+        "charts/danlu/values.schema.json": _json(chart.values_schema()),
+        "charts/danlu/templates/_spec.tpl": chart.facts(),
+        **_rendered(),
     }
 
 
@@ -40,6 +46,18 @@ def main(arguments: list[str]) -> int:
     if stale:
         print(f"stale: {', '.join(stale)}; run `python -m danlu.generate` and commit them")
     return 1 if stale else 0
+
+
+def _rendered() -> Mapping[str, str]:
+    """What the examples with a `cluster:` are on Kubernetes, and the list of them that kustomize takes."""
+    files = {}
+    for path in sorted((ROOT / "k8s" / "examples").glob("*.yaml")):
+        spec = load(which((TrainJob, Service), read(path)), path)
+        if isinstance(spec, TrainJob | Service) and spec.cluster is not None:
+            files[path.name] = f"# From ../examples/{path.name}, by `python -m danlu.generate`.\n{manifests.text(manifests.render(spec))}"
+    kinds = "# The manifests here, by `python -m danlu.generate`. Overlays: ../overlays/dev and ../overlays/prod.\n"
+    kinds += "apiVersion: kustomize.config.k8s.io/v1beta1\nkind: Kustomization\nresources:\n" + "".join(f"- {name}\n" for name in files)
+    return {f"k8s/rendered/{name}": content for name, content in {**files, "kustomization.yaml": kinds}.items()}
 
 
 def _json(document: object) -> str:

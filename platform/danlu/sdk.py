@@ -112,7 +112,7 @@ def train(
     from danlu.train.run import record_to_dict
 
     prepared = prepared or prepare(job)
-    digest = text_digest(canonical_json(job.model_dump(mode="json", exclude={"compress", "serve", "max_failures"})))
+    digest = text_digest(canonical_json(job.model_dump(mode="json", exclude={"compress", "serve", "max_failures", "cluster"})))
     run = open_run(absolute(job.storage), job.name, digest, fresh=fresh)
 
     def listen(record: Record) -> None:
