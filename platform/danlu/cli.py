@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from danlu import __version__, terminal
+from danlu import __version__, cli_cluster, terminal
 from danlu.errors import DanluError
 
 app = typer.Typer(
@@ -20,6 +20,9 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
+app.add_typer(cli_cluster.jobs, name="jobs")
+app.add_typer(cli_cluster.services, name="services")
+
 INTERRUPTED = 130
 """The exit code after Ctrl-C: 128 and SIGINT's number, as shells have it."""
 
@@ -29,6 +32,10 @@ Set = Annotated[
     typer.Option("--set", metavar="FIELD=VALUE", help="Change one field: --set optim.learning_rate=1e-4. May be repeated."),
 ]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Start anew instead of going on with an unfinished run.")]
+On = Annotated[str, typer.Option("--on", metavar="WHERE", help="local, or k8s: the cluster of the kubeconfig.")]
+DryRun = Annotated[
+    str | None, typer.Option("--dry-run", metavar="server", help="With --on k8s: ask the API server whether it would take it.")
+]
 _BUNDLE = "name@alias, name@v1, a folder or a URI; unset: the job's"
 LatestOf = Annotated[str | None, typer.Option("--bundle", metavar="BUNDLE", help=f"{_BUNDLE} latest.")]
 ProductionOf = Annotated[str | None, typer.Option("--bundle", metavar="BUNDLE", help=f"{_BUNDLE} production.")]
@@ -43,11 +50,22 @@ def plan(spec: SpecFile, set_: Set = None, json_: Annotated[bool, typer.Option("
 
 
 @app.command()
-def train(spec: SpecFile, set_: Set = None, fresh: Fresh = False) -> None:
+def train(
+    spec: SpecFile,
+    set_: Set = None,
+    fresh: Fresh = False,
+    on: On = "local",
+    dry_run: DryRun = None,
+    context: cli_cluster.Context = None,
+    namespace: cli_cluster.Namespace = None,
+) -> None:
     """Fine-tune, score on dev and test, and store a bundle. Goes on with an unfinished run of the same spec."""
     from danlu import walk
 
-    walk.train(spec, set_ or [], fresh=fresh)
+    if walk.is_local(on, fresh=fresh, dry_run=dry_run, context=context, namespace=namespace):
+        walk.train(spec, set_ or [], fresh=fresh)
+    else:
+        walk.submit(spec, set_ or [], dry_run=dry_run is not None, context=context, namespace=namespace)
 
 
 @app.command()
@@ -72,11 +90,22 @@ def quantize(spec: SpecFile, set_: Set = None, bundle: LatestOf = None) -> None:
 
 
 @app.command()
-def serve(spec: SpecFile, set_: Set = None, bundle: ProductionOf = None) -> None:
+def serve(
+    spec: SpecFile,
+    set_: Set = None,
+    bundle: ProductionOf = None,
+    on: On = "local",
+    dry_run: DryRun = None,
+    context: cli_cluster.Context = None,
+    namespace: cli_cluster.Namespace = None,
+) -> None:
     """Serve a bundle on Ray Serve until Ctrl-C. Takes a service spec, or a training job's (its `production` bundle)."""
     from danlu import walk
 
-    walk.serve(spec, set_ or [], bundle=bundle)
+    if walk.is_local(on, dry_run=dry_run, context=context, namespace=namespace):
+        walk.serve(spec, set_ or [], bundle=bundle)
+    else:
+        walk.deploy(spec, set_ or [], bundle=bundle, dry_run=dry_run is not None, context=context, namespace=namespace)
 
 
 @app.command()
@@ -126,6 +155,14 @@ def top(
     from danlu.top import watch
 
     watch(storage, once=once)
+
+
+@app.command()
+def render(spec: SpecFile, set_: Set = None) -> None:
+    """Print what a spec is on Kubernetes, for a Git repository. The objects that --on k8s makes."""
+    from danlu import walk
+
+    walk.render(spec, set_ or [])
 
 
 @app.command()

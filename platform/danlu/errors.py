@@ -8,6 +8,7 @@ DanluError                  a user's mistake or an outside fault; the CLI prints
 ├── CheckpointError         a checkpoint that is damaged or of another shape
 ├── StorageError            the storage URI: missing, full, not writable
 ├── ResourceError           not enough cores, GPUs, memory, a port in use
+├── ClusterError            a Kubernetes cluster: no way to it, no rights there, not what it knows
 ├── QualityError            a hand-over whose check failed
 └── RequestError            a request to an endpoint; carries the HTTP status
 """
@@ -67,6 +68,12 @@ class StorageError(DanluError):
 
 class ResourceError(DanluError):
     """The machine or cluster lacks what the spec asks for."""
+
+    exit_code = 3
+
+
+class ClusterError(DanluError):
+    """A Kubernetes cluster that cannot be reached, or that refuses."""
 
     exit_code = 3
 

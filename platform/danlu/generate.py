@@ -10,6 +10,8 @@ from pathlib import Path
 from danlu.metrics import catalog, foreign, grafana, rules
 from danlu.metrics.alerts import ALERTS
 from danlu.metrics.dashboards import DASHBOARDS
+from danlu.k8s import chart, manifests
+from danlu.spec.files import load, read, which
 from danlu.spec.schema import schema
 from danlu.spec.serve import Service
 from danlu.spec.train import TrainJob
@@ -31,6 +33,10 @@ def derived() -> Mapping[str, str]:
         **{alert.runbook: rules.runbook(alert) for alert in ALERTS},
         **{f"ops/grafana/dashboards/{page.uid}.json": grafana.dashboard_json(page) for page in DASHBOARDS},
         **{f"ops/grafana/{name}": text for name, text in grafana.provisioning().items()},
+        "charts/danlu/values.yaml": chart.values(),
+        "charts/danlu/values.schema.json": _json(chart.values_schema()),
+        "charts/danlu/templates/_spec.tpl": chart.facts(),
+        **_rendered(),
     }
 
 
@@ -50,6 +56,18 @@ def main(arguments: list[str]) -> int:
     if stale:
         print(f"stale: {', '.join(stale)}; run `python -m danlu.generate` and commit them")
     return 1 if stale else 0
+
+
+def _rendered() -> Mapping[str, str]:
+    """What the examples with a `cluster:` are on Kubernetes, and the list of them that kustomize takes."""
+    files = {}
+    for path in sorted((ROOT / "k8s" / "examples").glob("*.yaml")):
+        spec = load(which((TrainJob, Service), read(path)), path)
+        if isinstance(spec, TrainJob | Service) and spec.cluster is not None:
+            files[path.name] = f"# From ../examples/{path.name}, by `python -m danlu.generate`.\n{manifests.text(manifests.render(spec))}"
+    kinds = "# The manifests here, by `python -m danlu.generate`. Overlays: ../overlays/dev and ../overlays/prod.\n"
+    kinds += "apiVersion: kustomize.config.k8s.io/v1beta1\nkind: Kustomization\nresources:\n" + "".join(f"- {name}\n" for name in files)
+    return {f"k8s/rendered/{name}": content for name, content in {**files, "kustomization.yaml": kinds}.items()}
 
 
 def _json(document: object) -> str:

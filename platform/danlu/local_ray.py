@@ -31,3 +31,12 @@ def start_ray(num_cpus: int | None = None, *, dashboard: bool = True) -> None:
     if before is not None:
         # Ray's own handler would end the process at once, with what was started still running.
         signal.signal(signal.SIGTERM, before)
+
+
+def join_ray() -> None:
+    """Connect to the cluster that started this process as one of its jobs: Ray says in RAY_ADDRESS where it is."""
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    before = signal.getsignal(signal.SIGTERM)
+    ray.init(address="auto", log_to_driver=False, logging_level=logging.WARNING)
+    signal.signal(signal.SIGTERM, before)

@@ -115,7 +115,7 @@ def train(
     from danlu.train.run import record_to_dict
 
     prepared = prepared or prepare(job)
-    digest = text_digest(canonical_json(job.model_dump(mode="json", exclude={"compress", "serve", "max_failures", "trackers"})))
+    digest = text_digest(canonical_json(job.model_dump(mode="json", exclude={"compress", "serve", "max_failures", "trackers", "cluster"})))
     run = open_run(absolute(job.storage), job.name, digest, fresh=fresh)
 
     def listen(record: Record) -> None:

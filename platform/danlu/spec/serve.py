@@ -7,6 +7,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from danlu.spec.base import DnsLabel, NonNegativeInt, Number, PositiveFloat, PositiveInt, Spec
+from danlu.spec.cluster import ServiceCluster
 
 
 class Encoder(Spec):
@@ -95,6 +96,24 @@ class Service(Spec):
     autoscaling: Autoscaling = Autoscaling()
     limits: Limits = Limits()
     http: Http = Http()
+    cluster: ServiceCluster | None = None
+    """Where it runs with `--on k8s`."""
+
+    @model_validator(mode="after")
+    def _gpu_type_has_gpus(self) -> Self:
+        if self.cluster is not None and self.cluster.gpu_type is not None and not getattr(self.engine, "num_gpus", 0):
+            raise ValueError(f"cluster.gpu_type={self.cluster.gpu_type} has no effect with engine.num_gpus=0; leave it out")
+        return self
+
+    @model_validator(mode="after")
+    def _an_incremental_upgrade_scales(self) -> Self:
+        scaling = self.autoscaling
+        if self.cluster is not None and self.cluster.upgrade.kind == "incremental" and scaling.min_replicas == scaling.max_replicas:
+            raise ValueError(
+                f"cluster.upgrade.kind=incremental moves replicas by Ray's autoscaler, which autoscaling.min_replicas = max_replicas = "
+                f"{scaling.max_replicas} turns off; raise max_replicas"
+            )
+        return self
 
     @model_validator(mode="after")
     def _engine_has_a_model(self) -> Self:
@@ -112,3 +131,4 @@ class ServeAfterTraining(Spec):
     autoscaling: Autoscaling = Autoscaling()
     limits: Limits = Limits()
     http: Http = Http()
+    cluster: ServiceCluster | None = None

@@ -7,11 +7,12 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from danlu.spec.base import DnsLabel, NonNegativeInt, PositiveFloat, PositiveInt, Spec
+from danlu.spec.cluster import JobCluster
 from danlu.spec.compress import Compress
 from danlu.spec.data import Data
 from danlu.spec.model import Model
 from danlu.spec.optim import Adafactor, BnbAdamW, Lion, Optim, Wsd
-from danlu.spec.parallel import Ddp, DeepSpeed, Parallel, Workers
+from danlu.spec.parallel import Ddp, DeepSpeed, Parallel, Tensor, Workers
 from danlu.spec.serve import ServeAfterTraining, Service
 from danlu.spec.task import COLUMNS, METRICS, Classification, Embed, EncoderTask, ExtractiveQA, Task
 from danlu.spec.tuning import Adalora, Full, Tuning, VirtualTokens, is_merged
@@ -104,6 +105,8 @@ class TrainJob(Spec):
 
     compress: Compress | None = None
     serve: ServeAfterTraining | None = None
+    cluster: JobCluster | None = None
+    """Where it runs with `--on k8s`. A run on this machine leaves it aside."""
 
     @model_validator(mode="after")
     def _workers_make_whole_models(self) -> Self:
@@ -225,6 +228,30 @@ class TrainJob(Spec):
             )
         return self
 
+    @model_validator(mode="after")
+    def _pods_hold_whole_groups_of_workers(self) -> Self:
+        if (cluster := self.cluster) is None:
+            return self
+        workers, each = self.workers, cluster.workers_per_pod
+        if workers.num_workers % each:
+            divisors = ", ".join(str(n) for n in range(1, workers.num_workers + 1) if workers.num_workers % n == 0)
+            raise ValueError(
+                f"workers.num_workers={workers.num_workers} is not a multiple of cluster.workers_per_pod={each}; it may be: {divisors}"
+            )
+        if isinstance(self.parallel, Tensor) and each % (size := self.parallel.tensor_parallel_size):
+            raise ValueError(
+                f"cluster.workers_per_pod={each} cuts a tensor-parallel group of parallel.tensor_parallel_size={size} workers apart, which "
+                f"talk in every layer; a multiple of {size} keeps them on one node"
+            )
+        if cluster.gpu_type is not None and not workers.gpus_per_worker:
+            raise ValueError(f"cluster.gpu_type={cluster.gpu_type} has no effect with workers.gpus_per_worker=0; leave it out")
+        if cluster.spot is not None and not (self.max_failures or cluster.backoff_limit):
+            raise ValueError(
+                f"cluster.spot={cluster.spot} nodes are taken away at times, which ends a job that tries nothing again; "
+                "max_failures: 8, or cluster.backoff_limit, goes on from the last checkpoint"
+            )
+        return self
+
     @property
     def metric_for_best_model(self) -> str:
         """What chooses the best weights."""
@@ -251,4 +278,5 @@ class TrainJob(Spec):
             autoscaling=serve.autoscaling,
             limits=serve.limits,
             http=serve.http,
+            cluster=serve.cluster,
         )

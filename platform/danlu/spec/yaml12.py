@@ -47,13 +47,16 @@ class _Reader(yaml.SafeLoader):
     }
 
 
-class _Writer(yaml.SafeDumper):
-    """Quotes what either version of YAML would read as something other than a text."""
+class Writer(yaml.SafeDumper):
+    """Quotes what either version of YAML would read as something other than a text; also `n`, which Kubernetes' reader takes for false."""
 
     yaml_implicit_resolvers = {
         letter: [*yaml.SafeDumper.yaml_implicit_resolvers.get(letter, []), *_resolvers().get(letter, [])]
         for letter in {*yaml.SafeDumper.yaml_implicit_resolvers, *_resolvers()}
     }
+
+
+Writer.add_implicit_resolver(_TAG + "bool", re.compile(r"^[yYnN]$"), list("yYnN"))
 
 
 def read(text: str, source: str) -> tuple[Any, yaml.Node | None]:
@@ -78,7 +81,7 @@ def read(text: str, source: str) -> tuple[Any, yaml.Node | None]:
 
 def write(document: object) -> str:
     """YAML that 1.1 and 1.2 read alike, keys in their order."""
-    return yaml.dump(document, Dumper=_Writer, sort_keys=False, allow_unicode=True)
+    return yaml.dump(document, Dumper=Writer, sort_keys=False, allow_unicode=True)
 
 
 def _mapping(reader: _Reader, node: yaml.MappingNode) -> dict[Any, Any]:

@@ -13,7 +13,7 @@ import yaml
 from jsonschema import Draft7Validator
 from pydantic import BaseModel, ValidationError
 
-from danlu.spec import compress, data, model, optim, parallel, serve, task, train, tuning, yaml12
+from danlu.spec import cluster, compress, data, model, optim, parallel, serve, task, train, tuning, yaml12
 from danlu.spec.base import Spec
 from danlu.spec.files import dump, parse
 from danlu.spec.schema import schema
@@ -27,6 +27,24 @@ VALIDATORS = {kind: Draft7Validator(schema(kind)) for kind in (TrainJob, Service
 JOB: Document = {"name": "topics", "model": {"model_name_or_path": "m"}, "data": {"train": "t.csv"}}
 SERVICE: Document = {"name": "topics", "bundle": "topics@v1"}
 
+PODS: Document = {
+    "image": "registry/danlu:1",
+    "image_pull_policy": "Always",
+    "image_pull_secrets": ["registry"],
+    "namespace": "research",
+    "service_account": "danlu",
+    "memory": "64Gi",
+    "shared_memory": "4Gi",
+    "gpu_type": "NVIDIA-A10G",
+    "node_selector": {"pool": "a"},
+    "tolerations": [{"key": "example.com/team", "value": "a", "effect": "NoSchedule"}],
+    "head": {"cpus": 4, "memory": "32Gi", "node_selector": {"pool": "b"}},
+    "priority_class": "high",
+    "scheduler": {"kind": "kueue", "queue": "research"},
+    "env": {"HF_ENDPOINT": "https://hub.example.com"},
+    "secret_env": [{"name": "HF_TOKEN", "secret": "hub", "key": "token"}],
+    "volumes": [{"claim": "storage", "mount_path": "/data", "read_only": True}],
+}
 FULL_JOB: Document = {
     "kind": "train",
     "name": "topics",
@@ -84,6 +102,29 @@ FULL_JOB: Document = {
             "drain_timeout_s": 6,
         },
         "http": {"host": "0.0.0.0", "port": 0, "haproxy": True},
+        "cluster": {
+            **PODS,
+            "replicas_per_pod": 2,
+            "spread_over": "kubernetes.io/hostname",
+            "upgrade": {
+                "kind": "incremental",
+                "gateway_class": "istio",
+                "step_size_percent": 10,
+                "interval_s": 5,
+                "max_surge_percent": 50,
+            },
+            "redis": {"address": "redis:6379", "password_secret": "redis"},
+        },
+    },
+    "cluster": {
+        **PODS,
+        "workers_per_pod": 2,
+        "same_topology": "topology.kubernetes.io/zone",
+        "spot": "gke",
+        "pre_running_deadline_s": 600,
+        "active_deadline_s": 3600,
+        "backoff_limit": 2,
+        "cleanup": {"kind": "ttl", "ttl_seconds_after_finished": 0},
     },
 }
 FULL_SERVICE: Document = {
@@ -197,6 +238,21 @@ GOOD: dict[str, tuple[type[Spec], Document]] = {
         TrainJob,
         JOB | {"optim": {"optimizer": {"kind": "bnb_adamw", "paged": True}}, "workers": {"gpus_per_worker": 1}},
     ),
+    **{
+        f"cluster: {cluster}": (TrainJob, JOB | {"cluster": {"image": "i"} | cluster})
+        for cluster in (
+            {},
+            {"scheduler": {"kind": "volcano", "queue": "q"}},
+            {"scheduler": {"kind": "yunikorn", "queue": "root.a.b"}},
+            {"scheduler": {"kind": "kai", "queue": "q"}, "env": {}},
+            {"cleanup": {"kind": "rules", "after_success_s": 1, "workers_after_failure_s": 2, "head_after_failure_s": 3}},
+            {"spot": "aks", "backoff_limit": 1},
+        )
+    },
+    **{
+        f"pods of a service: {upgrade}": (Service, SERVICE | {"cluster": {"image": "i", "upgrade": upgrade}})
+        for upgrade in ({"kind": "new_cluster"}, {"kind": "in_place"})
+    },
     "int8": (TrainJob, JOB | {"compress": {"quantization": {"kind": "int8"}}}),
     "bitsandbytes int8": (TrainJob, JOB | {"compress": {"quantization": {"kind": "bnb_int8"}, "max_quality_drop": 0}}),
     "bitsandbytes nf4": (TrainJob, JOB | {"compress": {"quantization": {"kind": "bnb_nf4"}}}),
@@ -278,6 +334,21 @@ BAD: dict[str, tuple[type[Spec], Document, str, object]] = {
         "serve.http.haproxy": ["yes", 1, None],
         "serve.bundle": ["a@v1"],
         "learning_rate": [1e-4],
+        "cluster": [{}, {"image": ""}, {"image": "i", "gpus": 8}, "k8s"],
+        "cluster.memory": ["64", "64G", "64 Gi", 64, "0Gi", None],
+        "cluster.namespace": ["Research", "a_b", "-a", ""],
+        "cluster.image_pull_policy": ["always"],
+        "cluster.node_selector": [{"pool": 1}, None, ["pool"]],
+        "cluster.tolerations": [None, [{}], [{"key": "a b"}], [{"key": "a", "effect": "noschedule"}], [{"key": "a", "operator": "Exists"}]],
+        "cluster.scheduler": [{"kind": "slurm"}, {"queue": "a"}, {"kind": "kueue"}, {"kind": "yunikorn", "queue": "research"}, "kueue"],
+        "cluster.secret_env": [[{"name": "1A", "secret": "s", "key": "k"}], [{"name": "A", "value": "s"}]],
+        "cluster.volumes": [[{"claim": "c", "mount_path": "data"}], [{"claim": "c", "mount_path": "/"}], [{"mount_path": "/data"}]],
+        "cluster.spot": ["azure", True],
+        "cluster.cleanup": [{}, {"kind": "ttl", "after_success_s": 1}, {"kind": "rules", "after_success_s": -1}],
+        "cluster.active_deadline_s": [0, -1, 1.5],
+        "cluster.replicas_per_pod": [1],
+        "serve.cluster.upgrade": [{"kind": "incremental"}, {"kind": "new_cluster", "gateway_class": "g"}, None],
+        "serve.cluster.backoff_limit": [1],
     }.items() for value in values},
     **{f"service: {path}={value!r}": (Service, FULL_SERVICE, path, value) for path, values in {
         "kind": ["train"],
@@ -316,6 +387,27 @@ SPANNING = {
         JOB | {"task": {"kind": "extractive_qa", "null_score_diff_threshold": 1}},
     ),
     "puts a prompt in front of a text": (TrainJob, JOB | {"task": {"kind": "multiple_choice"}, "tuning": {"kind": "prefix"}}),
+    "is not a multiple of cluster.workers_per_pod": (TrainJob, JOB | {"cluster": {"image": "i", "workers_per_pod": 2}}),
+    "is part of a pod's memory": (TrainJob, JOB | {"cluster": {"image": "i", "shared_memory": "8Gi"}}),
+    "cuts a tensor-parallel group": (
+        TrainJob,
+        JOB | {"parallel": {"kind": "tensor"}, "workers": {"num_workers": 4}, "cluster": {"image": "i"}},
+    ),
+    "has no effect with workers.gpus_per_worker=0": (TrainJob, JOB | {"cluster": {"image": "i", "gpu_type": "NVIDIA-A10G"}}),
+    "nodes are taken away at times": (TrainJob, JOB | {"cluster": {"image": "i", "spot": "eks"}}),
+    "cleanup.kind=rules does not go with": (
+        TrainJob,
+        JOB | {"cluster": {"image": "i", "scheduler": {"kind": "kueue", "queue": "q"}, "cleanup": {"kind": "rules"}}},
+    ),
+    "the workers go first": (
+        TrainJob,
+        JOB | {"cluster": {"image": "i", "cleanup": {"kind": "rules", "workers_after_failure_s": 2, "head_after_failure_s": 1}}},
+    ),
+    "has no effect with engine.num_gpus=0": (Service, SERVICE | {"cluster": {"image": "i", "gpu_type": "NVIDIA-A10G"}}),
+    "cluster.upgrade.kind=incremental moves replicas": (
+        Service,
+        SERVICE | {"cluster": {"image": "i", "upgrade": {"kind": "incremental", "gateway_class": "g"}}},
+    ),
 }
 """The rules that no schema of single fields can hold, by what pydantic says; and a document for each."""
 
@@ -442,15 +534,17 @@ def test_the_documents_set_every_field_of_every_spec() -> None:
 
     def collect(spec: BaseModel) -> None:
         for name in spec.model_fields_set:
-            found.update((part.__name__, name) for part in type(spec).__mro__)
-            if isinstance(value := getattr(spec, name), BaseModel):
-                collect(value)
+            found.update((parent.__name__, name) for parent in type(spec).__mro__)
+            value = getattr(spec, name)
+            for part in value if isinstance(value, list) else [value]:
+                if isinstance(part, BaseModel):
+                    collect(part)
 
     for kind, document in GOOD.values():
         collect(kind.model_validate(document))
     specs = {
         part
-        for module in (compress, data, model, optim, parallel, serve, task, train, tuning)
+        for module in (cluster, compress, data, model, optim, parallel, serve, task, train, tuning)
         for value in vars(module).values()
         for part in (value, *get_args(value))
         if isinstance(part, type) and issubclass(part, Spec) and part is not Spec
@@ -475,4 +569,4 @@ def test_the_committed_schema_is_the_one_that_is_made(name: str, kind: type[Spec
     assert committed == schema(kind)
     for path in (ROOT / "k8s" / "examples").glob("*.yaml"):
         example, _ = yaml12.read(path.read_text(encoding="utf-8"), path.name)
-        assert example["kind"] != name or Draft7Validator(committed).is_valid(example)
+        assert example.get("kind") != name or Draft7Validator(committed).is_valid(example)

@@ -1,0 +1,226 @@
+{{/*
+The pods of a spec's cluster, as platform/danlu/k8s/pods.py has them: a test holds the two equal. A spec's own fields are never changed
+here; what it leaves out is filled in from _spec.tpl, which is generated.
+*/}}
+
+{{- /* What a spec says over what it leaves out, as JSON. Sprig's merge and default take a 0 and a false for nothing said. */}}
+{{- define "danlu.filled" -}}
+{{- $found := dict }}
+{{- range . }}{{ range $key, $value := . }}{{ $_ := set $found $key $value }}{{ end }}{{ end }}
+{{- toJson $found }}
+{{- end }}
+
+{{- define "danlu.labels" -}}
+danlu.ai/kind: {{ .kind }}
+danlu.ai/name: {{ .name }}
+{{- end }}
+
+{{- define "danlu.metadata" -}}
+{{- $c := .cluster -}}
+name: {{ .objectName | default .name }}
+namespace: {{ $c.namespace | default .release.Namespace }}
+labels:
+  {{- include "danlu.labels" . | nindent 2 }}
+  {{- with $c.scheduler }}
+  {{- if eq .kind "kueue" }}
+  kueue.x-k8s.io/queue-name: {{ .queue }}
+  {{- else if eq .kind "volcano" }}
+  ray.io/scheduler-name: volcano
+  {{- with .queue }}
+  volcano.sh/queue-name: {{ . }}
+  {{- end }}
+  {{- with $c.priority_class }}
+  ray.io/priority-class-name: {{ . }}
+  {{- end }}
+  {{- else if eq .kind "yunikorn" }}
+  ray.io/gang-scheduling-enabled: "true"
+  yunikorn.apache.org/app-id: {{ $.name }}
+  yunikorn.apache.org/queue: {{ .queue }}
+  {{- else if eq .kind "kai" }}
+  kai.scheduler/queue: {{ .queue }}
+  {{- end }}
+  {{- end }}
+{{- end }}
+
+{{- define "danlu.identity" -}}
+{{- with .service_account }}
+serviceAccountName: {{ . }}
+{{- end }}
+{{- with .image_pull_secrets }}
+imagePullSecrets:
+  {{- range . }}
+  - name: {{ . }}
+  {{- end }}
+{{- end }}
+{{- with .priority_class }}
+priorityClassName: {{ . }}
+{{- end }}
+securityContext:
+  runAsNonRoot: true
+  fsGroup: 1000
+  seccompProfile: {type: RuntimeDefault}
+{{- end }}
+
+{{- define "danlu.image" -}}
+image: {{ .image | quote }}
+{{- with .image_pull_policy }}
+imagePullPolicy: {{ . }}
+{{- end }}
+securityContext:
+  allowPrivilegeEscalation: false
+  capabilities: {drop: [ALL]}
+{{- end }}
+
+{{- define "danlu.tolerations" -}}
+{{- range .cluster.tolerations }}
+- key: {{ .key }}
+  {{- if kindIs "string" .value }}
+  operator: Equal
+  value: {{ .value | quote }}
+  {{- else }}
+  operator: Exists
+  {{- end }}
+  {{- with .effect }}
+  effect: {{ . }}
+  {{- end }}
+{{- end }}
+{{- if .gpus }}
+- {key: nvidia.com/gpu, operator: Exists, effect: NoSchedule}
+{{- end }}
+{{- with .spot }}
+{{- if .taint }}
+- {key: {{ .label }}, operator: Equal, value: {{ .value | quote }}, effect: NoSchedule}
+{{- end }}
+{{- end }}
+{{- end }}
+
+{{- define "danlu.pod" -}}
+{{- $facts := include "danlu.facts" . | fromJson }}
+{{- $c := .cluster }}
+{{- $worker := eq .role "worker" }}
+{{- $spot := dict }}
+{{- with $c.spot }}{{ $spot = index $facts.spot . }}{{ end }}
+metadata:
+  labels:
+    {{- include "danlu.labels" . | nindent 4 }}
+spec:
+  {{- include "danlu.identity" $c | nindent 2 }}
+  automountServiceAccountToken: {{ and (not $worker) .scales | ternary true false }}
+  containers:
+    - name: ray-{{ .role }}
+      {{- include "danlu.image" $c | nindent 6 }}
+      env:
+        {{- $plain := include "danlu.filled" (list $facts.ray_env .env $c.env) | fromJson }}
+        {{- range $key := keys $plain | sortAlpha }}
+        - {name: {{ $key }}, value: {{ index $plain $key | quote }}}
+        {{- end }}
+        {{- range $c.secret_env }}
+        - name: {{ .name }}
+          valueFrom: {secretKeyRef: {name: {{ .secret }}, key: {{ .key | quote }}}}
+        {{- end }}
+      ports:
+        {{- range $facts.head_ports }}
+        {{- if or (not $worker) (has .name (list "serve" "metrics")) }}
+        - {name: {{ .name }}, containerPort: {{ .port }}}
+        {{- end }}
+        {{- end }}
+      resources:
+        {{- range list "requests" "limits" }}
+        {{ . }}:
+          cpu: {{ $.cpus | toString | quote }}
+          memory: {{ $.memory }}
+          {{- if $.gpus }}
+          nvidia.com/gpu: {{ $.gpus | toString | quote }}
+          {{- end }}
+        {{- end }}
+      {{- if or .configMap $c.shared_memory $c.volumes }}
+      volumeMounts:
+        {{- if .configMap }}
+        - {name: spec, mountPath: /etc/danlu, readOnly: true}
+        {{- end }}
+        {{- if $c.shared_memory }}
+        - {name: shared-mem, mountPath: /dev/shm}
+        {{- end }}
+        {{- range $i, $volume := $c.volumes }}
+        - name: volume-{{ $i }}
+          mountPath: {{ .mount_path | quote }}
+          {{- if .read_only }}
+          readOnly: true
+          {{- end }}
+        {{- end }}
+      {{- end }}
+  {{- $nodes := merge (dict) (ternary (default dict $c.node_selector) (default dict (dig "head" "node_selector" dict $c)) $worker) }}
+  {{- if and $worker $c.gpu_type }}{{ $_ := set $nodes "nvidia.com/gpu.product" $c.gpu_type }}{{ end }}
+  {{- if and $worker $spot }}{{ $_ := set $nodes $spot.label $spot.value }}{{ end }}
+  {{- with $nodes }}
+  nodeSelector:
+    {{- range $key, $value := . }}
+    {{ $key }}: {{ $value | quote }}
+    {{- end }}
+  {{- end }}
+  {{- with include "danlu.tolerations" (dict "cluster" $c "gpus" .gpus "spot" (ternary $spot dict $worker)) }}
+  tolerations:
+    {{- . | nindent 4 }}
+  {{- end }}
+  {{- if and $worker $c.same_topology }}
+  affinity:
+    podAffinity:
+      requiredDuringSchedulingIgnoredDuringExecution:
+        - labelSelector: {matchLabels: {danlu.ai/name: {{ .name }}, ray.io/node-type: worker}}
+          topologyKey: {{ $c.same_topology }}
+  {{- else if and (not $worker) $spot }}
+  affinity:
+    nodeAffinity:
+      requiredDuringSchedulingIgnoredDuringExecution:
+        nodeSelectorTerms:
+          - matchExpressions:
+              - {key: {{ $spot.label }}, operator: NotIn, values: [{{ $spot.value | quote }}]}
+  {{- end }}
+  {{- if and $worker $c.spread_over }}
+  topologySpreadConstraints:
+    - maxSkew: 1
+      topologyKey: {{ $c.spread_over }}
+      whenUnsatisfiable: ScheduleAnyway
+      labelSelector: {matchLabels: {danlu.ai/name: {{ .name }}, ray.io/node-type: worker}}
+  {{- end }}
+  {{- if or .configMap $c.shared_memory $c.volumes }}
+  volumes:
+    {{- with .configMap }}
+    - {name: spec, configMap: {name: {{ . }}}}
+    {{- end }}
+    {{- with $c.shared_memory }}
+    - {name: shared-mem, emptyDir: {medium: Memory, sizeLimit: {{ . }}}}
+    {{- end }}
+    {{- range $i, $volume := $c.volumes }}
+    - {name: volume-{{ $i }}, persistentVolumeClaim: {claimName: {{ .claim }}}}
+    {{- end }}
+  {{- end }}
+{{- end }}
+
+{{- define "danlu.rayCluster" -}}
+{{- $facts := include "danlu.facts" . | fromJson }}
+{{- $head := include "danlu.filled" (list $facts.head .cluster.head) | fromJson }}
+{{- $scales := lt (int .low) (int .high) }}
+rayVersion: {{ $facts.ray_version }}
+authOptions: {mode: token}
+{{- if $scales }}
+enableInTreeAutoscaling: true
+autoscalerOptions:
+  version: v2
+  securityContext:
+    allowPrivilegeEscalation: false
+    capabilities: {drop: [ALL]}
+{{- end }}
+headGroupSpec:
+  rayStartParams: {dashboard-host: 0.0.0.0, num-cpus: "0"}
+  template:
+    {{- include "danlu.pod" (merge (dict "role" "head" "cpus" (int $head.cpus) "memory" $head.memory "gpus" 0 "scales" $scales) (omit . "gpus")) | nindent 4 }}
+workerGroupSpecs:
+  - groupName: workers
+    replicas: {{ .low }}
+    minReplicas: {{ .low }}
+    maxReplicas: {{ .high }}
+    rayStartParams: {}
+    template:
+      {{- include "danlu.pod" (merge (dict "role" "worker" "memory" (.cluster.memory | default $facts.memory) "scales" $scales) .) | nindent 6 }}
+{{- end }}

@@ -1,0 +1,1 @@
+"""WHERE it runs: a spec becomes Kubernetes objects (pure), and `client` alone talks to a cluster."""

@@ -1,0 +1,99 @@
+"""What is generated into charts/danlu: its values with their documentation, their schema, and what specs leave out. Pure."""
+
+from __future__ import annotations
+
+import json
+import types
+import typing
+from typing import Any
+
+import yaml
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from danlu.k8s import pods
+from danlu.spec.cluster import Head, Incremental, JobCluster, Rules, Ttl
+from danlu.spec.install import Install
+from danlu.spec.parallel import Workers
+from danlu.spec.schema import schema
+from danlu.spec.serve import Autoscaling, Encoder, Limits
+
+
+def values() -> str:
+    """values.yaml: every value with its default and what it is."""
+    lines = ["# The values of charts/danlu, by `python -m danlu.generate`. values.schema.json holds every field of every spec.", ""]
+    for name, field in Install.model_fields.items():
+        lines += [*_about(name, field), ""]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def values_schema() -> dict[str, Any]:
+    """values.schema.json: Install's, with Helm's own `global`, and with `cluster:` where there is a spec."""
+    document = schema(Install)
+    document["properties"]["global"] = {"type": "object", "description": "Helm's own; not read here."}
+    for spec, cluster in (("TrainJob", "JobCluster"), ("Service", "ServiceCluster")):
+        definition = document["definitions"][spec]
+        definition["properties"]["cluster"] = {"$ref": f"#/definitions/{cluster}"}
+        definition["required"] = [*definition["required"], "cluster"]
+    return document
+
+
+def facts() -> str:
+    """templates/_spec.tpl: the defaults of specs and the constants of pods, as JSON for the templates."""
+    found = {
+        "ray_version": pods.RAY_VERSION,
+        "ray_env": pods.RAY_ENV,
+        "head_ports": [{"name": name, "port": port} for name, port in pods.HEAD_PORTS.items()],
+        "spot": {name: {"label": label, "value": value, "taint": taint} for name, (label, value, taint) in pods.SPOT.items()},
+        "head": _defaults(Head),
+        "memory": JobCluster.model_fields["memory"].default,
+        "workers": _defaults(Workers),
+        "autoscaling": _defaults(Autoscaling),
+        "engine": _defaults(Encoder),
+        "request_timeout_s": Limits.model_fields["request_timeout_s"].default,
+        "cleanup": {"ttl": _defaults(Ttl), "rules": _defaults(Rules)},
+        "incremental": {name: value for name, value in _defaults(Incremental).items() if name not in ("kind", "gateway_class")},
+    }
+    said = "What specs leave out and what pods have, by `python -m danlu.generate`."
+    return f'{{{{/* {said} */}}}}\n{{{{- define "danlu.facts" -}}}}\n{json.dumps(found, indent=1)}\n{{{{- end }}}}\n'
+
+
+def _defaults(spec: type[BaseModel]) -> dict[str, Any]:
+    return {
+        name: field.default.model_dump(mode="json") if isinstance(field.default, BaseModel) else field.default
+        for name, field in spec.model_fields.items()
+        if not field.is_required()
+    }
+
+
+def _about(name: str, field: FieldInfo) -> list[str]:
+    kind = _model(field.annotation)
+    comment = [f"# {line}" for line in _words(field.description or (kind.__doc__ if kind else "") or "").splitlines()]
+    if kind is not None and isinstance(field.default, BaseModel):
+        inner = [f"  {line}" for key, part in kind.model_fields.items() for line in _about(key, part)]
+        return [*comment, f"{name}:", *inner]
+    if kind is not None and kind.__module__.endswith("install"):
+        comment += ["# Its fields:", *(f"#   {key}: {_words(_field_words(part))}" for key, part in kind.model_fields.items())]
+    return [*comment, f"{name}: {_yaml(field.default)}"]
+
+
+def _field_words(field: FieldInfo) -> str:
+    default = "needed" if field.is_required() else f"default {_yaml(field.default)}"
+    return f"{default}. {field.description}" if field.description else default
+
+
+def _words(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _yaml(value: object) -> str:
+    return yaml.safe_dump(value, default_flow_style=True).removesuffix("...\n").strip()
+
+
+def _model(annotation: Any) -> type[BaseModel] | None:
+    """The spec in `X`, `list[X]` or `X | None`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    if typing.get_origin(annotation) in (list, types.UnionType, typing.Union):
+        return next((found for part in typing.get_args(annotation) if (found := _model(part))), None)
+    return None

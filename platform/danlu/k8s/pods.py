@@ -1,0 +1,258 @@
+"""The pods of a Ray cluster for a job or a service: resources, nodes, secrets, volumes. Pure; charts/danlu says the same in Helm."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from danlu.errors import SpecError
+from danlu.spec.cluster import JobCluster, Kai, Kueue, Scheduler, ServiceCluster, Spot, Volcano, Yunikorn
+
+Object = dict[str, Any]
+"""One Kubernetes object, or a part of one."""
+
+RAY_VERSION = "2.60.0"
+"""Of the image that ops/docker builds; KubeRay asks for it where tokens guard the dashboard."""
+KIND, NAME = "danlu.ai/kind", "danlu.ai/name"
+"""Labels of every object and pod: `train` or `serve`, and the job's or service's name."""
+WORKERS = "workers"
+"""The name of the one group of workers."""
+GPU = "nvidia.com/gpu"
+RAY_ENV = {"RAY_worker_niceness": "0", "RAY_TRAIN_V2_ENABLED": "1", "RAY_USAGE_STATS_ENABLED": "0"}
+"""What a Ray of ours runs with on a laptop, too."""
+SPOT: dict[Spot, tuple[str, str, bool]] = {
+    "gke": ("cloud.google.com/gke-spot", "true", True),
+    "eks": ("eks.amazonaws.com/capacityType", "SPOT", False),
+    "karpenter": ("karpenter.sh/capacity-type", "spot", False),
+    "aks": ("kubernetes.azure.com/scalesetpriority", "spot", True),
+}
+"""The label of a provider's spot nodes, its value, and whether they carry it as a taint."""
+HEAD_PORTS = {
+    "gcs-server": 6379,
+    "dashboard": 8265,
+    "client": 10001,
+    "serve": 8000,
+    "metrics": 8080,
+    "as-metrics": 44217,
+    "dash-metrics": 44227,
+}
+RESTRICTED = {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
+"""Pod Security's `restricted`, of a container."""
+
+Cluster = JobCluster | ServiceCluster
+
+
+def needed(cluster: Cluster | None, storage: str, *, writes: bool = True) -> None:
+    """SpecError unless there is a `cluster:` and a `storage:` that all of its pods can reach."""
+    if cluster is None:
+        raise SpecError(
+            "Kubernetes needs to be told what to run", where="cluster", fix="cluster: {image: registry/danlu:TAG, memory: 32Gi}"
+        )
+    mounts = [volume.mount_path for volume in cluster.volumes if not (volume.read_only and writes)]
+    if "://" in storage and not storage.startswith("file://"):
+        return
+    path = storage.removeprefix("file://")
+    if not any(path == mount or path.startswith(f"{mount}/") for mount in mounts):
+        raise SpecError(
+            f"storage={storage} is a folder of one machine, and pods run on several",
+            where="storage",
+            fix=f"storage: {mounts[0]}/runs" if mounts else "storage: s3://bucket/runs, or a folder in one of cluster.volumes",
+        )
+
+
+def metadata(cluster: Cluster, kind: str, name: str) -> Object:
+    """Of the RayJob or RayService: who it is, and who starts its pods."""
+    queued = schedulerlabels(cluster.scheduler, name)
+    if isinstance(cluster.scheduler, Volcano) and cluster.priority_class:
+        queued["ray.io/priority-class-name"] = cluster.priority_class
+    return {"name": name, **_set(namespace=cluster.namespace), "labels": {**labels(kind, name), **queued}}
+
+
+def schedulerlabels(scheduler: Scheduler | None, name: str) -> dict[str, str]:
+    """What tells Kueue, or KubeRay's batch scheduler, whose pods these are."""
+    match scheduler:
+        case None:
+            return {}
+        case Kueue():
+            return {"kueue.x-k8s.io/queue-name": scheduler.queue}
+        case Volcano():
+            return {"ray.io/scheduler-name": "volcano"} | ({"volcano.sh/queue-name": scheduler.queue} if scheduler.queue else {})
+        case Yunikorn():
+            return {
+                "ray.io/gang-scheduling-enabled": "true",
+                "yunikorn.apache.org/app-id": name,
+                "yunikorn.apache.org/queue": scheduler.queue,
+            }
+        case Kai():
+            return {"kai.scheduler/queue": scheduler.queue}
+
+
+def ray_cluster(
+    cluster: Cluster,
+    kind: str,
+    name: str,
+    *,
+    cpus: int,
+    gpus: int,
+    pods: tuple[int, int],
+    env: Mapping[str, str],
+    config_map: str | None = None,
+) -> Object:
+    """A RayCluster's spec: a head without work of its own, and from `pods[0]` to `pods[1]` workers of `cpus` cores and `gpus` GPUs."""
+    scales = pods[0] < pods[1]
+    head = _pod(cluster, kind, name, "head", cluster.head.cpus, cluster.head.memory, 0, env, config_map)
+    head["spec"]["automountServiceAccountToken"] = scales
+    worker = _pod(cluster, kind, name, "worker", cpus, cluster.memory, gpus, env, config_map)
+    return {
+        "rayVersion": RAY_VERSION,
+        "authOptions": {"mode": "token"},
+        **({"enableInTreeAutoscaling": True, "autoscalerOptions": {"version": "v2", "securityContext": RESTRICTED}} if scales else {}),
+        "headGroupSpec": {"rayStartParams": {"dashboard-host": "0.0.0.0", "num-cpus": "0"}, "template": head},
+        "workerGroupSpecs": [
+            {
+                "groupName": WORKERS,
+                "replicas": pods[0],
+                "minReplicas": pods[0],
+                "maxReplicas": pods[1],
+                "rayStartParams": {},
+                "template": worker,
+            }
+        ],
+    }
+
+
+def pod_spec(cluster: Cluster, container: Object, **more: Any) -> Object:
+    """What any pod of a cluster has: its identity, its rights, and the taints it tolerates."""
+    return {
+        **_set(
+            serviceAccountName=cluster.service_account,
+            imagePullSecrets=[{"name": secret} for secret in cluster.image_pull_secrets],
+            priorityClassName=cluster.priority_class,
+        ),
+        "automountServiceAccountToken": False,
+        "securityContext": {"runAsNonRoot": True, "fsGroup": 1000, "seccompProfile": {"type": "RuntimeDefault"}},
+        "containers": [
+            {
+                "name": container["name"],
+                "image": cluster.image,
+                **_set(imagePullPolicy=cluster.image_pull_policy),
+                **container,
+                "securityContext": RESTRICTED,
+            }
+        ],
+        **_set(**more),
+    }
+
+
+def tolerations(cluster: Cluster, gpus: int = 0, *, worker: bool = False) -> list[Object]:
+    """As the spec says, and those that follow from GPUs and spot nodes."""
+    found = [
+        {
+            "key": one.key,
+            **({"operator": "Exists"} if one.value is None else {"operator": "Equal", "value": one.value}),
+            **_set(effect=one.effect),
+        }
+        for one in cluster.tolerations
+    ]
+    if gpus:
+        found.append({"key": GPU, "operator": "Exists", "effect": "NoSchedule"})
+    if worker and (spot := _spot(cluster)) and spot[2]:
+        found.append({"key": spot[0], "operator": "Equal", "value": spot[1], "effect": "NoSchedule"})
+    return found
+
+
+def _pod(
+    cluster: Cluster, kind: str, name: str, role: str, cpus: int, memory: str, gpus: int, env: Mapping[str, str], config_map: str | None
+) -> Object:
+    worker = role == "worker"
+    resources: Object = {"cpu": str(cpus), "memory": memory, **({GPU: str(gpus)} if gpus else {})}
+    volumes, mounts = _volumes(cluster, config_map)
+    container = {
+        "name": f"ray-{role}",
+        "env": _env(cluster, env),
+        "ports": [
+            {"name": port, "containerPort": number} for port, number in HEAD_PORTS.items() if not worker or port in ("serve", "metrics")
+        ],
+        "resources": {"requests": resources, "limits": resources},
+        **_set(volumeMounts=mounts),
+    }
+    nodes = {**cluster.node_selector, **({GPU + ".product": cluster.gpu_type} if cluster.gpu_type else {})}
+    if worker and (spot := _spot(cluster)):
+        nodes[spot[0]] = spot[1]
+    return {
+        "metadata": {"labels": labels(kind, name)},
+        "spec": pod_spec(
+            cluster,
+            container,
+            nodeSelector=nodes if worker else dict(cluster.head.node_selector),
+            tolerations=tolerations(cluster, gpus, worker=worker),
+            affinity=_affinity(cluster, name, worker=worker),
+            topologySpreadConstraints=_spread(cluster, name) if worker else [],
+            volumes=volumes,
+        ),
+    }
+
+
+def labels(kind: str, name: str) -> dict[str, str]:
+    """Of every object and pod of a job or a service."""
+    return {KIND: kind, NAME: name}
+
+
+def _env(cluster: Cluster, env: Mapping[str, str]) -> list[Object]:
+    plain = {**RAY_ENV, **env, **cluster.env}
+    secret = [{"name": one.name, "valueFrom": {"secretKeyRef": {"name": one.secret, "key": one.key}}} for one in cluster.secret_env]
+    return [{"name": key, "value": value} for key, value in sorted(plain.items())] + secret
+
+
+def _volumes(cluster: Cluster, config_map: str | None) -> tuple[list[Object], list[Object]]:
+    volumes: list[Object] = []
+    mounts: list[Object] = []
+    if config_map:
+        volumes.append({"name": "spec", "configMap": {"name": config_map}})
+        mounts.append({"name": "spec", "mountPath": "/etc/danlu", "readOnly": True})
+    if cluster.shared_memory:
+        volumes.append({"name": "shared-mem", "emptyDir": {"medium": "Memory", "sizeLimit": cluster.shared_memory}})
+        mounts.append({"name": "shared-mem", "mountPath": "/dev/shm"})
+    for i, volume in enumerate(cluster.volumes):
+        volumes.append({"name": f"volume-{i}", "persistentVolumeClaim": {"claimName": volume.claim}})
+        mounts.append({"name": f"volume-{i}", "mountPath": volume.mount_path, **({"readOnly": True} if volume.read_only else {})})
+    return volumes, mounts
+
+
+def _affinity(cluster: Cluster, name: str, *, worker: bool) -> Object:
+    """Workers stay together; the head, which a job cannot lose, stays off nodes that are taken away."""
+    if not isinstance(cluster, JobCluster):
+        return {}
+    if worker and cluster.same_topology:
+        term = {"labelSelector": {"matchLabels": _workers_of(name)}, "topologyKey": cluster.same_topology}
+        return {"podAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": [term]}}
+    if not worker and (spot := _spot(cluster)):
+        off = {"matchExpressions": [{"key": spot[0], "operator": "NotIn", "values": [spot[1]]}]}
+        return {"nodeAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": [off]}}}
+    return {}
+
+
+def _spread(cluster: Cluster, name: str) -> list[Object]:
+    if not isinstance(cluster, ServiceCluster) or not cluster.spread_over:
+        return []
+    return [
+        {
+            "maxSkew": 1,
+            "topologyKey": cluster.spread_over,
+            "whenUnsatisfiable": "ScheduleAnyway",
+            "labelSelector": {"matchLabels": _workers_of(name)},
+        }
+    ]
+
+
+def _workers_of(name: str) -> dict[str, str]:
+    return {NAME: name, "ray.io/node-type": "worker"}
+
+
+def _spot(cluster: Cluster) -> tuple[str, str, bool] | None:
+    return SPOT[cluster.spot] if isinstance(cluster, JobCluster) and cluster.spot else None
+
+
+def _set(**fields: Any) -> Object:
+    """The fields that are there."""
+    return {name: value for name, value in fields.items() if value not in (None, [], {})}

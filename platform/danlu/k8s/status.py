@@ -1,0 +1,241 @@
+"""What a RayJob or a RayService does and why, from its own status, its pods, their events and its queue. Pure: objects in, words out."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from danlu.k8s.pods import Object
+
+State = Literal["queued", "starting", "running", "retrying", "succeeded", "failed", "cancelled"]
+ENDED: frozenset[State] = frozenset({"succeeded", "failed", "cancelled"})
+LAST_LINES = 12
+
+Phase = Literal["starting", "running", "updating", "failing"]
+
+
+@dataclass(frozen=True)
+class JobStatus:
+    """A job: its state, why it is in it, what would help, and of a failed one the last lines of its log."""
+
+    name: str
+    state: State
+    why: str = ""
+    fix: str = ""
+    created: str = ""
+    ended: str = ""
+    log: tuple[str, ...] = ()
+
+    def text(self) -> str:
+        """For a terminal."""
+        lines = [f"{self.name}: {self.state}" + (f", {self.why}" if self.why else "")]
+        lines += [f"  try: {self.fix}"] if self.fix else []
+        return "\n".join([*lines, *(f"  | {line}" for line in self.log)])
+
+
+@dataclass(frozen=True)
+class ServiceStatus:
+    """A service: its phase, why, how many addresses answer, and the bundle that is asked for."""
+
+    name: str
+    phase: Phase
+    why: str = ""
+    fix: str = ""
+    endpoints: int = 0
+
+    def text(self) -> str:
+        """For a terminal."""
+        told = f"{self.name}: {self.phase}, {self.endpoints} pods answer" + (f"; {self.why}" if self.why else "")
+        return told + (f"\n  try: {self.fix}" if self.fix else "")
+
+
+def job_status(
+    job: Object, pods: Sequence[Object] = (), events: Sequence[Object] = (), workloads: Sequence[Object] = (), log: Sequence[str] = ()
+) -> JobStatus:
+    """A RayJob's state. `log` is the end of its driver's log."""
+    name, found = job["metadata"]["name"], job.get("status") or {}
+    times = {"created": job["metadata"].get("creationTimestamp", ""), "ended": found.get("endTime") or ""}
+    match found.get("jobDeploymentStatus") or "":
+        case "Complete" if found.get("jobStatus") == "SUCCEEDED":
+            return JobStatus(name, "succeeded", **times)
+        case "Complete" if found.get("jobStatus") == "STOPPED":
+            return JobStatus(name, "cancelled", "it was stopped on its Ray cluster", f"danlu jobs resume {name}", **times)
+        case "Complete" | "Failed" | "ValidationFailed":
+            why, fix = _why_failed(found, pods, log)
+            return JobStatus(name, "failed", why, fix, log=tuple(log[-LAST_LINES:]), **times)
+        case "Suspended" | "Suspending" if not _queue(job):
+            return JobStatus(name, "cancelled", "it is suspended", f"danlu jobs resume {name}", **times)
+        case "Retrying":
+            return JobStatus(name, "retrying", f"attempt {found.get('failed', 0) + 1} of {job['spec'].get('backoffLimit', 0) + 1}", **times)
+        case "Running" if found.get("jobStatus") == "RUNNING":
+            return JobStatus(name, "running", _memory_kill(pods)[0], **times)
+        case _ if job["spec"].get("suspend"):
+            if queue := _queue(job):
+                return JobStatus(name, "queued", _why_queued(queue, job, workloads), **times)
+            return JobStatus(name, "cancelled", "it is suspended", f"danlu jobs resume {name}", **times)
+        case _:
+            why, fix = _why_starting(pods, events)
+            return JobStatus(name, "starting", why, fix, **times)
+
+
+def service_status(service: Object, pods: Sequence[Object] = (), events: Sequence[Object] = ()) -> ServiceStatus:
+    """A RayService's phase."""
+    name, found = service["metadata"]["name"], service.get("status") or {}
+    conditions = {one["type"]: one for one in found.get("conditions", [])}
+    ready = conditions.get("Ready", {}).get("status") == "True" or found.get("serviceStatus") == "Running"
+    endpoints = int(found.get("numServeEndpoints") or 0)
+    told = [
+        f"{application}: {one.get('message', '').strip().splitlines()[-1]}"
+        for cluster in ("pendingServiceStatus", "activeServiceStatus")
+        for application, one in ((found.get(cluster) or {}).get("applicationStatuses") or {}).items()
+        if one.get("status") in ("DEPLOY_FAILED", "UNHEALTHY") and one.get("message", "").strip()
+    ]
+    if told:
+        return ServiceStatus(name, "failing", told[0], f"danlu services rollback {name}", endpoints)
+    if conditions.get("UpgradeInProgress", {}).get("status") == "True":
+        why, fix = _why_starting(pods, events)
+        return ServiceStatus(name, "updating", why or "new pods take over when they are ready", fix, endpoints)
+    if ready:
+        return ServiceStatus(name, "running", endpoints=endpoints)
+    why, fix = _why_starting(pods, events)
+    return ServiceStatus(name, "starting", why, fix, endpoints)
+
+
+def _queue(job: Object) -> str | None:
+    queue: str | None = job["metadata"].get("labels", {}).get("kueue.x-k8s.io/queue-name")
+    return queue
+
+
+def _why_queued(queue: str, job: Object, workloads: Sequence[Object]) -> str:
+    uid = job["metadata"].get("uid")
+    for workload in workloads:
+        if any(owner.get("uid") == uid for owner in workload["metadata"].get("ownerReferences", [])):
+            conditions = {one["type"]: one for one in (workload.get("status") or {}).get("conditions", [])}
+            for kind, said in (("Evicted", "put back"), ("QuotaReserved", "behind the quota"), ("Admitted", "not admitted yet")):
+                condition = conditions.get(kind, {})
+                if condition.get("status") == ("True" if kind == "Evicted" else "False"):
+                    return f"{said} in queue {queue}: {condition.get('message', '')}"
+    return f"waiting in queue {queue}"
+
+
+def _why_starting(pods: Sequence[Object], events: Sequence[Object]) -> tuple[str, str]:
+    """The first thing that keeps a pod from running, and what would help."""
+    for pod in pods:
+        for one in _containers(pod):
+            waiting = one.get("state", {}).get("waiting") or {}
+            if found := _why_waiting(pod, one, waiting):
+                return found
+        for condition in (pod.get("status") or {}).get("conditions", []):
+            if condition["type"] == "PodScheduled" and condition["status"] == "False":
+                return _why_unscheduled(pod, condition.get("message", ""))
+    names = {pod["metadata"]["name"] for pod in pods if (pod.get("status") or {}).get("phase") == "Pending"}
+    for event in reversed(list(events)):
+        if event.get("involvedObject", {}).get("name") in names and event.get("reason") in (
+            "FailedMount",
+            "FailedAttachVolume",
+            "FailedCreatePodSandBox",
+        ):
+            return (
+                f"pod {event['involvedObject']['name']}: {event['message']}",
+                "the claims, Secrets and ConfigMaps that cluster: names must exist",
+            )
+    kill, fix = _memory_kill(pods)
+    if kill:
+        return kill, fix
+    if not pods:
+        return "KubeRay has made no pods yet", ""
+    waits = sum((pod.get("status") or {}).get("phase") != "Running" for pod in pods)
+    return (f"{waits} of {len(pods)} pods are not up yet" if waits else f"all {len(pods)} pods are up"), ""
+
+
+def _why_waiting(pod: Object, container: Object, waiting: Object) -> tuple[str, str] | None:
+    name, message = pod["metadata"]["name"], waiting.get("message", "")
+    match waiting.get("reason"):
+        case "ErrImagePull" | "ImagePullBackOff" | "InvalidImageName" | "ErrImageNeverPull":
+            return (
+                f"pod {name} cannot pull the image {container.get('image')}: {message}",
+                "cluster.image as the registry has it; a private one needs cluster.image_pull_secrets",
+            )
+        case "CreateContainerConfigError" | "CreateContainerError":
+            return f"pod {name}: {message}", "the Secrets and keys that cluster.secret_env names must exist"
+        case "CrashLoopBackOff":
+            return f"pod {name} starts and ends again: {message}", f"kubectl logs {name} --previous"
+        case _:
+            return None
+
+
+def _why_unscheduled(pod: Object, message: str) -> tuple[str, str]:
+    asked = pod["spec"]["containers"][0].get("resources", {}).get("limits", {})
+    gpu_type = pod["spec"].get("nodeSelector", {}).get("nvidia.com/gpu.product")
+    what = f"pod {pod['metadata']['name']} fits no node: {message}"
+    if gpu_type and "affinity/selector" in message and "Insufficient" not in message:
+        return what, f"no node has nvidia.com/gpu.product={gpu_type}: kubectl get nodes -L nvidia.com/gpu.product says which there are"
+    if "Insufficient nvidia.com/gpu" in message:
+        return what, f"fewer cluster.workers_per_pod (a pod asks for {asked.get('nvidia.com/gpu')} GPUs), or wait for nodes"
+    if "Insufficient" in message:
+        return what, f"a smaller pod (it asks for {asked.get('cpu')} cores and {asked.get('memory')})"
+    if "taint" in message:
+        return what, "cluster.tolerations for that taint"
+    if "persistentvolumeclaim" in message.lower():
+        return what, "the claims that cluster.volumes names must exist in that namespace"
+    return what, ""
+
+
+def _why_failed(found: Object, pods: Sequence[Object], log: Sequence[str]) -> tuple[str, str]:
+    said = found.get("message") or ""
+    match found.get("reason"):
+        case "DeadlineExceeded":
+            return (
+                f"it took longer than cluster.active_deadline_s: {said}",
+                "the same job goes on from its last checkpoint; raise the limit",
+            )
+        case "PreRunningDeadlineExceeded":
+            return (
+                f"it had not begun within cluster.pre_running_deadline_s: {said}",
+                "`danlu jobs show` of a new try says what it waits for",
+            )
+        case "ValidationFailed":
+            return f"KubeRay refuses it: {said}", "danlu doctor compares the versions"
+    error = _danlu_error(log)
+    kill, fix = _memory_kill(pods)
+    step = _last_step(log)
+    told = "; ".join(part for part in (error or kill or (said.strip().splitlines()[-1:] and said.strip().splitlines()[-1]), step) if part)
+    if error and kill:
+        told = f"{told}; {kill}"
+    return told or str(found.get("reason") or "no reason is given"), fix or _fix_in(log)
+
+
+def _memory_kill(pods: Sequence[Object]) -> tuple[str, str]:
+    for pod in pods:
+        for one in _containers(pod):
+            for state in (one.get("state", {}), one.get("lastState", {})):
+                if (state.get("terminated") or {}).get("reason") == "OOMKilled":
+                    limit = pod["spec"]["containers"][0].get("resources", {}).get("limits", {}).get("memory", "its limit")
+                    role = pod["metadata"].get("labels", {}).get("ray.io/node-type", "a")
+                    field = "cluster.head.memory" if role == "head" else "cluster.memory"
+                    return (
+                        f"{role} pod {pod['metadata']['name']} was killed for using more than {limit} of memory",
+                        f"a larger {field}, or a smaller micro_batch_size",
+                    )
+    return "", ""
+
+
+def _danlu_error(log: Sequence[str]) -> str:
+    """The line that `danlu` ends with after a mistake, which for a lost worker names the rank."""
+    return next((line.removeprefix("error: ") for line in reversed(log) if line.startswith("error: ")), "")
+
+
+def _fix_in(log: Sequence[str]) -> str:
+    return next((line.strip().removeprefix("try: ") for line in reversed(log) if line.strip().startswith("try: ")), "")
+
+
+def _last_step(log: Sequence[str]) -> str:
+    steps = [match[0] for line in log if (match := re.search(r"\bstep \d+/\d+", line))]
+    return f"after {steps[-1]}" if steps else ""
+
+
+def _containers(pod: Object) -> list[dict[str, Any]]:
+    status = pod.get("status") or {}
+    return [*status.get("initContainerStatuses", []), *status.get("containerStatuses", [])]

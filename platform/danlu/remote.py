@@ -1,0 +1,306 @@
+"""Jobs and services on Kubernetes: submit, list, show, follow, wait, cancel, resume, delete; deploy, scale, roll back. Over k8s.client."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from danlu.errors import ClusterError, SpecError
+from danlu.k8s.manifests import render
+from danlu.k8s.pods import KIND, NAME, Object
+from danlu.k8s.rayjob import SPEC_FILE, config_map, config_map_name, ray_job
+from danlu.k8s.rayservice import ray_service
+from danlu.k8s.status import ENDED, JobStatus, ServiceStatus, job_status, service_status
+from danlu.spec.files import dump, parse
+from danlu.spec.serve import Service
+from danlu.spec.train import TrainJob
+
+if TYPE_CHECKING:
+    from danlu.k8s.client import Kube
+
+SPEC, PREVIOUS = "danlu.ai/spec", "danlu.ai/previous-spec"
+"""Annotations of a RayService: the spec it was deployed from, and the one before it."""
+LOG_TAIL = 200
+
+
+def check_reachable(job: TrainJob) -> None:
+    """SpecError for rows or a model that are files of this machine: pods do not have them."""
+    assert job.cluster is not None
+    mounts = [volume.mount_path for volume in job.cluster.volumes]
+    sources = {"model.model_name_or_path": [job.model.model_name_or_path]}
+    for split in ("train", "dev", "test"):
+        found = getattr(job.data, split)
+        sources[f"data.{split}"] = [found] if isinstance(found, str) else list(found or [])
+    for field, paths in sources.items():
+        for path in paths:
+            if "://" in path or any(path.startswith(f"{mount}/") for mount in mounts):
+                continue
+            if path.startswith(("/", "./", "../", "~")) or Path(path).exists():
+                raise SpecError(
+                    f"{path} is on this machine, and the pods are on others",
+                    where=field,
+                    fix=f"copy it to {mounts[0]}, a volume of the pods" if mounts else "copy it to an object store: s3://bucket/...",
+                )
+
+
+def submit(kube: Kube, job: TrainJob, *, dry_run: bool = False) -> None:
+    """Make the RayJob, then its ConfigMap, which it owns: a name that is taken changes nothing."""
+    from danlu.k8s import client
+
+    check_reachable(job)
+    try:
+        made = client.create(kube, ray_job(job), dry_run=dry_run)
+    except client.Refused as refused:
+        if refused.reason != "AlreadyExists":
+            raise
+        raise ClusterError(
+            f"there is a job named {job.name!r} already ({status(kube, job.name).state})",
+            where="name",
+            fix=f"danlu jobs resume {job.name} goes on with it; danlu jobs delete {job.name} makes room; or --set name=...",
+        ) from refused
+    spec = config_map(job)
+    if not dry_run:
+        meta = made["metadata"]
+        owner = {"apiVersion": "ray.io/v1", "kind": "RayJob", "name": job.name, "uid": meta.get("uid", ""), "controller": True}
+        spec["metadata"] = {**spec["metadata"], "ownerReferences": [owner]}
+    try:
+        client.apply(kube, spec, dry_run=dry_run)
+    except BaseException:
+        if not dry_run:  # else its pods would wait for the spec for ever
+            client.delete(kube, "RayJob", job.name)
+        raise
+
+
+def jobs(kube: Kube) -> list[JobStatus]:
+    """Every job of ours in the namespace, by its own status alone."""
+    from danlu.k8s import client
+
+    return [job_status(one) for one in client.find(kube, "RayJob", {KIND: "train"})]
+
+
+def status(kube: Kube, name: str) -> JobStatus:
+    """A job's state, and why."""
+    return _explained(kube, _job(kube, name))
+
+
+def logs(kube: Kube, name: str, *, follow: bool) -> Iterator[str]:
+    """Lines of the driver's log. With `follow`, until the job has ended, over its retries."""
+    from danlu.k8s import client
+
+    seen: set[str] = set()
+    for one in client.watch(kube, "RayJob", name) if follow else [_job(kube, name)]:
+        if one is None:
+            return
+        for pod in _submitters(kube, name):
+            if pod["metadata"]["name"] not in seen and pod.get("status", {}).get("phase") in ("Running", "Succeeded", "Failed"):
+                seen.add(pod["metadata"]["name"])
+                yield from client.pod_log(kube, pod["metadata"]["name"], follow=follow)
+        if job_status(one).state in ENDED:
+            break
+    if not seen:
+        found = _explained(kube, _job(kube, name))
+        raise ClusterError(
+            f"{name} has written no log: it is {found.state}{', ' + found.why if found.why else ''}", where="jobs logs", fix=found.fix
+        )
+
+
+def wait(kube: Kube, name: str, *, timeout_s: float | None = None) -> JobStatus | None:
+    """A job's state once it has ended; None if that took longer than `timeout_s`."""
+    from danlu.k8s import client
+
+    _job(kube, name)
+    for one in client.watch(kube, "RayJob", name, timeout_s=timeout_s):
+        if one is None:
+            raise ClusterError(f"{name} was deleted", where="jobs wait")
+        if job_status(one).state in ENDED:
+            return _explained(kube, one)
+    return None
+
+
+def cancel(kube: Kube, name: str) -> str:
+    """End a job's pods; what there is to say. It is suspended where KubeRay can do that, so that `resume` goes on with it."""
+    from danlu.k8s import client
+
+    while True:
+        job = _job(kube, name)
+        found = job_status(job)
+        if found.state in ENDED:
+            return f"{name} has ended already: {found.state}"
+        if "kueue.x-k8s.io/queue-name" in job["metadata"].get("labels", {}) or not job["spec"].get("shutdownAfterJobFinishes"):
+            client.delete(kube, "RayJob", name)
+            return f"{name} is deleted; `danlu train` of the same spec goes on from its last checkpoint"
+        version = {"metadata": {"resourceVersion": job["metadata"].get("resourceVersion", "")}}
+        try:
+            client.patch(kube, "RayJob", name, {**version, "spec": {"suspend": True}})
+        except client.Refused as refused:
+            if refused.status == 409:  # it changed meanwhile: it may have ended
+                continue
+            raise
+        return f"{name} is cancelled; danlu jobs resume {name} goes on from its last checkpoint"
+
+
+def resume(kube: Kube, name: str) -> str:
+    """Go on with a job that was cancelled, that failed or that has ended, from its last checkpoint."""
+    from danlu.k8s import client
+
+    job = _job(kube, name)
+    found = job_status(job)
+    if found.state not in ENDED:
+        raise ClusterError(f"{name} is {found.state} already", where="jobs resume", fix=f"danlu jobs logs -f {name}")
+    if job["spec"].get("suspend"):
+        client.patch(kube, "RayJob", name, {"spec": {"suspend": False}})
+    else:
+        spec = _spec(kube, name)
+        client.delete(kube, "RayJob", name)
+        for one in client.watch(kube, "RayJob", name, timeout_s=120):
+            if one is None or one["metadata"].get("uid") != job["metadata"].get("uid"):
+                break
+        submit(kube, spec)
+    return f"{name} goes on"
+
+
+def delete(kube: Kube, kind: str, name: str) -> str:
+    """Delete a job or a service and its pods. Its runs and bundles stay in the storage."""
+    from danlu.k8s import client
+
+    if not client.delete(kube, kind, name):
+        raise _unknown(kube, kind, name)
+    return f"{name} is deleted; what it stored stays"
+
+
+def deploy(kube: Kube, service: Service, *, dry_run: bool = False) -> None:
+    """Make or change a service. The spec before is kept beside it, for `rollback`."""
+    from danlu.k8s import client
+
+    before = client.get(kube, "RayService", service.name)
+    last = (before or {}).get("metadata", {}).get("annotations", {}).get(SPEC)
+    notes = {SPEC: dump(service)}
+    if last is not None and last != notes[SPEC]:
+        notes[PREVIOUS] = last
+    elif before is not None and PREVIOUS in before["metadata"].get("annotations", {}):
+        notes[PREVIOUS] = before["metadata"]["annotations"][PREVIOUS]
+    one = ray_service(service)
+    one["metadata"] = {**one["metadata"], "annotations": notes}
+    client.apply(kube, one, dry_run=dry_run)
+
+
+def services(kube: Kube) -> list[ServiceStatus]:
+    """Every service of ours in the namespace, by its own status alone."""
+    from danlu.k8s import client
+
+    return [service_status(one) for one in client.find(kube, "RayService", {KIND: "serve"})]
+
+
+def service(kube: Kube, name: str) -> ServiceStatus:
+    """A service's phase, and why."""
+    from danlu.k8s import client
+
+    one = _service(kube, name)
+    return service_status(one, client.find(kube, "Pod", {NAME: name}), client.find(kube, "Event"))
+
+
+def scale(kube: Kube, name: str, *, min_replicas: int | None, max_replicas: int | None) -> Service:
+    """Change how many replicas a service has; the spec it has now."""
+    spec = _deployed(kube, name, SPEC)
+    changes = {"min_replicas": min_replicas, "max_replicas": max_replicas}
+    overrides = [f"autoscaling.{field}={number}" for field, number in changes.items() if number is not None]
+    if not overrides:
+        raise SpecError("neither --min nor --max is given", where="services scale", fix=f"danlu services scale {name} --max 8")
+    changed = parse(Service, dump(spec), overrides, source=f"the spec of {name}")
+    deploy(kube, changed)
+    return changed
+
+
+def rollback(kube: Kube, name: str) -> Service:
+    """Go back to the spec that was deployed before; again goes forward."""
+    spec = _deployed(kube, name, PREVIOUS)
+    deploy(kube, spec)
+    return spec
+
+
+def dry_run(kube: Kube, spec: TrainJob | Service) -> Sequence[str]:
+    """Ask the API server whether it would take a spec's objects; their names."""
+    if isinstance(spec, TrainJob):
+        submit(kube, spec, dry_run=True)
+    else:
+        deploy(kube, spec, dry_run=True)
+    return [f"{one['kind']} {one['metadata']['name']}" for one in render(spec)]
+
+
+def _explained(kube: Kube, job: Object) -> JobStatus:
+    from danlu.k8s import client
+
+    name, found = job["metadata"]["name"], job_status(job)
+    pods = client.find(kube, "Pod", {NAME: name})
+    log: list[str] = []
+    if found.state == "failed":
+        for pod in _submitters(kube, name)[-1:]:
+            log = list(client.pod_log(kube, pod["metadata"]["name"], tail=LOG_TAIL))
+    workloads = client.find(kube, "Workload") if found.state == "queued" else []
+    events = client.find(kube, "Event") if found.state == "starting" else []
+    return job_status(job, pods, events, workloads, log)
+
+
+def _submitters(kube: Kube, name: str) -> list[Object]:
+    """The pods that follow the driver's log, the oldest first: one for each try."""
+    from danlu.k8s import client
+
+    pods = client.find(kube, "Pod", {NAME: name})
+    found = [pod for pod in pods if pod["spec"]["containers"][0]["name"] == "ray-job-submitter"]
+    return sorted(found, key=lambda pod: pod["metadata"].get("creationTimestamp", ""))
+
+
+def _job(kube: Kube, name: str) -> Object:
+    from danlu.k8s import client
+
+    job = client.get(kube, "RayJob", name)
+    if job is None:
+        raise _unknown(kube, "RayJob", name)
+    return job
+
+
+def _service(kube: Kube, name: str) -> Object:
+    from danlu.k8s import client
+
+    one = client.get(kube, "RayService", name)
+    if one is None:
+        raise _unknown(kube, "RayService", name)
+    return one
+
+
+def _spec(kube: Kube, name: str) -> TrainJob:
+    from danlu.k8s import client
+
+    found = client.get(kube, "ConfigMap", config_map_name(name))
+    if found is None:
+        raise ClusterError(f"{name} has lost its spec", where=f"ConfigMap {config_map_name(name)}", fix="danlu train SPEC --on k8s")
+    return parse(TrainJob, found["data"][SPEC_FILE], source=f"the spec of {name}")
+
+
+def _deployed(kube: Kube, name: str, annotation: str) -> Service:
+    text = _service(kube, name)["metadata"].get("annotations", {}).get(annotation)
+    if text is None:
+        what = "was deployed once only: there is nothing before it" if annotation == PREVIOUS else "was not deployed by `danlu serve`"
+        raise ClusterError(f"{name} {what}", where="services", fix="danlu serve SPEC --on k8s; a chart's service is changed in its values")
+    return parse(Service, text, source=f"the spec of {name}")
+
+
+def _unknown(kube: Kube, kind: str, name: str) -> ClusterError:
+    from danlu.k8s import client
+
+    there = [one["metadata"]["name"] for one in client.find(kube, kind)]
+    what = {"RayJob": "job", "RayService": "service"}[kind]
+    return ClusterError(
+        f"there is no {what} named {name!r} in namespace {kube.namespace}" + (f"; there is: {', '.join(there[:8])}" if there else ""),
+        where=f"context {kube.context}",
+        fix="--namespace or --context for another place",
+    )
+
+
+def as_json(one: JobStatus | ServiceStatus) -> str:
+    """One line of JSON."""
+    from dataclasses import asdict
+
+    return json.dumps(asdict(one), ensure_ascii=False)

@@ -1,0 +1,104 @@
+"""What a Helm release of charts/danlu is: specs of jobs and services, verbatim, and what they need around them. Its values, to the letter."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from danlu.spec.base import PositiveInt, Spec
+from danlu.spec.cluster import Bytes, KubeName
+from danlu.spec.serve import Service
+from danlu.spec.train import TrainJob
+
+
+class Access(Spec):
+    """The pods' service account, and a Role for people and pipelines that submit jobs."""
+
+    service_account: KubeName | None = None
+    """A ServiceAccount to make; name it in `cluster.service_account` of a spec."""
+    annotations: dict[str, str] = {}
+    """Of the ServiceAccount: eks.amazonaws.com/role-arn, iam.gke.io/gcp-service-account."""
+    groups: list[str] = []
+    """Groups of people who may submit, see and delete jobs and services in this namespace, and nothing else."""
+
+
+class Storage(Spec):
+    """A PersistentVolumeClaim for runs and bundles, where there is no object store. It outlives the release."""
+
+    claim: KubeName
+    size: Bytes = "100Gi"
+    storage_class: KubeName | None = None
+    access_modes: list[Literal["ReadWriteOnce", "ReadWriteMany", "ReadWriteOncePod"]] = ["ReadWriteMany"]
+
+
+class Queue(Spec):
+    """A Kueue LocalQueue, and the ClusterQueue's name that holds its quota."""
+
+    name: KubeName
+    cluster_queue: KubeName
+
+
+class Gateway(Spec):
+    """How a service is reached from outside: an Ingress, or a route of a Gateway that is there."""
+
+    kind: Literal["ingress", "http_route"]
+    service: KubeName
+    """The name of one of `services`."""
+    host: Annotated[str, Field(min_length=1)]
+    class_name: KubeName | None = None
+    """The Ingress' class."""
+    tls_secret: KubeName | None = None
+    """The Ingress' certificate."""
+    gateway: KubeName | None = None
+    """The Gateway that a route hangs on; its listener has the certificate."""
+    annotations: dict[str, str] = {}
+
+
+class Network(Spec):
+    """NetworkPolicies: nothing comes in but among the pods of a job or service, from the ingress and from Prometheus."""
+
+    enabled: bool = True
+    ingress_namespace: KubeName | None = None
+    """The namespace that requests to services come from; unset: every namespace, to the serving port."""
+    monitoring_namespace: KubeName = "monitoring"
+    operator_namespace: KubeName = "kuberay-operator"
+    """KubeRay's operator asks the head for its state."""
+
+
+class Quota(Spec):
+    """A ResourceQuota of the namespace."""
+
+    gpus: PositiveInt | None = None
+    cpus: PositiveInt | None = None
+    memory: Bytes | None = None
+
+
+class Monitoring(Spec):
+    """Objects for the Prometheus operator and for Grafana's sidecar. The rules and dashboards are those in the chart's files/."""
+
+    pod_monitor: bool = False
+    rules: bool = False
+    dashboards: bool = False
+    labels: dict[str, str] = {}
+    """What the Prometheus or Grafana selects by: release: kube-prometheus-stack."""
+
+
+class Install(Spec):
+    """The values of charts/danlu."""
+
+    jobs: list[TrainJob] = []
+    """TrainJob specs, each as in its own file, with `cluster:`."""
+    services: list[Service] = []
+    """Service specs, each as in its own file, with `cluster:`."""
+    access: Access = Access()
+    storage: Storage | None = None
+    queues: list[Queue] = []
+    gateways: list[Gateway] = []
+    network: Network = Network()
+    quota: Quota | None = None
+    disruption_budget: bool = True
+    """PodDisruptionBudgets: of a service, as many pods as its least replicas stay up; of a job, all."""
+    monitoring: Monitoring = Monitoring()
+    test_image: Annotated[str, Field(min_length=1)] = "curlimages/curl:8.11.1"
+    """Of the pod with which `helm test` asks each service for its health."""

@@ -1,0 +1,216 @@
+"""The chart: a courier, which puts a spec where the Python renderer puts it; strict about its values, with a path to what is wrong."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from kube import check, tool
+from test_render import EXAMPLES, GPU_JOB, JOB, JOB_CLUSTERS, SERVICE, SERVICE_CLUSTERS
+
+from danlu.k8s.manifests import render
+from danlu.spec import yaml12
+from danlu.spec.files import parse
+from danlu.spec.install import Install
+from danlu.spec.serve import Service
+from danlu.spec.train import TrainJob
+
+Object = dict[str, Any]
+CHART = Path(__file__).parents[3] / "charts" / "danlu"
+GATEWAY = {"service": "topics", "host": "topics.example.com"}
+
+VALUES: dict[str, Object] = {
+    "nothing": {},
+    "a job": {"jobs": [JOB]},
+    "a service": {"services": [SERVICE]},
+    "everything of one team": {
+        "jobs": [JOB],
+        "services": [SERVICE],
+        "access": {
+            "service_account": "danlu",
+            "annotations": {"eks.amazonaws.com/role-arn": "arn:aws:iam::1:role/danlu"},
+            "groups": ["ml"],
+        },
+        "storage": {"claim": "danlu-storage", "size": "2Ti", "storage_class": "nfs"},
+        "queues": [{"name": "research", "cluster_queue": "gpus"}],
+        "quota": {"gpus": 16, "cpus": 200, "memory": "2Ti"},
+        "monitoring": {"pod_monitor": True, "labels": {"release": "prometheus"}},
+    },
+    "an ingress": {"services": [SERVICE], "gateways": [{"kind": "ingress", **GATEWAY}]},
+    "an ingress with TLS": {
+        "services": [SERVICE],
+        "gateways": [{"kind": "ingress", "class_name": "nginx", "tls_secret": "cert", "annotations": {"a/b": "c"}, **GATEWAY}],
+    },
+    "a route": {"services": [SERVICE], "gateways": [{"kind": "http_route", "gateway": "public", **GATEWAY}]},
+    "no policies": {"jobs": [JOB], "services": [SERVICE], "network": {"enabled": False}, "disruption_budget": False},
+    "narrow policies": {"services": [SERVICE], "network": {"ingress_namespace": "ingress-nginx", "monitoring_namespace": "prometheus"}},
+    "one writer": {"storage": {"claim": "c", "access_modes": ["ReadWriteOnce"]}},
+    "a quota of GPUs": {"quota": {"gpus": 1}},
+    "a sub-chart's": {"global": {"imageRegistry": "x"}, "services": [SERVICE], "test_image": "registry/curl:8"},
+    "another namespace": {"jobs": [JOB | {"cluster": JOB["cluster"] | {"namespace": "other"}}], "services": [SERVICE]},
+}
+
+
+def template(values: Object, tmp_path: Path) -> subprocess.CompletedProcess[str]:
+    (tmp_path / "values.yaml").write_text(yaml12.write(values))
+    command = [tool("helm"), "template", "name", str(CHART), "--namespace", "release", "--values", str(tmp_path / "values.yaml")]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def rendered(values: Object, tmp_path: Path) -> list[Object]:
+    done = template(values, tmp_path)
+    assert done.returncode == 0, done.stderr
+    return [one for one in yaml.safe_load_all(done.stdout) if one]
+
+
+def specs_apart(one: Object, kind: type[TrainJob] | type[Service]) -> Object:
+    """An object with the specs in its texts read: how they are written down is nobody's business."""
+    if one["kind"] == "ConfigMap":
+        return {**one, "data": {name: parse(TrainJob, text) for name, text in one["data"].items()}}
+    if one["kind"] == "RayService":
+        config = yaml.safe_load(one["spec"]["serveConfigV2"])
+        for application in config["applications"]:
+            application["args"] = Service.model_validate(application["args"])
+        return {**one, "spec": {**one["spec"], "serveConfigV2": config}}
+    return one
+
+
+def by_python(spec: TrainJob | Service) -> Iterator[Object]:
+    """What the renderer makes of a spec, in the release's namespace."""
+    for one in render(spec):
+        yield specs_apart({**one, "metadata": {"namespace": "release", **one["metadata"]}}, type(spec))
+
+
+def by_helm(objects: list[Object], spec: TrainJob | Service) -> list[Object]:
+    """What the chart makes of the same."""
+    kinds = ("ConfigMap", "RayJob") if isinstance(spec, TrainJob) else ("RayService",)
+    found = [one for one in objects if one["kind"] in kinds and one["metadata"]["labels"]["danlu.ai/name"] == spec.name]
+    return [specs_apart(one, type(spec)) for one in sorted(found, key=lambda one: kinds.index(one["kind"]))]
+
+
+def differences(helm: Any, python: Any, path: str = "") -> Iterator[str]:
+    """Where the two differ, with what each has."""
+    if isinstance(helm, dict) and isinstance(python, dict):
+        for name in sorted(helm.keys() | python.keys()):
+            yield from differences(helm.get(name), python.get(name), f"{path}.{name}")
+    elif isinstance(helm, list) and isinstance(python, list) and len(helm) == len(python):
+        for i, (one, other) in enumerate(zip(helm, python, strict=True)):
+            yield from differences(one, other, f"{path}[{i}]")
+    elif helm != python:
+        yield f"{path}: {helm!r} by Helm, {python!r} by Python"
+
+
+def test_the_chart_makes_of_every_spec_what_the_renderer_makes(tmp_path: Path) -> None:
+    jobs = [GPU_JOB | {"name": f"job-{i}", "cluster": JOB["cluster"] | fields} for i, fields in enumerate(JOB_CLUSTERS.values())]
+    jobs += [JOB, GPU_JOB | {"name": "one-gpu", "workers": {"gpus_per_worker": 1}}]
+    scaling = {"min_replicas": 1, "max_replicas": 5}
+    of_both = [fields for fields in JOB_CLUSTERS.values() if not set(fields) & JOBS_OWN]
+    services = [
+        SERVICE | {"name": f"service-{i}", "autoscaling": scaling, "cluster": SERVICE["cluster"] | fields}
+        for i, fields in enumerate([*SERVICE_CLUSTERS.values(), *of_both])
+    ]
+    services += [
+        SERVICE | {"name": "gpu", "engine": {"kind": "encoder", "num_gpus": 1, "num_threads": 3}, "http": {"haproxy": True}},
+        SERVICE
+        | {"name": "limits", "limits": {"request_timeout_s": 2.5, "max_body_bytes": 100_000_000}, "autoscaling": {"max_replicas": 3}},
+        SERVICE | {"name": "to-zero", "autoscaling": {"min_replicas": 0}},
+        {"name": "echo", "engine": {"kind": "echo", "latency_ms": 0.5}, "cluster": {"image": "i", "gpu_type": None}},
+    ]
+    for path in EXAMPLES:
+        document, _ = yaml12.read(path.read_text(), path.name)
+        document["name"] = f"example-{document['name']}"
+        (services if document["kind"] == "service" else jobs).append(document)
+    objects = rendered({"jobs": jobs, "services": services}, tmp_path)
+    different: list[str] = []
+    for kind, documents in ((TrainJob, jobs), (Service, services)):
+        for document in documents:
+            spec = parse(kind, yaml12.write(document))
+            different += [f"{spec.name}{path}" for path in differences(by_helm(objects, spec), list(by_python(spec)))]
+    assert not different, "\n".join(different)
+
+
+JOBS_OWN = {"active_deadline_s", "cleanup", "same_topology", "spot", "gpu_type"}
+
+
+@pytest.mark.parametrize("name", VALUES)
+def test_whatever_the_values_every_object_is_taken(name: str, tmp_path: Path) -> None:
+    Install.model_validate({key: value for key, value in VALUES[name].items() if key != "global"})
+    objects = rendered(VALUES[name], tmp_path)
+    for one in objects:
+        check(one)
+    assert len({(one["kind"], one["metadata"].get("namespace"), one["metadata"]["name"]) for one in objects}) == len(objects)
+
+
+def test_what_is_asked_for_around_the_specs_is_there_and_nothing_else(tmp_path: Path) -> None:
+    def kinds(name: str) -> dict[str, int]:
+        found = [one["kind"] for one in rendered(VALUES[name], tmp_path)]
+        return {kind: found.count(kind) for kind in sorted(set(found))}
+
+    assert kinds("nothing") == {"NetworkPolicy": 2}
+    assert kinds("no policies") == {"ConfigMap": 1, "Pod": 1, "RayJob": 1, "RayService": 1}
+    assert kinds("everything of one team") == {
+        "ConfigMap": 1,
+        "LocalQueue": 1,
+        "NetworkPolicy": 4,
+        "PersistentVolumeClaim": 1,
+        "Pod": 1,
+        "PodDisruptionBudget": 2,
+        "PodMonitor": 1,
+        "RayJob": 1,
+        "RayService": 1,
+        "ResourceQuota": 1,
+        "Role": 1,
+        "RoleBinding": 1,
+        "ServiceAccount": 1,
+    }
+
+
+def test_the_role_is_what_the_client_asks_of_a_cluster_and_no_more(tmp_path: Path) -> None:
+    (role,) = [one for one in rendered(VALUES["everything of one team"], tmp_path) if one["kind"] == "Role"]
+    rights = {(resource, verb) for rule in role["rules"] for resource in rule["resources"] for verb in rule["verbs"]}
+    assert not {verb for _, verb in rights} & {"*", "deletecollection", "escalate", "bind", "impersonate"}
+    assert not {resource for resource, _ in rights} & {"*", "secrets", "pods/exec", "serviceaccounts"}
+    assert {("rayjobs", "create"), ("configmaps", "patch"), ("pods/log", "get"), ("events", "list"), ("workloads", "list")} <= rights
+
+
+BAD: dict[str, tuple[Object, str]] = {
+    "a misspelt value": ({"servces": []}, "servces"),
+    "a misspelt field of a spec": ({"jobs": [JOB | {"max_step": 3}]}, "/jobs/0"),
+    "a wrong number": ({"jobs": [JOB | {"max_steps": 0}]}, "/jobs/0/max_steps"),
+    "no cluster": ({"services": [{"name": "a", "engine": {"kind": "echo"}}]}, "/services/0"),
+    "a wrong unit": ({"services": [SERVICE | {"cluster": {"image": "i", "memory": "8G"}}]}, "/services/0/cluster/memory"),
+    "a wrong union": ({"jobs": [JOB | {"cluster": {"image": "i", "scheduler": {"kind": "slurm"}}}]}, "/jobs/0/cluster/scheduler"),
+    "a quota of none": ({"quota": {"gpus": 0}}, "/quota/gpus"),
+    "an unknown service": (
+        {"services": [SERVICE], "gateways": [{"kind": "ingress", "service": "topic", "host": "h"}]},
+        "services has: topics",
+    ),
+    "a route without a gateway": ({"services": [SERVICE], "gateways": [{"kind": "http_route", **GATEWAY}]}, "needs gateway:"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_values_are_refused_with_a_path(name: str, tmp_path: Path) -> None:
+    values, where = BAD[name]
+    done = template(values, tmp_path)
+    assert done.returncode
+    assert where in done.stderr or where.replace("/", ".").lstrip(".") in done.stderr, done.stderr
+
+
+def test_lint_has_nothing_against_it(tmp_path: Path) -> None:
+    (tmp_path / "values.yaml").write_text(yaml.safe_dump(VALUES["everything of one team"]))
+    command = [tool("helm"), "lint", "--strict", str(CHART), "--values", str(tmp_path / "values.yaml")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_every_value_is_documented() -> None:
+    text = (CHART / "values.yaml").read_text()
+    assert set(yaml.safe_load(text)) == set(Install.model_fields)
+    for name in Install.model_fields:
+        before = text.split(f"\n{name}:")[0].splitlines()[-1]
+        assert before.startswith("# "), name

@@ -1,0 +1,274 @@
+"""Specs as Kubernetes objects: taken by the CRDs and by Kubernetes' own schemas, strictly, and saying what the spec says."""
+
+from __future__ import annotations
+
+import ast
+import copy
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from kube import check, core_errors, crd_errors, tool
+
+from danlu.errors import SpecError
+from danlu.k8s import pods
+from danlu.k8s.manifests import render, text
+from danlu.spec.files import load, parse, read, which
+from danlu.spec.serve import Service
+from danlu.spec.train import TrainJob
+
+ROOT = Path(__file__).parents[3]
+
+EXAMPLES = [path for path in sorted((ROOT / "k8s" / "examples").glob("*.yaml")) if "\ncluster:" in path.read_text()]
+
+JOB: dict[str, Any] = {
+    "name": "topics",
+    "model": {"model_name_or_path": "m"},
+    "data": {"train": "s3://b/t.csv"},
+    "storage": "s3://b/runs",
+    "cluster": {"image": "registry/danlu:1"},
+}
+GPU_JOB = JOB | {"workers": {"num_workers": 8, "cpus_per_worker": 6, "gpus_per_worker": 1}, "max_failures": 1, "micro_batch_size": 4}
+SERVICE: dict[str, Any] = {"name": "topics", "bundle": "topics@v1", "storage": "s3://b/runs", "cluster": {"image": "registry/danlu:1"}}
+
+JOB_CLUSTERS: dict[str, dict[str, Any]] = {
+    "pull secrets and identity": {"image_pull_policy": "Always", "image_pull_secrets": ["r"], "service_account": "s", "namespace": "n"},
+    "nodes": {
+        "gpu_type": "NVIDIA-A10G",
+        "node_selector": {"pool": "a"},
+        "tolerations": [{"key": "team"}, {"key": "team", "value": "a", "effect": "NoSchedule"}],
+    },
+    "head": {"head": {"cpus": 3, "memory": "5Gi", "node_selector": {"pool": "cpu"}}},
+    "shared memory": {"memory": "64Gi", "shared_memory": "7Gi"},
+    "env": {"env": {"A": "1", "RAY_worker_niceness": "5"}, "secret_env": [{"name": "T", "secret": "hub", "key": "token"}]},
+    "volumes": {"volumes": [{"claim": "c", "mount_path": "/data"}, {"claim": "d", "mount_path": "/x/y", "read_only": True}]},
+    "kueue": {"scheduler": {"kind": "kueue", "queue": "q"}, "priority_class": "p"},
+    "volcano": {"scheduler": {"kind": "volcano", "queue": "q"}, "priority_class": "p"},
+    "volcano without a queue": {"scheduler": {"kind": "volcano"}},
+    "yunikorn": {"scheduler": {"kind": "yunikorn", "queue": "root.research"}},
+    "kai": {"scheduler": {"kind": "kai", "queue": "q"}},
+    "deadlines and retries": {"active_deadline_s": 9, "pre_running_deadline_s": 8, "backoff_limit": 7},
+    "rules": {"cleanup": {"kind": "rules", "after_success_s": 1, "workers_after_failure_s": 2, "head_after_failure_s": 3}},
+    "nothing is kept": {"cleanup": {"kind": "ttl", "ttl_seconds_after_finished": 0}},
+    "nothing is kept by rules": {"cleanup": {"kind": "rules", "head_after_failure_s": 0}},
+    "topology": {"same_topology": "topology.kubernetes.io/zone", "workers_per_pod": 4},
+    **{f"spot on {provider}": {"spot": provider} for provider in pods.SPOT},
+}
+SERVICE_CLUSTERS: dict[str, dict[str, Any]] = {
+    "in place": {"upgrade": {"kind": "in_place"}},
+    "incremental": {"upgrade": {"kind": "incremental", "gateway_class": "istio", "step_size_percent": 10, "max_surge_percent": 50}},
+    "spread": {"spread_over": "kubernetes.io/hostname", "replicas_per_pod": 2},
+    "redis": {"redis": {"address": "redis:6379", "password_secret": "redis"}},
+    "redis without a password": {"redis": {"address": "redis:6379"}},
+}
+
+
+def job(**cluster: Any) -> TrainJob:
+    return TrainJob.model_validate(GPU_JOB | {"cluster": GPU_JOB["cluster"] | cluster})
+
+
+def service(autoscaling: dict[str, Any] | None = None, **cluster: Any) -> Service:
+    return Service.model_validate(
+        SERVICE | {"cluster": SERVICE["cluster"] | cluster, "autoscaling": autoscaling or {"min_replicas": 1, "max_replicas": 4}}
+    )
+
+
+def ray_job(one: TrainJob) -> dict[str, Any]:
+    spec: dict[str, Any] = render(one)[1]["spec"]
+    return spec
+
+
+def containers(spec: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    cluster = spec.get("rayClusterSpec") or spec["rayClusterConfig"]
+    groups = {"head": cluster["headGroupSpec"], "worker": cluster["workerGroupSpecs"][0]}
+    return {role: group["template"]["spec"] for role, group in groups.items()}
+
+
+@pytest.mark.parametrize("name", JOB_CLUSTERS)
+def test_a_job_on_any_cluster_is_taken_by_the_crd(name: str) -> None:
+    for one in render(job(**JOB_CLUSTERS[name])):
+        check(one)
+
+
+@pytest.mark.parametrize("name", [*JOB_CLUSTERS, *SERVICE_CLUSTERS])
+def test_a_service_on_any_cluster_is_taken_by_the_crd(name: str) -> None:
+    fields = (JOB_CLUSTERS | SERVICE_CLUSTERS)[name]
+    if set(fields) & {"active_deadline_s", "cleanup", "same_topology", "spot", "gpu_type"}:
+        pytest.skip("a job's")
+    check(render(service(**fields))[0])
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_an_example_is_what_is_rendered_of_it(path: Path) -> None:
+    spec = load(which((TrainJob, Service), read(path)), path)
+    assert isinstance(spec, TrainJob | Service)
+    for one in render(spec):
+        check(one)
+    assert list(yaml.safe_load_all((ROOT / "k8s" / "rendered" / path.name).read_text())) == render(spec)
+    assert list(yaml.safe_load_all(text(render(spec)))) == render(spec)
+
+
+def test_a_name_that_yaml_could_take_for_something_else_stays_a_name() -> None:
+    """Kubernetes reads `n` as false and `1e3` as a number."""
+    for name in ("n", "y", "on", "1e3", "0o7"):
+        assert f"namespace: {name}\n" not in text(render(job(namespace=name)))
+        assert yaml.safe_load(text(render(job(namespace=name))[:1]))["metadata"]["namespace"] == name
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("spec.backoffLimt", 1),
+        ("spec.backoffLimit", "1"),
+        ("spec.rayClusterSpec.headGroupSpec.template.spec.serviceAcountName", "s"),
+        ("spec.rayClusterSpec.workerGroupSpecs.0.minReplica", 1),
+        ("spec.rayClusterSpec.authOptions.mode", "tokens"),
+        ("spec.rayClusterSpec.workerGroupSpecs.0.template.spec.containers.0.resources.limits", ["8Gi"]),
+        ("spec.entrypointNumGpus", "one"),
+    ],
+)
+def test_the_check_itself_refuses_a_misspelt_or_wrong_field(path: str, value: object) -> None:
+    bad = copy.deepcopy(render(job())[1])
+    assert crd_errors(bad) == []
+    place: Any = bad
+    *parents, last = path.split(".")
+    for part in parents:
+        place = place[int(part) if part.isdecimal() else part]
+    place[last] = value
+    assert crd_errors(bad)
+    assert core_errors({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "a"}, "dat": {}})
+
+
+def test_the_spec_that_crosses_to_the_cluster_is_the_jobs() -> None:
+    one = job(**JOB_CLUSTERS["volumes"])
+    config = render(one)[0]
+    assert parse(TrainJob, config["data"]["job.yaml"]) == one
+    mounted = {volume["name"]: volume for volume in containers(ray_job(one))["head"]["volumes"]}
+    assert mounted["spec"]["configMap"]["name"] == config["metadata"]["name"]
+    assert ray_job(one)["entrypoint"] == "python -m danlu.train /etc/danlu/job.yaml"
+
+
+def test_pods_get_the_cores_and_gpus_of_their_workers() -> None:
+    spec = ray_job(job(workers_per_pod=4, memory="200Gi", gpu_type="NVIDIA-H100"))
+    (group,) = spec["rayClusterSpec"]["workerGroupSpecs"]
+    assert (group["replicas"], group["minReplicas"], group["maxReplicas"]) == (2, 2, 2)
+    worker = containers(spec)["worker"]
+    assert worker["containers"][0]["resources"]["limits"] == {"cpu": "24", "memory": "200Gi", "nvidia.com/gpu": "4"}
+    assert worker["nodeSelector"] == {"nvidia.com/gpu.product": "NVIDIA-H100"}
+    assert {"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"} in worker["tolerations"]
+    head = containers(spec)["head"]
+    assert "nvidia.com/gpu" not in head["containers"][0]["resources"]["limits"]
+    assert "tolerations" not in head
+    assert "entrypointNumGpus" not in spec
+
+
+def test_one_worker_trains_in_the_driver_which_asks_for_the_workers_pod() -> None:
+    spec = ray_job(TrainJob.model_validate(GPU_JOB | {"workers": {"cpus_per_worker": 6, "gpus_per_worker": 1}}))
+    assert (spec["entrypointNumCpus"], spec["entrypointNumGpus"]) == (6, 1)
+
+
+def test_a_queued_job_waits_suspended_and_any_other_does_not() -> None:
+    kueue, volcano = (render(job(scheduler={"kind": kind, "queue": "q"}))[1] for kind in ("kueue", "volcano"))
+    assert kueue["spec"]["suspend"] is True
+    assert kueue["spec"]["shutdownAfterJobFinishes"] is True, "KubeRay suspends no other job"
+    assert kueue["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "q"
+    assert "suspend" not in volcano["spec"]
+    assert volcano["metadata"]["labels"]["volcano.sh/queue-name"] == "q"
+
+
+def test_rules_and_a_time_to_live_never_stand_together() -> None:
+    rules = ray_job(job(**JOB_CLUSTERS["rules"]))
+    assert not rules["shutdownAfterJobFinishes"]
+    assert "ttlSecondsAfterFinished" not in rules
+    assert ray_job(job(cleanup={"kind": "ttl", "ttl_seconds_after_finished": 5}))["ttlSecondsAfterFinished"] == 5
+
+
+def test_only_workers_stand_on_spot_nodes() -> None:
+    found = containers(ray_job(job(spot="gke")))
+    assert found["worker"]["nodeSelector"] == {"cloud.google.com/gke-spot": "true"}
+    (term,) = found["head"]["affinity"]["nodeAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]["nodeSelectorTerms"]
+    assert term["matchExpressions"] == [{"key": "cloud.google.com/gke-spot", "operator": "NotIn", "values": ["true"]}]
+
+
+def test_every_container_fits_the_restricted_pod_security_standard() -> None:
+    every = [*containers(ray_job(job())).values(), ray_job(job())["submitterPodTemplate"]["spec"]]
+    for pod in [*every, *containers(render(service())[0]["spec"]).values()]:
+        assert pod["securityContext"]["runAsNonRoot"]
+        assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+        for container in pod["containers"]:
+            assert container["securityContext"] == {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
+
+
+def test_ray_serve_takes_the_configuration_and_builds_the_service_from_it() -> None:
+    from ray.serve.schema import ServeDeploySchema
+
+    one = service(**JOB_CLUSTERS["volumes"])
+    config = ServeDeploySchema.model_validate(yaml.safe_load(render(one)[0]["spec"]["serveConfigV2"]))
+    (application,) = config.applications
+    assert application.import_path == "danlu.serve.app:build"
+    assert Service.model_validate(application.args) == one.model_copy(update={"cluster": None})
+
+
+def test_pods_follow_replicas_and_scale_with_them() -> None:
+    def cluster(low: int, high: int, each: int = 1) -> dict[str, Any]:
+        found: dict[str, Any] = render(service({"min_replicas": low, "max_replicas": high}, replicas_per_pod=each))[0]["spec"][
+            "rayClusterConfig"
+        ]
+        return found
+
+    fixed, scaled = cluster(2, 2), cluster(1, 5, 2)
+    assert "enableInTreeAutoscaling" not in fixed
+    assert scaled["enableInTreeAutoscaling"] is True
+    assert [scaled["workerGroupSpecs"][0][name] for name in ("replicas", "minReplicas", "maxReplicas")] == [1, 1, 3]
+    assert scaled["headGroupSpec"]["template"]["spec"]["automountServiceAccountToken"], "the autoscaler asks the API server for pods"
+    assert not fixed["headGroupSpec"]["template"]["spec"]["automountServiceAccountToken"]
+
+
+@pytest.mark.parametrize(
+    ("change", "where", "problem", "fix"),
+    [
+        ({"cluster": None}, "cluster", "needs to be told what to run", "image:"),
+        ({"storage": "runs"}, "storage", "storage=runs is a folder of one machine", "s3://bucket/runs"),
+        (
+            {"storage": "/tmp/runs", "cluster": {"image": "i", "volumes": [{"claim": "c", "mount_path": "/data"}]}},
+            "storage",
+            "storage=/tmp/runs",
+            "storage: /data/runs",
+        ),
+        (
+            {"storage": "/data/runs", "cluster": {"image": "i", "volumes": [{"claim": "c", "mount_path": "/data", "read_only": True}]}},
+            "storage",
+            "storage=/data/runs",
+            "s3://",
+        ),
+    ],
+)
+def test_a_job_that_its_pods_could_not_run_is_refused_before(change: dict[str, Any], where: str, problem: str, fix: str) -> None:
+    with pytest.raises(SpecError) as refused:
+        render(TrainJob.model_validate(JOB | change))
+    assert refused.value.where == where
+    assert problem in refused.value.problem
+    assert fix in refused.value.fix
+
+
+def test_pods_run_ray_as_a_laptop_does_and_as_the_image_has_it() -> None:
+    tree = ast.parse((ROOT / "platform" / "danlu" / "local_ray.py").read_text())
+    (local,) = [node.value for node in tree.body if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "ENVIRONMENT"]
+    assert ast.literal_eval(local) == pods.RAY_ENV
+    assert f"\nray=={pods.RAY_VERSION}\n" in (ROOT / "constraints.txt").read_text()
+
+
+@pytest.mark.parametrize("overlay", ["dev", "prod"])
+def test_an_overlay_is_whole_and_in_one_namespace(overlay: str) -> None:
+    command = [tool("kubectl"), "kustomize", str(ROOT / "k8s" / "overlays" / overlay)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = list(yaml.safe_load_all(done.stdout))
+    kinds = [one["kind"] for one in found]
+    assert kinds.count("RayJob") == kinds.count("ConfigMap") == sum("\nkind: train" in f"\n{path.read_text()}" for path in EXAMPLES)
+    for one in found:
+        check(one)
+        assert one["metadata"]["namespace"] == {"dev": "danlu-dev", "prod": "danlu"}[overlay]
+        assert overlay == "prod" or not one["spec"].get("suspend") if "spec" in one else True
