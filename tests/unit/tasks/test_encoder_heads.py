@@ -116,9 +116,9 @@ def plain(predictor: Predictor, ids: np.ndarray, types: np.ndarray | None) -> np
 
 
 def own(predictor: Predictor) -> Any:
-    """The unmodified model, its attention transformers' own again."""
+    """The unmodified model, its attention transformers' own again, and nothing to learn."""
     predictor.model.model.set_attn_implementation("sdpa")
-    return predictor.model.model
+    return predictor.model.model.requires_grad_(False)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
