@@ -192,7 +192,7 @@ def _delta(delta: Mapping[str, Any]) -> str:
             f"{delta['bytes'] / 1e6:.1f}",
             f"{delta['bytes_original'] / delta['bytes']:.2f}x",
         ),
-        ("same answer", "", f"{delta['agreement']:.2%}", ""),
+        *([] if delta["agreement"] is None else [("same answer", "", f"{delta['agreement']:.2%}", "")]),
         ("largest probability change", "", f"{delta['largest_probability_change']:.4f}", ""),
     ]
     return _table((f"on the {delta['split']} split", "original", str(delta["name"]), "change"), rows)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from danlu.tasks.exchange import largest_change
+from danlu.tasks.exchange import Embedding, Value, largest_change
 from danlu.tasks.predictor import Predictor
 from danlu.tasks.pretrain import Scorer
 from danlu.tasks.rows import Scored, Split
@@ -35,8 +35,8 @@ class Delta:
     name: str
     original: dict[str, float]
     compressed: dict[str, float]
-    agreement: float
-    """Share of rows with the same answer."""
+    agreement: float | None
+    """Share of rows with the same answer; None where answers are numbers alone."""
     largest_probability_change: float
     rows_per_second_original: float
     rows_per_second: float
@@ -59,7 +59,8 @@ class Delta:
         for metric, before in self.original.items():
             after = self.compressed[metric]
             lines.append(f"  {metric:<24} {before:>12.4f} {after:>12.4f} {after - before:>+12.4f}")
-        lines.append(f"  {'same answer':<24} {'':>12} {self.agreement:>12.2%} {'':>12}")
+        if self.agreement is not None:
+            lines.append(f"  {'same answer':<24} {'':>12} {self.agreement:>12.2%} {'':>12}")
         lines.append(f"  {'largest prob. change':<24} {'':>12} {self.largest_probability_change:>12.4f} {'':>12}")
         spread = f"{self.speedup_min:.2f}-{self.speedup_max:.2f}"
         lines.append(
@@ -112,7 +113,7 @@ def compare(
         name=name,
         original=dict(before.scores.metrics()),
         compressed=dict(after.scores.metrics()),
-        agreement=float(np.mean([a.label == b.label for a, b in answers])),
+        agreement=None if isinstance(answers[0][0], Value | Embedding) else float(np.mean([a.label == b.label for a, b in answers])),
         largest_probability_change=max(largest_change(a.probabilities, b.probabilities) for a, b in answers),
         rows_per_second_original=len(sample) / median(one for one, _ in times),
         rows_per_second=len(sample) / median(other for _, other in times),

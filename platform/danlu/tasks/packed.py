@@ -167,9 +167,8 @@ class PackedChooser(PackedEncoder):
     """`...ForMultipleChoice`: a score for each option, [sequences, 1]. Its softmax is left to whoever knows which belong together."""
 
     def call(self, input_ids: torch.Tensor, **arguments: torch.Tensor) -> torch.Tensor:
-        """One option a row, as that class wants them: [batch, options, length]."""
-        shaped = {name: value if name == "cu_seqlens" else value[:, None] for name, value in arguments.items()}
-        logits: torch.Tensor = self.model(input_ids=input_ids[:, None], **shaped).logits
+        """One option a row: that class wants [batch, options, length], and flattens it (not every family's also position_ids)."""
+        logits: torch.Tensor = self.model(input_ids=input_ids[:, None], **arguments).logits
         return logits
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import transformers
 from conftest import make_rows, write_tokenizer
 from torch import nn
 
-from danlu.data.pack import pack_rows
+from danlu.data.pack import Batches, pack_rows
 from danlu.spec.data import Data
 from danlu.spec.task import (
     Classification,
@@ -115,9 +116,9 @@ def plain(predictor: Predictor, ids: np.ndarray, types: np.ndarray | None) -> np
 
 
 def own(predictor: Predictor) -> Any:
-    """The unmodified model, its attention transformers' own again."""
+    """The unmodified model, its attention transformers' own again, and nothing to learn."""
     predictor.model.model.set_attn_implementation("sdpa")
-    return predictor.model.model
+    return predictor.model.model.requires_grad_(False)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -266,3 +267,33 @@ def test_the_contrastive_loss_is_sentence_transformers_formula_with_hard_negativ
     cosines = torch.stack(vectors[:2]) @ torch.stack(vectors[2:]).T
     expected = nn.functional.cross_entropy(cosines / 0.05, torch.tensor([0, 3]), reduction="sum")
     assert found == pytest.approx(float(expected), rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["multi_label", "regression", "extractive_qa", "multiple_choice", "token_classification"])
+def test_the_loss_of_a_step_does_not_depend_on_ranks_and_micro_batches(folders: dict[str, Path], name: str) -> None:
+    predictor = make_predictor(folders["bert"], name)
+    encoded = predictor.encode(TASKS[name][2])
+    draw = np.random.default_rng(0)
+    labels: np.ndarray | None = {
+        "multi_label": draw.integers(0, 2, (9, 3)).astype(np.float32),
+        "regression": draw.normal(size=9).astype(np.float32),
+        "multiple_choice": draw.integers(0, 2, 9),
+    }.get(name)
+    if name == "extractive_qa":
+        encoded = encoded.sequences
+        labels = draw.integers(0, 3, (len(encoded), 2))
+    if name == "token_classification":
+        encoded = replace(encoded, token_labels=draw.integers(0, 3, len(encoded.input_ids)))
+    sums = []
+    for micro_batch_size, world_size in ((8, 1), (2, 1), (2, 2), (1, 4)):
+        made = [
+            Batches(encoded, labels, global_batch_size=8, micro_batch_size=micro_batch_size, rank=rank, world_size=world_size, seed=3).at(1)
+            for rank in range(world_size)
+        ]
+        batches = [batch for rank in made for batch in rank]
+        with torch.no_grad():
+            loss = sum(float(predictor.file.loss(predictor.model, batch, predictor.task)) for batch in batches)
+        sums.append((loss, sum(predictor.file.num_targets(batch) for batch in batches)))
+    for loss, targets in sums[1:]:
+        assert loss == pytest.approx(sums[0][0], rel=1e-4)
+        assert targets == sums[0][1] > 0

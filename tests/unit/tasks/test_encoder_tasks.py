@@ -222,7 +222,11 @@ def test_int8_is_compared_kept_and_served(walked: Walked) -> None:
     assert quantized.delta.original == pytest.approx(walked.trained.bundle.meta.scores["dev"], abs=1e-6)
     # Two layers of 32: int8 is seen in the numbers, and hardly in what is said.
     assert quantized.delta.largest_probability_change > 0
-    assert quantized.delta.agreement > 0.6
+    if walked.job.task.kind in ("regression", "embedding"):
+        assert quantized.delta.agreement is None
+        assert "same answer" not in quantized.delta.text()
+    else:
+        assert (quantized.delta.agreement or 0.0) > 0.6
     check_served(quantized.bundle, walked)
 
 
