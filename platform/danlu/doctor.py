@@ -82,7 +82,7 @@ def _torch() -> Iterator[Finding]:
     if torch.cuda.is_available():
         names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
         yield Finding("GPUs", "ok", f"{len(names)}: {', '.join(sorted(set(names)))}")
-        yield Finding("NCCL", "ok", ".".join(map(str, torch.cuda.nccl.version())))
+        yield Finding("NCCL", "ok", ".".join(map(str, torch.cuda.nccl.version())))  # type: ignore[no-untyped-call]
     elif nvidia.exists():
         driver = nvidia.read_text().splitlines()[0]
         fix = "a driver that is new enough for it: nvidia-smi shows the highest CUDA version that the driver takes"

@@ -95,7 +95,7 @@ def submit(spec: Path, overrides: Sequence[str], *, dry_run: bool, context: str 
     from danlu import remote
     from danlu.k8s.client import connect
 
-    kube = connect(context, namespace or (job.cluster and job.cluster.namespace))
+    kube = connect(context, namespace or (job.cluster.namespace if job.cluster else None))
     if dry_run:
         _show_taken(kube.context, remote.dry_run(kube, job))
         return
@@ -110,7 +110,7 @@ def deploy(spec: Path, overrides: Sequence[str], *, bundle: str | None, dry_run:
     from danlu import remote
     from danlu.k8s.client import connect
 
-    kube = connect(context, namespace or (service.cluster and service.cluster.namespace))
+    kube = connect(context, namespace or (service.cluster.namespace if service.cluster else None))
     if dry_run:
         _show_taken(kube.context, remote.dry_run(kube, service))
         return
