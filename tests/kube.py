@@ -12,6 +12,7 @@ import stat
 import subprocess
 import sys
 import tarfile
+import tempfile
 import zipfile
 from io import BytesIO
 from pathlib import Path
@@ -130,7 +131,12 @@ def tool(name: str) -> str:
 
 
 def _fetch(folder: Path) -> None:
-    package = folder / "package"
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as package:
+        _unpack(folder, Path(package))
+
+
+def _unpack(folder: Path, package: Path) -> None:
     command = [
         sys.executable,
         "-m",

@@ -7,10 +7,10 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+from danlu.k8s import chart, manifests
 from danlu.metrics import catalog, foreign, grafana, rules
 from danlu.metrics.alerts import ALERTS
 from danlu.metrics.dashboards import DASHBOARDS
-from danlu.k8s import chart, manifests
 from danlu.spec.files import load, read, which
 from danlu.spec.schema import schema
 from danlu.spec.serve import Service

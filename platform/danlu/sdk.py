@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -129,7 +129,7 @@ def train(
     try:
         with tracked(job, run) as track:
             outcome = _fit(_portable(job), run.uri, prepared, listen)
-        trained = make_bundle(prepared, run, outcome, digest)
+        trained = _scored(prepared, run, outcome, digest)
     except BaseException as error:
         reason = str(error) if isinstance(error, DanluError) else repr(error)
         run.set_status("failed", spec_digest=digest, reason=reason or type(error).__name__)
@@ -356,6 +356,20 @@ def _metered(job: TrainJob, listener: Callable[[Record], None]) -> Iterator[Call
             listener(record)
 
         yield heard
+
+
+def _scored(prepared: Prepared, run: RunFolder, outcome: dict[str, Any], digest: str) -> Trained:
+    """The bundle, scored where its model fits: in this process, or on a worker if only those have GPUs."""
+    import torch
+
+    job = _portable(prepared.job)
+    if job.workers.num_workers == 1 or not job.workers.gpus_per_worker or torch.cuda.is_available():
+        return make_bundle(prepared, run, outcome, digest)
+    from danlu.train import driver
+
+    trained: Trained = driver.on_a_worker(job, make_bundle, replace(prepared, job=job), run, outcome, digest)
+    # Its bundle was opened on another machine.
+    return replace(trained, bundle=open_bundle(trained.reference, job.storage))
 
 
 def _portable(job: TrainJob) -> TrainJob:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,8 +12,10 @@ import pytest
 
 from danlu import sdk
 from danlu.artifact.runs import latest_run
+from danlu.errors import StorageError
 from danlu.spec.files import dump
 from danlu.spec.train import TrainJob
+from danlu.train import driver
 
 
 @pytest.fixture
@@ -21,6 +24,26 @@ def jobs(ray_local: Any) -> Any:
     from ray.job_submission import JobSubmissionClient
 
     return JobSubmissionClient(f"http://{ray_local.address_info['webui_url']}")
+
+
+def test_a_bundle_is_scored_with_what_a_worker_has(ray_local: Any, make_job: Callable[..., TrainJob]) -> None:
+    job = make_job("scored", workers={"num_workers": 2, "cpus_per_worker": 2})
+
+    # Defined here, it travels by value.
+    def where(mistake: bool) -> tuple[int, list[int], float]:
+        import ray
+
+        if mistake:
+            raise StorageError("no room", where="storage", fix="free some")
+        context = ray.get_runtime_context()
+        return os.getpid(), ray.get_gpu_ids(), context.get_assigned_resources()["CPU"]
+
+    process, gpus, cores = driver.on_a_worker(job, where, False)
+    assert process != os.getpid()
+    assert (gpus, cores) == ([], 2.0)
+    with pytest.raises(StorageError, match="no room") as refused:
+        driver.on_a_worker(job, where, True)
+    assert refused.value.fix == "free some"
 
 
 def entrypoint(spec: Path) -> str:

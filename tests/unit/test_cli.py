@@ -25,7 +25,7 @@ from danlu.spec.serve import Service
 from danlu.spec.train import TrainJob
 
 DANLU = str(Path(sys.executable).parent / "danlu")
-COMMANDS = ("plan", "train", "evaluate", "quantize", "serve", "predict", "run", "schema")
+COMMANDS = ("plan", "train", "evaluate", "quantize", "serve", "predict", "run", "render", "doctor", "jobs", "services", "schema")
 
 
 def danlu(*arguments: str, stdin: bytes = b"", cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:

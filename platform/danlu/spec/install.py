@@ -1,4 +1,4 @@
-"""What a Helm release of charts/danlu is: specs of jobs and services, verbatim, and what they need around them. Its values, to the letter."""
+"""What a Helm release of charts/danlu is: specs of jobs and services, verbatim, and what they need around them."""
 
 from __future__ import annotations
 

@@ -99,6 +99,17 @@ def _reason(failures: Mapping[int, BaseException]) -> str:
     return "worker_lost" if any(lost) or all("by peer" in text for text in texts) else "error"
 
 
+def on_a_worker(job: TrainJob, function: Callable[..., Any], *arguments: Any) -> Any:
+    """A function's value, computed with what one training worker of the job has: after the training, that much is free again."""
+    workers = job.workers
+    task = ray.remote(num_cpus=workers.cpus_per_worker, num_gpus=workers.gpus_per_worker, max_retries=job.max_failures)(function)
+    try:
+        return ray.get(task.remote(*arguments))
+    except ray.exceptions.RayTaskError as error:
+        cause = error.cause
+        raise cause if isinstance(cause, DanluError) else error from error
+
+
 class _Trainer(TorchTrainer):  # type: ignore[misc]
     """Ray's, but Ctrl-C stays a KeyboardInterrupt: Ray's own handler would exit the process, and stay installed after the training."""
 
@@ -237,4 +248,4 @@ def _worker_lost(job: TrainJob, rank: int, *, short_of_memory: bool) -> Resource
     )
 
 
-__all__ = ["fit"]
+__all__ = ["fit", "on_a_worker"]

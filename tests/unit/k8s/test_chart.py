@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 from kube import check, tool
-from test_render import EXAMPLES, GPU_JOB, JOB, JOB_CLUSTERS, SERVICE, SERVICE_CLUSTERS
+from test_render import EXAMPLES, GPU_JOB, JOB, JOB_CLUSTERS, OF_A_SERVICE, SERVICE
 
 from danlu.k8s.manifests import render
 from danlu.spec import yaml12
@@ -108,10 +108,9 @@ def test_the_chart_makes_of_every_spec_what_the_renderer_makes(tmp_path: Path) -
     jobs = [GPU_JOB | {"name": f"job-{i}", "cluster": JOB["cluster"] | fields} for i, fields in enumerate(JOB_CLUSTERS.values())]
     jobs += [JOB, GPU_JOB | {"name": "one-gpu", "workers": {"gpus_per_worker": 1}}]
     scaling = {"min_replicas": 1, "max_replicas": 5}
-    of_both = [fields for fields in JOB_CLUSTERS.values() if not set(fields) & JOBS_OWN]
     services = [
         SERVICE | {"name": f"service-{i}", "autoscaling": scaling, "cluster": SERVICE["cluster"] | fields}
-        for i, fields in enumerate([*SERVICE_CLUSTERS.values(), *of_both])
+        for i, fields in enumerate(OF_A_SERVICE.values())
     ]
     services += [
         SERVICE | {"name": "gpu", "engine": {"kind": "encoder", "num_gpus": 1, "num_threads": 3}, "http": {"haproxy": True}},
@@ -131,9 +130,6 @@ def test_the_chart_makes_of_every_spec_what_the_renderer_makes(tmp_path: Path) -
             spec = parse(kind, yaml12.write(document))
             different += [f"{spec.name}{path}" for path in differences(by_helm(objects, spec), list(by_python(spec)))]
     assert not different, "\n".join(different)
-
-
-JOBS_OWN = {"active_deadline_s", "cleanup", "same_topology", "spot", "gpu_type"}
 
 
 @pytest.mark.parametrize("name", VALUES)

@@ -1,0 +1,47 @@
+"""The image: as hadolint wants it, nobody's root, built without BuildKit, and with the pinned libraries."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+DOCKERFILE = ROOT / "ops" / "docker" / "Dockerfile"
+
+
+def stages() -> dict[str, str]:
+    """Stage -> its lines."""
+    parts = re.split(r"^FROM (\S+) AS (\S+)$", DOCKERFILE.read_text(), flags=re.MULTILINE)
+    return dict(zip(parts[2::3], parts[3::3], strict=True))
+
+
+def test_hadolint_has_nothing_against_it() -> None:
+    done = subprocess.run([Path(sys.executable).parent / "hadolint", str(DOCKERFILE)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_both_images_run_as_nobody_of_note_and_say_whether_they_are_well() -> None:
+    for name in ("cpu", "gpu"):
+        stage = stages()[name]
+        assert "\nUSER 1000:1000\n" in stage, "runAsNonRoot needs a number"
+        assert "\nHEALTHCHECK " in stage
+        assert "pip install" not in stage, "what builds stays in the builder"
+
+
+def test_an_older_builder_can_build_it() -> None:
+    text = DOCKERFILE.read_text()
+    assert not re.search(r"^RUN --|<<|^# syntax=|^COPY --(link|chmod|parents)", text, re.MULTILINE)
+
+
+def test_what_is_installed_is_pinned() -> None:
+    installs = re.findall(r"pip install .*", DOCKERFILE.read_text())
+    assert installs
+    assert all("-c constraints.txt" in line for line in installs)
+
+
+def test_what_is_copied_is_sent_to_the_builder() -> None:
+    sent = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
+    copied = {name for line in re.findall(r"^COPY (?!--from)(.*)$", DOCKERFILE.read_text(), re.MULTILINE) for name in line.split()[:-1]}
+    assert copied <= sent

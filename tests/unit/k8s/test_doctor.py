@@ -1,0 +1,71 @@
+"""What is told of a machine and a cluster, each thing that can be missing once."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from danlu import doctor
+from danlu.cli import app
+
+REVIEW = "post /apis/authorization.k8s.io/v1/selfsubjectaccessreviews"
+CRD = "get /apis/apiextensions.k8s.io/v1/customresourcedefinitions/rayjobs.ray.io"
+
+
+def found(api: Any, *, allowed: bool = True, fields: tuple[str, ...] = doctor.NEW_FIELDS) -> dict[str, doctor.Finding]:
+    """Findings of the cluster by name."""
+    api.answer(REVIEW, {"status": {"allowed": allowed}})
+    schema = {"openAPIV3Schema": {"properties": {"spec": {"properties": {name: {} for name in fields}}}}}
+    api.answer(CRD, {"spec": {"versions": [{"name": "v1", "schema": schema}]}})
+    return {one.what: one for one in doctor._kubernetes(None, None)}
+
+
+def test_a_cluster_that_has_everything(api: Any) -> None:
+    assert {one.verdict for one in found(api).values()} == {"ok"}
+
+
+def test_a_right_that_is_missing_is_named_with_the_role_that_gives_it(api: Any) -> None:
+    one = found(api, allowed=False)["Kubernetes"]
+    assert one.verdict == "missing"
+    assert "create rayjobs" in one.found
+    assert "pods/log" in one.found
+    assert "access.groups" in one.fix
+
+
+def test_an_older_kuberay_is_told_by_the_fields_it_lacks(api: Any) -> None:
+    one = found(api, fields=("activeDeadlineSeconds",))["KubeRay"]
+    assert one.verdict == "warning"
+    assert "no preRunningDeadlineSeconds" in one.found
+    assert "--server-side" in one.fix
+
+
+def test_a_cluster_without_kuberay(api: Any) -> None:
+    api.answer(REVIEW, {"status": {"allowed": True}})
+    api.answer(CRD, 404, {"reason": "NotFound", "message": "not found"})
+    (_, kuberay) = doctor._kubernetes(None, None)
+    assert (kuberay.verdict, kuberay.what) == ("missing", "KubeRay")
+
+
+def test_without_a_cluster_a_machine_is_well_enough(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", str(tmp_path / "nowhere"))
+    (one,) = doctor._kubernetes(None, None)
+    assert one.verdict == "warning"
+    (one,) = doctor._kubernetes("somewhere", None)
+    assert one.verdict == "missing", "a context that was asked for"
+
+
+def test_the_table_says_what_to_do_and_the_exit_code_whether_something_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", str(tmp_path / "nowhere"))
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    result = CliRunner().invoke(app, ["doctor", "--storage", str(tmp_path / "runs")])
+    assert result.exit_code == 0, result.output
+    for line in (r"ok +Python +3\.", r"ok +torch +2\.", r"ok +Ray +2\.", r"ok +storage ", r"warning +model hub ", "try: .*HF_ENDPOINT"):
+        assert re.search(line, result.output), line
+    (tmp_path / "file").write_text("")
+    result = CliRunner().invoke(app, ["doctor", "--storage", str(tmp_path / "file" / "runs")])
+    assert result.exit_code == 3
+    assert re.search(r"missing +storage ", result.output)
