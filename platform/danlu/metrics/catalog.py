@@ -30,6 +30,10 @@ class Metric:
 TRAIN_LOSS = Metric("danlu_train_loss", "gauge", "nats", "Mean loss of the last step's targets.", "train", ("job",))
 TRAIN_LEARNING_RATE = Metric("danlu_train_learning_rate", "gauge", "", "Learning rate of the last step.", "train", ("job",))
 TRAIN_GRAD_NORM = Metric("danlu_train_grad_norm", "gauge", "", "Global gradient norm before clipping.", "train", ("job",))
+TRAIN_LOSS_SCALE = Metric("danlu_train_loss_scale", "gauge", "", "What a float16 loss is multiplied by.", "train", ("job",))
+TRAIN_SKIPPED = Metric(
+    "danlu_train_skipped_steps", "counter", "steps", "Steps skipped because a float16 gradient overflowed.", "train", ("job",)
+)
 TRAIN_STEP = Metric("danlu_train_step", "gauge", "steps", "Optimizer steps done.", "train", ("job",))
 TRAIN_TOKENS = Metric(
     "danlu_train_tokens", "counter", "tokens", "Tokens trained on, padding not counted, replayed ones included.", "train", ("job",)

@@ -98,12 +98,16 @@ def emit_training(job: str, record: Mapping[str, Any]) -> None:
         case "step":
             emit(catalog.TRAIN_LOSS, record["loss"], job=job)
             emit(catalog.TRAIN_LEARNING_RATE, record["learning_rate"], job=job)
-            emit(catalog.TRAIN_GRAD_NORM, record["grad_norm"], job=job)
+            if not record["skipped"]:
+                emit(catalog.TRAIN_GRAD_NORM, record["grad_norm"], job=job)
             emit(catalog.TRAIN_STEP, record["step"], job=job)
             emit(catalog.TRAIN_TOKENS, record["tokens"], job=job)
             emit(catalog.TRAIN_TOKENS_PER_SECOND, record["tokens_per_second"], job=job)
             emit(catalog.TRAIN_STEP_SECONDS, record["step_seconds"], job=job)
             emit(catalog.TRAIN_ETA, record["eta_s"], job=job)
+            if record["loss_scale"] is not None:
+                emit(catalog.TRAIN_LOSS_SCALE, record["loss_scale"], job=job)
+                emit(catalog.TRAIN_SKIPPED, float(record["skipped"]), job=job)
         case "eval":
             for name, value in record["metrics"].items():
                 emit(catalog.TRAIN_EVAL, value, job=job, metric=name)

@@ -26,6 +26,10 @@ class StepRecord:
     tokens_per_second: float
     step_seconds: float
     eta_s: float
+    loss_scale: float | None = None
+    """What a float16 loss is multiplied by."""
+    skipped: bool = False
+    """True if a float16 gradient overflowed, so that the weights are as they were."""
     kind: str = "step"
 
 
