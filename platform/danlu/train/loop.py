@@ -149,7 +149,7 @@ def shape(job: TrainJob) -> str:
     if isinstance(job.parallel, DeepSpeed):
         return f"deepspeed-zero{job.parallel.zero_stage}" + ("-nvme" if job.parallel.uses_nvme else "")
     if isinstance(job.parallel, Tensor | Pipeline):
-        return "parts"  # weights by name, whole or cut in any way
+        return "tensor or pipeline"  # one format: weights by name, whole or cut in any way
     return job.parallel.kind
 
 

@@ -11,6 +11,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from danlu.data.pack import Packed
 from danlu.errors import ModelError
 from danlu.tasks.context import ATTENTION, Context
+from danlu.tasks.packed import check_packed
 from danlu.tasks.packed_decoder import PackedDecoder
 from danlu.train.strategies.group import ensure_process_group
 from danlu.train.strategy import Loss, Setup, Strategy
@@ -40,12 +41,7 @@ def share(model: nn.Module, context: Context) -> None:
     """Let a packed decoder's passes be shared out over `context`. ModelError if its rows or heads cannot be."""
     assert isinstance(model, PackedDecoder), "the spec lets no other task through"
     config, name = model.model.config, type(model.model).__name__
-    if not model.packed:
-        raise ModelError(
-            f"{name} is fed padded batches, since its packed answers are not its own; context parallelism takes packed ones only",
-            where="parallel.context_parallel_size",
-            fix="leave it out",
-        )
+    check_packed(model, "context parallelism", where="parallel.context_parallel_size", fix="leave it out")
     heads = {key: number for key in ("num_attention_heads", "num_key_value_heads") if (number := getattr(config, key, None))}
     for key, number in heads.items():
         # Fewer key heads than workers are repeated.

@@ -14,7 +14,7 @@ from torch.distributed.pipelining.stage import _RecvInfo
 from danlu.data.pack import Packed
 from danlu.errors import ModelError
 from danlu.spec.parallel import GPipe, Interleaved1F1B, OneFOneB, Pipeline
-from danlu.tasks.packed import PackedModel
+from danlu.tasks.packed import check_packed
 from danlu.train.strategies import sharded
 from danlu.train.strategies.grid import Grid, GridStep
 from danlu.train.strategies.stages import Anatomy, Handed, Reached, cut, forget_weights, watched
@@ -31,14 +31,7 @@ class PipelineStrategy:
 
     def prepare(self, model: nn.Module, setup: Setup) -> nn.Module:
         self.setup = setup
-        assert isinstance(model, PackedModel)
-        if not model.packed:
-            name = type(model.model).__name__
-            raise ModelError(
-                f"{name} is fed padded batches, since its packed answers are not its own; a pipeline takes packed ones only",
-                where="parallel.kind",
-                fix="parallel.kind=fsdp, which shards any model",
-            )
+        check_packed(model, "a pipeline", where="parallel.kind", fix="parallel.kind=fsdp, which shards any model")
         self.grid = Grid(setup, pipe=self.spec.pipeline_parallel_size, tensor=self.spec.tensor_parallel_size)
         group_names = sharded.names_of(setup.param_groups, model)
         with watched(model) as found:
@@ -166,7 +159,8 @@ class Stage(nn.Module):
             found: torch.Tensor = call()
             return found
         except Reached as reached:
-            return reached.hidden
+            # Receivers wait for float32, whatever autocast made of the last addition.
+            return reached.hidden.float().contiguous()
         finally:
             self.handed.hidden = None
 
@@ -225,7 +219,7 @@ class Pipelined(nn.Module):
                 dist.recv(hidden, group=self.grid.pipe, group_src=(index - 1) % size)
             made = stage.run(hidden, lambda stage=stage: stage.module(input_ids, *others))
             if index < last:
-                dist.send(made.float().contiguous(), group=self.grid.pipe, group_dst=(index + 1) % size)
+                dist.send(made, group=self.grid.pipe, group_dst=(index + 1) % size)
         answer = [made.float().cpu() if last in by_index and made is not None else None]
         dist.broadcast_object_list(answer, group=self.grid.pipe, group_src=last % size)
         assert answer[0] is not None
