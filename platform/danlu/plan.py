@@ -6,13 +6,13 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from danlu.artifact.pretrained import Weight
-from danlu.artifact.trainable import HEADS, check_prompt_fits, is_embedding, new_parameters, num_layers, num_trainable, targets
+from danlu.artifact.trainable import HEADS, LAYER, check_prompt_fits, is_embedding, new_parameters, num_layers, num_trainable, targets
 from danlu.errors import SpecError
 from danlu.spec.optim import Adafactor, AdamW, BnbAdamW, Lion, Optimizer
-from danlu.spec.parallel import Ddp, DeepSpeed, Fsdp, Tensor
+from danlu.spec.parallel import Ddp, DeepSpeed, Fsdp, GPipe, Interleaved1F1B, Pipeline, Tensor
 from danlu.spec.train import TrainJob
 from danlu.spec.tuning import Adalora, Full, Qlora, VirtualTokens
 
@@ -101,7 +101,8 @@ def make_plan(job: TrainJob, folder: Path, *, num_rows: int, mean_tokens: float,
     embeddings = sum(weight.num_elements for name, weight in shapes.items() if is_embedding(name))
     body = {name: weight for name, weight in shapes.items() if name not in head}
     trainable = num_trainable(job.tuning, body, config, head=sum(shapes[name].num_elements for name in head))
-    bf16, note = _precision(job)
+    precision, note = _precision(job)
+    half = precision != "fp32"
     tokens_per_step = mean_tokens * job.global_batch_size
     hidden, layers = int(model.config.hidden_size), num_layers(config)
     tokens_at_once = mean_tokens * job.micro_batch_size
@@ -114,25 +115,31 @@ def make_plan(job: TrainJob, folder: Path, *, num_rows: int, mean_tokens: float,
         )
     if isinstance(job.tuning, VirtualTokens):
         check_prompt_fits(job.tuning, config, job.model.max_length)
+    if isinstance(job.parallel, Pipeline):
+        try:
+            job.parallel.layers_of_stages(layers)
+        except ValueError as error:
+            raise SpecError(f"{error}", where="parallel.pipeline_parallel_size") from error
     # A language model's output layer multiplies, also where it is the embeddings over again.
     tied = model.get_output_embeddings() is not None and "lm_head.weight" not in shapes
     multiplied = num_parameters - (0 if tied else embeddings)
     # Forward 2, backward through activations 2 and through trained weights 2 operations per multiplied parameter and token.
     backward = 4 if isinstance(job.tuning, Full) else 2
     operations = steps * tokens_per_step * multiplied * (2 + backward)
-    speed = _matmul_per_second(bf16, job.workers.num_workers * job.workers.cpus_per_worker) if calibrate else None
+    speed = _matmul_per_second(precision, job.workers.num_workers * job.workers.cpus_per_worker) if calibrate else None
     expected, expected_note = (None, "not measured") if speed is None else (operations / speed / EFFICIENCY, _speed_note(speed))
-    held = _held(job, bf16, num_parameters, trainable, embeddings, layers)
+    behind = sum(weight.num_elements for name, weight in shapes.items() if not (is_embedding(name) or LAYER.search(name)))
+    held = _held(job, half, _Numbers(num_parameters, trainable, embeddings, behind, layers, tied))
     return Plan(
         num_parameters=num_parameters,
         num_trainable=trainable,
-        precision="bf16" if bf16 else "fp32",
+        precision=precision,
         precision_note=note,
-        weight_bytes=round(held.weights * _smaller(job, body, num_parameters, 2 if bf16 and job.parallel.kind == "deepspeed" else 4)),
+        weight_bytes=round(held.weights * _smaller(job, body, num_parameters, 2 if half and job.parallel.kind == "deepspeed" else 4)),
         gradient_bytes=held.gradients,
         optimizer_bytes=held.optimizer,
         # About 34 numbers of the hidden size per token and layer (https://arxiv.org/abs/2205.05198, without the attention scores).
-        activation_bytes=int(34 * hidden * layers * tokens_at_once * (2 if bf16 else 4) / 2),
+        activation_bytes=int(34 * hidden * layers * tokens_at_once * (2 if half else 4) / 2 * _passes_held(job)),
         num_steps=steps,
         tokens_per_step=tokens_per_step,
         expected_s=expected,
@@ -140,7 +147,7 @@ def make_plan(job: TrainJob, folder: Path, *, num_rows: int, mean_tokens: float,
         checkpoint_bytes=job.checkpoint.save_total_limit * 12 * trainable + 4 * num_parameters,
         offloaded_bytes=held.offloaded,
         offloaded_to=held.offloaded_to if held.offloaded else "",
-        warnings=_warnings(job, bf16, note, steps),
+        warnings=_warnings(job, precision, note, steps),
     )
 
 
@@ -168,14 +175,27 @@ class _Held:
     offloaded_to: str = ""
 
 
-def _held(job: TrainJob, bf16: bool, everything: int, trainable: int, embeddings: int, layers: int) -> _Held:
-    """What a worker holds besides activations: the optimizer's state, and float32 masters where the weights are bf16."""
+@dataclass(frozen=True)
+class _Numbers:
+    """How many there are in a model; `behind` its layers stand the last norm and the head, which may be the embeddings over again."""
+
+    everything: int
+    trainable: int
+    embeddings: int
+    behind: int
+    layers: int
+    tied: bool
+
+
+def _held(job: TrainJob, half: bool, numbers: _Numbers) -> _Held:
+    """What a worker holds besides activations: the optimizer's state, and float32 masters where the weights are in 16 bits."""
+    everything, trainable, embeddings, layers = numbers.everything, numbers.trainable, numbers.embeddings, numbers.layers
     n, on_gpu, state = job.workers.num_workers, job.workers.gpus_per_worker > 0, _optimizer_bytes(job.optim.optimizer)
     match job.parallel:
         case Ddp():
             return _Held(4 * everything, 4 * trainable, round(state * trainable))
         case DeepSpeed() as zero:
-            element, masters = (2, 4) if bf16 else (4, 0)
+            element, masters = (2, 4) if half else (4, 0)
             weights = element * everything // (n if zero.zero_stage >= 3 else 1)
             gradients = element * trainable // (n if zero.zero_stage >= 2 else 1)
             optimizer = round((state + masters) * trainable) // n
@@ -189,25 +209,61 @@ def _held(job: TrainJob, bf16: bool, everything: int, trainable: int, embeddings
             gathered = embeddings + (everything - embeddings) // max(1, layers) if fsdp.reshard_after_forward else everything
             shards, gradients, optimizer = 4 * everything // n, 4 * trainable // n, round(state * trainable) // n
             offloaded = shards + gradients + optimizer if fsdp.cpu_offload and on_gpu else 0
-            return _Held(shards + (2 if bf16 else 4) * gathered, gradients, optimizer, offloaded, "host memory")
+            return _Held(shards + (2 if half else 4) * gathered, gradients, optimizer, offloaded, "host memory")
         case Tensor() as tensor:
             # Norms are too small to count; the embeddings, and with them a tied head, stand whole on every worker.
             split = max(0, everything - embeddings), max(0, trainable - (embeddings if trainable == everything else 0))
             held, learned = everything - split[0] + split[0] // tensor.tensor_parallel_size, trainable - split[1]
             learned += split[1] // tensor.tensor_parallel_size
-            return _Held(4 * held, 4 * learned, round(state * learned))
+            return _Held(4 * held, 4 * learned, round(state * learned) // (job.num_models if tensor.zero_stage else 1))
+        case Pipeline() as pipe:
+            held, learned = _largest_part(pipe, numbers)
+            return _Held(4 * held, 4 * learned, round(state * learned) // (job.num_models if pipe.zero_stage else 1))
+
+
+def _largest_part(pipe: Pipeline, numbers: _Numbers) -> tuple[int, int]:
+    """Numbers on the pipeline rank that holds most, and how many of them are trained."""
+    of_layers = (numbers.everything - numbers.embeddings - numbers.behind) // max(1, numbers.layers)
+    frozen = 0 if numbers.trainable == numbers.everything else numbers.embeddings
+    found = []
+    for rank in range(pipe.pipeline_parallel_size):
+        its = pipe.layers_of_stages(numbers.layers)[rank :: pipe.pipeline_parallel_size]
+        inside = sum(len(stage) for stage in its) * of_layers // pipe.tensor_parallel_size
+        first, last = rank == 0, rank == pipe.pipeline_parallel_size - 1
+        whole = numbers.embeddings if first or (last and numbers.tied) else 0
+        held = inside + whole + (numbers.behind if last else 0)
+        found.append((held, held - (frozen if whole else 0)))
+    return max(found)
+
+
+def _passes_held(job: TrainJob) -> float:
+    """Activations a worker holds, in those of one pass through all layers."""
+    match job.parallel:
+        case Pipeline() as pipe:
+            size = pipe.pipeline_parallel_size
+            match pipe.schedule:
+                case GPipe():
+                    return job.accumulation_steps / size
+                case Interleaved1F1B() as interleaved:
+                    return 1 + (size - 1) / (size * interleaved.stages_per_worker)  # section 2.2 of the paper
+                case _:
+                    return 1.0
+        case Ddp() | DeepSpeed() | Fsdp() as data:
+            return 1 / data.context_parallel_size
+        case _:
+            return 1.0
 
 
 def _spread_name(job: TrainJob) -> str:
     match job.parallel:
-        case Ddp():
-            return "DDP"
-        case DeepSpeed() as zero:
-            return f"DeepSpeed ZeRO-{zero.zero_stage}"
-        case Fsdp():
-            return "FSDP"
+        case Ddp() | DeepSpeed() | Fsdp() as data:
+            name = "DDP" if isinstance(data, Ddp) else "FSDP" if isinstance(data, Fsdp) else f"DeepSpeed ZeRO-{data.zero_stage}"
+            return name + (f", context parallel over {data.context_parallel_size}" if data.context_parallel_size > 1 else "")
         case Tensor() as tensor:
-            return f"tensor parallel over {tensor.tensor_parallel_size}"
+            return f"tensor parallel over {tensor.tensor_parallel_size}{', ZeRO-1' if tensor.zero_stage else ''}"
+        case Pipeline() as pipe:
+            split = f" x tensor parallel over {pipe.tensor_parallel_size}" if pipe.tensor_parallel_size > 1 else ""
+            return f"{pipe.num_stages} pipeline stages over {pipe.pipeline_parallel_size}{split}{', ZeRO-1' if pipe.zero_stage else ''}"
 
 
 def duration(seconds: float) -> str:
@@ -239,20 +295,23 @@ def _smaller(job: TrainJob, shapes: Mapping[str, Weight], num_parameters: int, e
     return (small * job.tuning.bits / 8 + (num_parameters - small) * element) / (num_parameters * element)
 
 
-def _precision(job: TrainJob) -> tuple[bool, str]:
+def _precision(job: TrainJob) -> tuple[Literal["fp32", "bf16", "fp16"], str]:
     from danlu.tasks.device import has_native_bf16, pick_device
 
     native = has_native_bf16(pick_device(job.workers.gpus_per_worker))
     match job.precision:
         case "fp32":
-            return False, "as the spec says"
+            return "fp32", "as the spec says"
+        case "fp16":
+            return "fp16", "as the spec says; with a dynamic loss scale"
         case "bf16":
-            return True, "as the spec says" if native else "as the spec says; this machine has no native bf16"
+            return "bf16", "as the spec says" if native else "as the spec says; this machine has no native bf16"
         case "auto":
-            return native, "auto: this machine multiplies bf16 natively" if native else "auto: this machine has no native bf16"
+            note = "auto: this machine multiplies bf16 natively" if native else "auto: this machine has no native bf16"
+            return "bf16" if native else "fp32", note
 
 
-def _matmul_per_second(bf16: bool, num_threads: int) -> float:
+def _matmul_per_second(precision: str, num_threads: int) -> float:
     """Operations per second that this many of the machine's threads reach."""
     import torch
 
@@ -260,7 +319,8 @@ def _matmul_per_second(bf16: bool, num_threads: int) -> float:
 
     before = torch.get_num_threads()
     torch.set_num_threads(max(1, num_threads))
-    speed = matmul_per_second(torch.device("cpu"), bf16=bf16)
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    speed = matmul_per_second(torch.device("cpu"), dtype=dtype)
     torch.set_num_threads(before)
     return speed
 
@@ -269,9 +329,11 @@ def _speed_note(speed: float) -> str:
     return f"from {speed / 1e9:,.0f} GFLOP/s measured here now, at {EFFICIENCY:.0%} of it"
 
 
-def _warnings(job: TrainJob, bf16: bool, note: str, steps: int) -> tuple[str, ...]:
+def _warnings(job: TrainJob, precision: str, note: str, steps: int) -> tuple[str, ...]:
     found = []
-    if bf16 and "no native" in note:
+    if precision == "fp16" and not job.workers.gpus_per_worker:
+        found.append("precision: fp16 is several times slower than fp32 on a CPU; precision: auto takes what is fastest")
+    if precision == "bf16" and "no native" in note:
         found.append("precision: bf16 is several times slower than fp32 on this machine; precision: auto takes the faster one")
     if job.evaluation.eval_steps and job.evaluation.eval_steps > steps:
         found.append(

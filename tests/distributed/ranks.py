@@ -2,7 +2,7 @@
 happened in each, and in OUT.errors what a full disk made of it.
 
 python ranks.py WORLD MODEL TRAIN_CSV OUT CASE.json   (CASE.json: {name: {overrides of the TrainJob}}; "folder" there is another model,
-"full_disk_on" the rank that can write nothing after the first checkpoint)
+"full_disk_on" the rank that can write nothing after the first checkpoint, "goes_on_from" an earlier case, whose last checkpoint is lost)
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shutil
 import socket
 import sys
 import time
@@ -104,6 +105,11 @@ def _rank(rank: int, world: int, port: int, model: str, train_file: str, out: st
     for name, overrides in json.loads(Path(cases).read_text()).items():
         records: list[Any] = []
         run_uri = overrides.pop("run_uri", None) or f"{out}.{name}"
+        if before := overrides.pop("goes_on_from", None):
+            if rank == 0:
+                shutil.copytree(f"{out}.{before}", run_uri)
+                (Path(run_uri) / "checkpoints" / "step-000004" / "manifest.json").unlink()
+            dist.barrier()
         victim = overrides.pop("full_disk_on", None)
         job = job_of(overrides.pop("folder", model), train_file, overrides)
         if victim is not None:

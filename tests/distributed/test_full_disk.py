@@ -15,6 +15,7 @@ STRATEGIES: dict[str, dict[str, Any]] = {
     **{f"zero{stage}": {"kind": "deepspeed", "zero_stage": stage} for stage in (1, 2, 3)},
     "fsdp": {"kind": "fsdp"},
     "tensor": {"kind": "tensor", "tensor_parallel_size": 2},
+    "pipeline": {"kind": "pipeline"},
 }
 CASES = [*((name, 1) for name in STRATEGIES if name != "ddp"), ("ddp", 0), ("zero2", 0), ("fsdp", 0)]
 """Every worker writes its shards; the first one also what belongs to all of them, and under DDP everything."""

@@ -31,8 +31,15 @@ STRATEGIES: dict[str, dict[str, Any]] = {
     "fsdp": {"kind": "fsdp"},
     "fsdp-offload": {"kind": "fsdp", "cpu_offload": True, "reshard_after_forward": False},
 }
-SEVERAL = STRATEGIES | {"tensor": {"kind": "tensor", "tensor_parallel_size": 2}}
+SEVERAL = STRATEGIES | {
+    "tensor": {"kind": "tensor", "tensor_parallel_size": 2},
+    "pipeline": {"kind": "pipeline", "pipeline_parallel_size": 2},
+}
 """Strategies of two workers."""
+IN_CONTEXT = {f"context-{name}": STRATEGIES[name] | {"context_parallel_size": 2} for name in ("ddp", "zero2", "zero3", "fsdp")}
+"""Two workers that share a decoder's tokens."""
+IN_HALF = [*((name, "bf16") for name in SEVERAL), *((name, "fp16") for name in ("ddp", "fsdp", "tensor", "pipeline"))]
+"""DeepSpeed has no float16 on a CPU."""
 RESHAPED = ["ddp", "zero1", "zero2", "zero3", "fsdp"]
 """Strategies whose checkpoints another number of workers can go on from."""
 PLACES = 5
@@ -131,10 +138,13 @@ def two_ranks(
     forgetful = {"folder": str(_with_dropout(tiny_model, folder)), "micro_batch_size": 8}
     cases["dropout-tensor"] = forgetful | {"parallel": SEVERAL["tensor"], "workers": {"num_workers": 2}}
     cases["lora-fsdp"] = {"parallel": STRATEGIES["fsdp"], "workers": {"num_workers": 2}, "tuning": {"kind": "lora"}}
-    for name, parallel in SEVERAL.items():
+    for name, parallel in (SEVERAL | IN_CONTEXT).items():
         shape = {"parallel": parallel, "workers": {"num_workers": 2}, "micro_batch_size": 4}
         shape["run_uri"] = _two_ranks_wrote(tmp_path_factory, f"decoder-{name}")
         cases[f"decoder-{name}"] = {"folder": str(tiny_decoder)} | decoder_case(tiny_decoder, **shape)
+    for name, precision in IN_HALF:
+        shape = {"parallel": SEVERAL[name], "workers": {"num_workers": 2}, "micro_batch_size": 8, "precision": precision}
+        cases[f"{name}-{precision}"] = {"folder": str(tiny_decoder)} | decoder_case(tiny_decoder, **shape)
     return _ranks(2, cases, tiny_model, topic_files["train"], folder)
 
 
@@ -182,14 +192,27 @@ def test_two_workers_equal_the_plain_loop(
     _assert_equal(two_ranks[f"{strategy}-{accumulation}"], plain)
 
 
-@pytest.mark.parametrize("strategy", SEVERAL)
+@pytest.mark.parametrize("strategy", SEVERAL | IN_CONTEXT)
 def test_a_decoder_on_two_workers_equals_the_plain_loop(
     strategy: str, plain_decoder: tuple[list[tuple[float, float]], Any], two_ranks: dict[str, list[tuple[float, float]]]
 ) -> None:
     _assert_equal(two_ranks[f"decoder-{strategy}"], plain_decoder[0])
 
 
-@pytest.mark.parametrize("strategy", SEVERAL)
+@pytest.mark.parametrize(("strategy", "precision"), IN_HALF)
+def test_sixteen_bits_stay_near_the_plain_loop_in_float32(
+    strategy: str, precision: str, plain_decoder: tuple[list[tuple[float, float]], Any], two_ranks: dict[str, list[tuple[float, float]]]
+) -> None:
+    """bfloat16 has 8 bits, float16 has 11: 2^-8 is 0.4 %, and it adds up over a few layers and steps."""
+    bound = 0.02 if precision == "bf16" else 0.005
+    found = two_ranks[f"{strategy}-{precision}"]
+    assert len(found) == len(plain_decoder[0])
+    for ours, theirs in zip(found, plain_decoder[0], strict=True):
+        assert ours == pytest.approx(theirs, rel=bound), (found, plain_decoder[0])
+    assert found != plain_decoder[0]
+
+
+@pytest.mark.parametrize("strategy", SEVERAL | IN_CONTEXT)
 def test_a_decoder_of_two_workers_loads_in_plain_transformers_with_the_plain_loops_weights(
     strategy: str,
     plain_decoder: tuple[Any, dict[str, torch.Tensor]],

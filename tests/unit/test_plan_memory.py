@@ -8,17 +8,21 @@ from typing import Any
 import pytest
 from transformers import AutoModel
 
+from danlu.errors import SpecError
 from danlu.plan import Plan, make_plan
 from danlu.spec.train import TrainJob
 
 
-def plan(folder: Path, parallel: dict[str, Any], *, workers: int = 2, precision: str = "bf16", gpus: int = 0) -> Plan:
+def plan(
+    folder: Path, parallel: dict[str, Any], *, workers: int = 2, precision: str = "bf16", gpus: int = 0, task: dict[str, Any] | None = None
+) -> Plan:
     job = TrainJob.model_validate(
         {
             "name": "plan",
             "model": {"model_name_or_path": str(folder)},
             "data": {"train": "unused.csv"},
             "parallel": parallel,
+            "task": task or {"kind": "classification"},
             "workers": {"num_workers": workers, "gpus_per_worker": gpus},
             "precision": precision,
             "global_batch_size": 16,
@@ -77,3 +81,28 @@ def test_split_matrices_and_whole_embeddings(tiny_model: Path) -> None:
     held = embeddings + (number - embeddings) // 2
     found = plan(tiny_model, {"kind": "tensor"})
     assert (found.weight_bytes, found.gradient_bytes, found.optimizer_bytes) == (4 * held, 4 * held, 8 * held)
+    shared = plan(tiny_model, {"kind": "tensor", "zero_stage": 1}, workers=4)
+    assert (shared.weight_bytes, shared.optimizer_bytes) == (4 * held, 8 * held // 2)
+
+
+def test_the_fullest_stage_is_what_a_pipeline_has_to_hold(tiny_model: Path, tiny_decoder: Path) -> None:
+    encoder, decoder = AutoModel.from_pretrained(tiny_model), AutoModel.from_pretrained(tiny_decoder)
+    layer = sum(p.numel() for p in encoder.encoder.layer[0].parameters())
+    embeddings = sum(p.numel() for p in encoder.embeddings.parameters())
+    last = layer + sum(p.numel() for p in encoder.pooler.parameters()) + 33 * 3
+    assert plan(tiny_model, {"kind": "pipeline"}).weight_bytes == 4 * max(layer + embeddings, last)
+    # Tied: the last stage holds the embeddings as well.
+    layer = sum(p.numel() for p in decoder.layers[0].parameters())
+    both = layer + decoder.embed_tokens.weight.numel() + decoder.norm.weight.numel()
+    found = plan(tiny_decoder, {"kind": "pipeline", "zero_stage": 1}, workers=4, task={"kind": "pretrain"})
+    assert (found.weight_bytes, found.optimizer_bytes) == (4 * both, 8 * both // 2)
+
+
+def test_what_is_held_between_passes_follows_the_schedule(tiny_model: Path, tiny_decoder: Path) -> None:
+    one = plan(tiny_model, {"kind": "pipeline"}).activation_bytes
+    assert one == plan(tiny_model, {"kind": "ddp"}).activation_bytes
+    assert plan(tiny_model, {"kind": "pipeline", "schedule": {"kind": "gpipe"}}).activation_bytes == 2 * one  # four passes, two workers
+    with pytest.raises(SpecError, match="2 layers cannot be cut into 4 stages"):
+        plan(tiny_model, {"kind": "pipeline", "schedule": {"kind": "interleaved_1f1b"}})
+    shared = plan(tiny_decoder, {"kind": "fsdp", "context_parallel_size": 2}, task={"kind": "pretrain"})
+    assert shared.activation_bytes == plan(tiny_decoder, {"kind": "fsdp"}, task={"kind": "pretrain"}).activation_bytes // 2

@@ -138,7 +138,9 @@ def _adapted(bundle: Bundle) -> PreTrainedModel:
         case Qlora():
             from peft import PeftModel
 
-            base = quantized_base(folder, meta.task, meta.labels, meta.tuning, bf16=meta.precision == "bf16")
+            base = quantized_base(
+                folder, meta.task, meta.labels, meta.tuning, dtype=torch.bfloat16 if meta.precision == "bf16" else torch.float32
+            )
             adapted: PreTrainedModel = PeftModel.from_pretrained(base, bundle.path / "model").get_base_model()
         case Adapter():
             adapted = bottleneck.load(task_file(meta.task).build_model(folder, meta.labels), bundle.path / "model")

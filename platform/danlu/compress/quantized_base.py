@@ -23,9 +23,9 @@ ROWS_PACKED = 32
 
 
 def quantized_base(
-    folder: Path, task: Task, label_names: Sequence[str], tuning: Qlora, *, bf16: bool, dropout: float | None = None
+    folder: Path, task: Task, label_names: Sequence[str], tuning: Qlora, *, dtype: torch.dtype, dropout: float | None = None
 ) -> PreTrainedModel:
-    """The task's model with its body's linear layers in `tuning.bits` bits. `bf16`: what they are multiplied in."""
+    """The task's model with its body's linear layers in `tuning.bits` bits. `dtype`: what they are multiplied in."""
     need_bitsandbytes("tuning.kind")
     match tuning.bits:
         case 4:
@@ -33,7 +33,7 @@ def quantized_base(
                 load_in_4bit=True,
                 bnb_4bit_quant_type=tuning.bnb_4bit_quant_type,
                 bnb_4bit_use_double_quant=tuning.bnb_4bit_use_double_quant,
-                bnb_4bit_compute_dtype=torch.bfloat16 if bf16 else torch.float32,
+                bnb_4bit_compute_dtype=dtype,
                 llm_int8_skip_modules=HEADS,
             )
         case 8:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
@@ -119,7 +120,10 @@ def _curves(records: Sequence[Mapping[str, Any]]) -> str:
 
 def _chart(title: str, line: Sequence[tuple[float, float]], dots: Sequence[tuple[float, float]] = ()) -> str:
     """One line, and dots on the same axes, as SVG."""
+    line = [(x, y) for x, y in line if math.isfinite(y)]  # a step skipped in float16 has no gradient norm
     points = [*line, *dots]
+    if not points:
+        return ""
     (x0, x1), (y0, y1) = _span([x for x, _ in points]), _span([y for _, y in points])
     width, height, left, bottom, top, right = 420, 190, 54, 22, 8, 10
 

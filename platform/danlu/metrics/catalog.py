@@ -39,6 +39,10 @@ TRAIN_LOSS = Metric("danlu_train_loss", "gauge", "nats", "Mean loss of the last 
 TRAIN_BEST_LOSS = Metric("danlu_train_best_loss", "gauge", "nats", "Lowest mean loss of 20 steps so far.", "train", ("train_job",))
 TRAIN_LEARNING_RATE = Metric("danlu_train_learning_rate", "gauge", "", "Learning rate of the last step.", "train", ("train_job",))
 TRAIN_GRAD_NORM = Metric("danlu_train_grad_norm", "gauge", "", "Global gradient norm before clipping.", "train", ("train_job",))
+TRAIN_LOSS_SCALE = Metric("danlu_train_loss_scale", "gauge", "", "What a float16 loss is multiplied by.", "train", ("train_job",))
+TRAIN_SKIPPED = Metric(
+    "danlu_train_skipped_steps", "counter", "steps", "Steps skipped because a float16 gradient overflowed.", "train", ("train_job",)
+)
 TRAIN_STEP = Metric("danlu_train_step", "gauge", "steps", "Optimizer steps done.", "train", ("train_job",))
 TRAIN_NUM_STEPS = Metric("danlu_train_num_steps", "gauge", "steps", "Optimizer steps of the whole job.", "train", ("train_job",))
 TRAIN_TOKENS = Metric(

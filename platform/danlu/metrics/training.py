@@ -115,13 +115,14 @@ class TrainingMeter:
             self._one(catalog.TRAIN_LOSS, record["loss"]),
             self._one(catalog.TRAIN_BEST_LOSS, min(self.best, max(self.losses))),
             self._one(catalog.TRAIN_LEARNING_RATE, record["learning_rate"]),
-            self._one(catalog.TRAIN_GRAD_NORM, record["grad_norm"]),
+            *([] if record["skipped"] else [self._one(catalog.TRAIN_GRAD_NORM, record["grad_norm"])]),
             self._one(catalog.TRAIN_STEP, record["step"]),
             self._one(catalog.TRAIN_TOKENS, record["tokens"]),
             self._one(catalog.TRAIN_EXAMPLES, record["examples"]),
             self._one(catalog.TRAIN_TOKENS_PER_SECOND, record["tokens_per_second"]),
             self._one(catalog.TRAIN_STEP_SECONDS, seconds),
             self._one(catalog.TRAIN_ETA, record["eta_s"]),
+            *self._scaled(record),
             *(self._one(catalog.TRAIN_PHASE_SECONDS, spent, phase=phase) for phase, spent in record["phases"].items()),
             *self._spend("replay" if replayed else "step", seconds - stalled),
             *(self._spend("stall", stalled) if stalled else []),
@@ -134,6 +135,14 @@ class TrainingMeter:
             interval = self.started["save_steps"] * statistics.fmean(self.step_seconds)
             found.append(self._one(catalog.TRAIN_CHECKPOINT_INTERVAL, interval))
         return found
+
+    def _scaled(self, record: Mapping[str, Any]) -> list[Sample]:
+        if record["loss_scale"] is None:
+            return []
+        return [
+            self._one(catalog.TRAIN_LOSS_SCALE, record["loss_scale"]),
+            self._one(catalog.TRAIN_SKIPPED, float(record["skipped"])),
+        ]
 
     def _ranks(self, record: Mapping[str, Any]) -> list[Sample]:
         own, memory = record["own_seconds"], record["memory_bytes"]

@@ -12,7 +12,7 @@ from danlu.spec.compress import Compress
 from danlu.spec.data import Data
 from danlu.spec.model import Model
 from danlu.spec.optim import Adafactor, BnbAdamW, Lion, Optim, Wsd
-from danlu.spec.parallel import Ddp, DeepSpeed, Parallel, Tensor, Workers
+from danlu.spec.parallel import Ddp, DeepSpeed, Parallel, Pipeline, Tensor, Workers
 from danlu.spec.serve import ServeAfterTraining, Service
 from danlu.spec.task import COLUMNS, METRICS, Classification, Embed, EncoderTask, ExtractiveQA, Task
 from danlu.spec.tuning import Adalora, Full, Tuning, VirtualTokens, is_merged
@@ -81,13 +81,14 @@ class TrainJob(Spec):
     evaluation: Evaluation = Evaluation()
     checkpoint: Checkpointing = Checkpointing()
 
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """`auto`: bf16 if every worker's hardware multiplies it natively (GPUs since Ampere, AVX512-BF16, AMX), else fp32; see the plan."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """`auto`: bf16 if every worker's hardware multiplies it natively (GPUs since Ampere, AVX512-BF16, AMX), else fp32; see the plan.
+    fp16 is for GPUs that lack bf16 (V100, T4): with a dynamic loss scale. Master weights are always float32."""
 
     global_batch_size: PositiveInt = 32
     """Examples per optimizer step, over all workers and accumulation passes."""
     micro_batch_size: PositiveInt = 8
-    """Examples one worker (one group of workers, under tensor parallelism) holds at once."""
+    """Examples of one forward and backward pass of one worker, or of one group of workers that hold a model together."""
     group_by_length: bool = False
     """Batches of rows of nearly one length. Packed rows have no padding: it pays for models that cannot be packed."""
     num_train_epochs: PositiveFloat = 3.0
@@ -112,13 +113,37 @@ class TrainJob(Spec):
     def _workers_make_whole_models(self) -> Self:
         size, workers = self.parallel.workers_per_model, self.workers.num_workers
         if workers % size:
+            sizes = " x ".join(f"parallel.{name}={its}" for name, its in self.parallel.model_sizes.items())
             raise ValueError(
-                f"workers.num_workers={workers} is not a multiple of parallel.tensor_parallel_size={size}; "
+                f"workers.num_workers={workers} is not a multiple of {sizes}{'' if len(self.parallel.model_sizes) == 1 else f' = {size}'}; "
                 f"nearest that works: {max(size, workers // size * size)}"
             )
-        if self.parallel.kind == "tensor" and self.tuning.kind != "full":
+        if self.parallel.kind in ("tensor", "pipeline") and self.tuning.kind != "full":
+            does = "splits" if self.parallel.kind == "tensor" else "cuts up"
             raise ValueError(
-                f"parallel.kind=tensor splits trained weights only, not tuning.kind={self.tuning.kind}; parallel.kind=fsdp takes it"
+                f"parallel.kind={self.parallel.kind} {does} trained weights only, not tuning.kind={self.tuning.kind}; "
+                "parallel.kind=fsdp takes it"
+            )
+        if isinstance(self.parallel, Tensor | Pipeline) and self.parallel.zero_stage and self.num_models == 1:
+            raise ValueError(
+                f"parallel.zero_stage=1 has no effect: workers.num_workers={workers} are one group, and no other holds the same weights; "
+                f"leave it out, or workers.num_workers={2 * size}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _context_is_a_decoders(self) -> Self:
+        if "context_parallel_size" not in self.parallel.model_sizes:
+            return self
+        if self.task.kind == "classification":
+            raise ValueError(
+                "parallel.context_parallel_size shares out the tokens of long rows that predict the next one; "
+                "task.kind=classification reads whole rows: leave it out"
+            )
+        if isinstance(self.tuning, VirtualTokens):
+            raise ValueError(
+                f"parallel.context_parallel_size goes with packed rows only, and tuning.kind={self.tuning.kind} pads them; use "
+                "tuning.kind=lora"
             )
         return self
 
@@ -127,7 +152,7 @@ class TrainJob(Spec):
         per_pass = self.micro_batch_size * self.num_models
         if self.global_batch_size % per_pass:
             size = self.parallel.workers_per_model
-            groups = (" / tensor_parallel_size", f" / {size}") if size > 1 else ("", "")
+            groups = ("".join(f" / {name}" for name in self.parallel.model_sizes), f" / {size}") if size > 1 else ("", "")
             nearest = max(per_pass, round(self.global_batch_size / per_pass) * per_pass)
             passes, rest = divmod(self.global_batch_size, self.micro_batch_size)
             workers = [] if rest else [str(n * size) for n in range(1, passes + 1) if passes % n == 0]
@@ -136,6 +161,8 @@ class TrainJob(Spec):
                 f"{self.micro_batch_size} x {self.workers.num_workers}{groups[1]} = {per_pass}; nearest that works: {nearest}"
                 + (f"; or workers.num_workers: {', '.join(workers[:8])}" if workers else "")
             )
+        if isinstance(self.parallel, Pipeline):
+            self.parallel.check_passes(self.accumulation_steps)
         return self
 
     @model_validator(mode="after")
@@ -154,10 +181,15 @@ class TrainJob(Spec):
                 f"optim.optimizer.kind=adafactor keeps a row and a column of each matrix, which parallel.kind={kind} cuts apart; "
                 "parallel.kind=ddp or another optimizer"
             )
-        if isinstance(optim.optimizer, BnbAdamW | Lion) and kind in ("fsdp", "tensor"):
+        if isinstance(optim.optimizer, BnbAdamW | Lion) and kind in ("fsdp", "tensor", "pipeline"):
             raise ValueError(
                 f"optim.optimizer.kind={optim.optimizer.kind} is bitsandbytes', which cannot take the tensors that parallel.kind={kind} "
                 "shards; optim.optimizer.kind=adamw, or parallel.kind=deepspeed"
+            )
+        if self.precision == "fp16" and kind == "deepspeed" and not self.workers.gpus_per_worker:
+            raise ValueError(
+                "precision=fp16 with parallel.kind=deepspeed needs GPUs: DeepSpeed has no fp16 on a CPU; precision=bf16, "
+                "workers.gpus_per_worker=1, or parallel.kind=ddp"
             )
         if optim.ema_decay is not None and kind != "ddp":
             raise ValueError(f"optim.ema_decay averages whole weights, which parallel.kind={kind} shards; parallel.kind=ddp can")
@@ -203,6 +235,11 @@ class TrainJob(Spec):
                     raise ValueError(
                         "tuning.kind=adalora does not go with parallel.zero_stage=3: ranks move by whole weights and gradients, "
                         "which ZeRO-3 does not keep; use parallel.zero_stage=2, or tuning.kind=lora"
+                    )
+                if self.precision == "fp16" and isinstance(self.parallel, DeepSpeed):
+                    raise ValueError(
+                        "tuning.kind=adalora weighs gradients, which parallel.kind=deepspeed holds scaled under precision=fp16; "
+                        "precision=bf16, or parallel.kind=ddp"
                     )
                 if self.max_steps is not None and self.tuning.tinit + self.tuning.tfinal >= self.max_steps:
                     raise ValueError(

@@ -26,10 +26,9 @@ def num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def matmul_per_second(device: torch.device, *, bf16: bool, seconds: float = 0.3) -> float:
+def matmul_per_second(device: torch.device, *, dtype: torch.dtype, seconds: float = 0.3) -> float:
     """Operations per second of a matrix product (of an encoder's size on a CPU), the best of those that fit into `seconds`."""
     rows, inner, columns = (8192, 4096, 4096) if device.type == "cuda" else (1024, 384, 1536)
-    dtype = torch.bfloat16 if bf16 else torch.float32
     draw = torch.Generator(device).manual_seed(0)  # its own: nothing else that is drawn changes
     left = torch.randn(rows, inner, generator=draw, dtype=dtype, device=device)
     right = torch.randn(inner, columns, generator=draw, dtype=dtype, device=device)

@@ -12,6 +12,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
 
 from danlu.data.pack import Packed
+from danlu.errors import ModelError
 
 log = logging.getLogger(__name__)
 
@@ -83,6 +84,15 @@ class PackedModel(nn.Module):
     model: PreTrainedModel
     packed: bool
     prompted: bool = False
+
+
+def check_packed(model: nn.Module, who: str, *, where: str, fix: str) -> PackedModel:
+    """The model of a task; ModelError if it is fed padded batches."""
+    assert isinstance(model, PackedModel)
+    if not model.packed:
+        its = "is fed padded batches, since its packed answers are not its own"
+        raise ModelError(f"{type(model.model).__name__} {its}; {who} takes packed ones only", where=where, fix=fix)
+    return model
 
 
 class PackedEncoder(PackedModel):

@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from danlu.tasks.context import Context
 from danlu.tasks.packed import ATTENTION, PackedModel, padded_rows
 
 log = logging.getLogger(__name__)
@@ -56,6 +57,9 @@ class PackedDecoder(PackedModel):
     out once; any model for which they do not is fed padded batches instead.
     """
 
+    context: Context | None = None
+    """The workers that a pass's tokens are shared out over (`danlu.tasks.context`)."""
+
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         self.model = model
@@ -72,20 +76,27 @@ class PackedDecoder(PackedModel):
         token_type_ids: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Summed loss of each row's next tokens, float32 [rows]."""
+        targets = next_tokens(input_ids, cu_seqlens)
+        lengths = cu_seqlens.diff().to(input_ids.device, torch.int64)
+        rows = torch.repeat_interleave(torch.arange(len(lengths), device=input_ids.device), lengths)
+        if self.context is not None:
+            input_ids, position_ids, rows = (self.context.part(tensor, 0) for tensor in (input_ids, position_ids, rows))
+            targets = self.context.part(targets, -100)
+            cu_seqlens = self.context.cu_seqlens(cu_seqlens)
         hidden = self.hidden(input_ids, position_ids, cu_seqlens)
         head = self.model.get_output_embeddings()
         softcap = getattr(self.model.config, "final_logit_softcapping", None)
-        losses = token_losses(hidden, head, next_tokens(input_ids, cu_seqlens), softcap=softcap)
-        lengths = cu_seqlens.diff().to(losses.device, torch.int64)
-        rows = torch.repeat_interleave(torch.arange(len(lengths), device=losses.device), lengths)
-        return torch.zeros(len(lengths), device=losses.device).index_add(0, rows, losses)
+        losses = token_losses(hidden, head, targets, softcap=softcap)
+        by_row = torch.zeros(len(lengths), device=losses.device).index_add(0, rows, losses)
+        return by_row if self.context is None else self.context.whole_sum(by_row)
 
     def hidden(self, input_ids: torch.Tensor, position_ids: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
         """Last hidden states, [tokens, hidden]."""
         backbone = self.model.get_decoder()
         if self.packed:
             # No attention_mask at all: even one of ones would make some models forget where rows end.
-            output = backbone(input_ids=input_ids[None], position_ids=position_ids[None], cu_seqlens=cu_seqlens, use_cache=False)
+            shared = {} if self.context is None else {"context": self.context}
+            output = backbone(input_ids=input_ids[None], position_ids=position_ids[None], cu_seqlens=cu_seqlens, use_cache=False, **shared)
             packed: torch.Tensor = output.last_hidden_state[0]
             return packed
         lengths = cu_seqlens.diff().tolist()

@@ -30,7 +30,7 @@ MANIFEST = "manifest.json"
 WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
 """What writers say when the disk is full: files, torch.save, safetensors."""
 
-ANY_WORLD_SIZE = frozenset({"ddp", "fsdp", "deepspeed-zero1", "deepspeed-zero2", "deepspeed-zero3", "tensor"})
+ANY_WORLD_SIZE = frozenset({"ddp", "fsdp", "deepspeed-zero1", "deepspeed-zero2", "deepspeed-zero3", "tensor or pipeline"})
 """Shapes whose files can be read by another number of workers than wrote them; parameters on each worker's NVMe are not put together."""
 
 

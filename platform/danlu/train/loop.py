@@ -15,12 +15,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from danlu.data.pack import Batches, by_length, pack_rows
+from danlu.data.pack import Batches, Packed, by_length, pack_rows
 from danlu.errors import DivergedError
-from danlu.spec.parallel import Ddp, DeepSpeed, Tensor
+from danlu.spec.parallel import Ddp, DeepSpeed, Pipeline, Tensor
 from danlu.spec.task import LOWER_IS_BETTER
 from danlu.spec.train import TrainJob
-from danlu.tasks.device import has_native_bf16
 from danlu.tasks.rows import Split, Splits
 from danlu.tasks.task import TaskFile, task_file
 from danlu.train.checkpoint import Checkpoints, Progress, after_eval, improved
@@ -28,6 +27,7 @@ from danlu.train.ema import Ema, EmaState
 from danlu.train.model import Trainee, build, export
 from danlu.train.optim import learning_rate_at, param_groups
 from danlu.train.phases import Phases, device_name, flops_per_token, peak_flops
+from danlu.train.precision import SMALLEST, LossScale, LossScaleState, compute_dtype
 from danlu.train.run import EvalRecord, EventRecord, Models, Run, StartRecord, StepRecord
 from danlu.train.strategy import Setup, State, Strategy, make_strategy
 
@@ -54,15 +54,17 @@ def train(job: TrainJob, data: Splits, folder: Path, tokenizer: PreTrainedTokeni
     steps = num_steps(job, len(data.train.encoded))
     eval_steps = job.evaluation.eval_steps or max(1, math.ceil(steps / 5))
     save_steps = job.checkpoint.save_steps or max(1, math.ceil(steps / 5))
-    bf16 = uses_bf16(job, run)
+    dtype = compute_dtype(job, run)
+    loss_scale = LossScale() if dtype == torch.float16 else None
     task = task_file(job.task)
-    trainee = build(job, folder, data.label_names, bf16=bf16, num_steps=steps)
+    trainee = build(job, folder, data.label_names, dtype=dtype, num_steps=steps)
     operations = flops_per_token(trainee.module)  # before a strategy cuts weights apart
     strategy = make_strategy(job.parallel)
-    model = strategy.prepare(trainee.module, _setup(job, trainee, run, bf16))
+    model = strategy.prepare(trainee.module, _setup(job, trainee, run, dtype, loss_scale))
     ema = Ema(trainee.module, job.optim.ema_decay) if job.optim.ema_decay is not None else None
     state = _state(strategy, trainee, run)
     state = state if ema is None else EmaState(state, ema, run.rank)
+    state = state if loss_scale is None else LossScaleState(state, loss_scale, run.rank)
     models = Models(run, job.parallel.workers_per_model)
     batches = Batches(
         data.train.encoded,
@@ -81,7 +83,7 @@ def train(job: TrainJob, data: Splits, folder: Path, tokenizer: PreTrainedTokeni
     if progress.step:
         run.report(EventRecord(progress.step, "resumed", f"from the checkpoint of step {progress.step}"))
     if run.rank == 0:
-        run.report(_start_record(progress, steps, save_steps, job, run, operations, bf16))
+        run.report(_start_record(progress, steps, save_steps, job, run, operations, dtype))
     phases = Phases(run)
     clock = _Clock(steps)
     stopped_early = _out_of_patience(job, progress)
@@ -96,23 +98,25 @@ def train(job: TrainJob, data: Splits, folder: Path, tokenizer: PreTrainedTokeni
         phases.end("data")
         num_targets = float(models.all_sum(torch.tensor(float(sum(task.num_targets(batch) for batch in micro_batches)))))
         phases.end("wait")
-        loss_sum = torch.zeros((), device=run.device)
-        for i, batch in enumerate(micro_batches):
-            with strategy.micro_step(last=i + 1 == len(micro_batches)):
-                # Each target of the global batch weighs the same, however unevenly they
-                # fall on ranks and micro-batches; ranks average, and we want the sum.
-                loss = task.loss(model, batch, job.task) / num_targets
-                phases.end("forward")
-                strategy.backward((loss + trainee.penalty() / (len(micro_batches) * models.world_size)) * models.world_size)
+
+        def loss(model: nn.Module, batch: Packed, num_targets: float = num_targets) -> torch.Tensor:
             phases.end("backward")
-            loss_sum += loss.detach()
+            # Each target of the global batch weighs the same, however unevenly they fall on ranks and micro-batches.
+            its = task.loss(model, batch, job.task) / num_targets
+            phases.end("forward")
+            return its
+
+        loss_sum = strategy.accumulate(micro_batches, loss)
+        phases.end("backward")
         grad_norm = strategy.step(learning_rate(step))
         phases.end("optimizer")
         if ema is not None:
             ema.update(step + 1)
         mean_loss = float(models.all_sum(loss_sum))
         phases.end("wait")
-        _check_finite(mean_loss, grad_norm, step, checkpoints)
+        skipped = loss_scale is not None and not math.isfinite(grad_norm)
+        if not (skipped and loss_scale is not None and loss_scale.scale >= SMALLEST):
+            _check_finite(mean_loss, grad_norm, step, checkpoints)
 
         tokens = batches.num_tokens(step)
         progress = replace(progress, step=step + 1, tokens_total=progress.tokens_total + tokens)
@@ -132,14 +136,20 @@ def train(job: TrainJob, data: Splits, folder: Path, tokenizer: PreTrainedTokeni
                 eta_s=eta_s,
                 examples=job.global_batch_size,
                 phases=phases.seconds,
+                loss_scale=None if loss_scale is None else loss_scale.scale,
+                skipped=skipped,
             )
         )
         phases.compare(progress.step)
+        if skipped and loss_scale is not None:
+            run.report(
+                EventRecord(progress.step, "step skipped", f"a float16 gradient overflowed; the loss scale is now {loss_scale.scale:g}")
+            )
         if trainee.allocator is not None and trainee.allocator.moved:
             run.report(EventRecord(progress.step, "ranks", _ranks_text(trainee.allocator.ranks())))
         if progress.step % eval_steps == 0 or progress.step == steps:
             with nullcontext() if ema is None else ema.applied():
-                progress = _evaluate(job, model, data, progress, models, state, trainee, tokenizer, best_weights, bf16)
+                progress = _evaluate(job, model, data, progress, models, state, trainee, tokenizer, best_weights, dtype)
             stopped_early = _out_of_patience(job, progress)
             if stopped_early:
                 run.report(EventRecord(progress.step, "stopped early", f"no new best in {progress.evals_without_best} evaluations"))
@@ -149,25 +159,20 @@ def train(job: TrainJob, data: Splits, folder: Path, tokenizer: PreTrainedTokeni
             size = checkpoints.save(progress, state.save)
             run.report(EventRecord(progress.step, "checkpoint", f"step {progress.step}", time.perf_counter() - started, size))
             clock.pause()
-    return Outcome(progress.step, progress.best_step, progress.best_value, stopped_early, bf16, progress.tokens_total)
-
-
-def uses_bf16(job: TrainJob, run: Run) -> bool:
-    """`auto` is bf16 only where every rank's hardware multiplies it natively."""
-    if job.precision != "auto":
-        return job.precision == "bf16"
-    return float(run.all_sum(torch.tensor(float(has_native_bf16(run.device))))) == run.world_size
+    return Outcome(progress.step, progress.best_step, progress.best_value, stopped_early, dtype == torch.bfloat16, progress.tokens_total)
 
 
 def shape(job: TrainJob) -> str:
     """What a checkpoint's files look like; another shape cannot read them."""
     if isinstance(job.parallel, DeepSpeed):
         return f"deepspeed-zero{job.parallel.zero_stage}" + ("-nvme" if job.parallel.uses_nvme else "")
+    if isinstance(job.parallel, Tensor | Pipeline):
+        return "tensor or pipeline"  # one format: weights by name, whole or cut in any way
     return job.parallel.kind
 
 
 @torch.no_grad()
-def score_rows(task: TaskFile, model: nn.Module, split: Split, run: Run, *, batch_tokens: int, autocast: bool) -> np.ndarray:
+def score_rows(task: TaskFile, model: nn.Module, split: Split, run: Run, *, batch_tokens: int, autocast: torch.dtype | None) -> np.ndarray:
     """A task's outputs of a split's sequences, float32 [sequences, width] or [tokens, width], shared out over the ranks. Collective."""
     model.eval()
     sequences = split.encoded.sequences
@@ -178,7 +183,7 @@ def score_rows(task: TaskFile, model: nn.Module, split: Split, run: Run, *, batc
         mine = turn * run.world_size + run.rank
         rows = groups[min(mine, len(groups) - 1)]
         batch = pack_rows(sequences, rows).to(run.device)
-        with torch.autocast(run.device.type, torch.bfloat16, enabled=autocast):
+        with nullcontext() if autocast is None else torch.autocast(run.device.type, autocast):
             out = task.row_outputs(model, batch)
         if not len(outputs):
             outputs = torch.zeros(len(sequences.input_ids) if task.PER_TOKEN else len(sequences), out.shape[1])
@@ -197,11 +202,11 @@ def _evaluate(
     trainee: Trainee,
     tokenizer: PreTrainedTokenizerBase,
     best_weights: Checkpoints,
-    bf16: bool,
+    dtype: torch.dtype,
 ) -> Progress:
     """Score the dev split; keep the weights if they are the best so far."""
     started = time.perf_counter()
-    autocast = bf16 and isinstance(job.parallel, Ddp | Tensor)
+    autocast = dtype if dtype != torch.float32 and isinstance(job.parallel, Ddp | Tensor | Pipeline) else None
     task = task_file(job.task)
     outputs = score_rows(task, model, data.dev, models, batch_tokens=job.evaluation.batch_tokens, autocast=autocast)
     metrics = dict(task.scores(outputs, data.dev, data.label_names, job.task).metrics())
@@ -215,15 +220,27 @@ def _evaluate(
     return progress
 
 
-def _start_record(progress: Progress, steps: int, save_steps: int, job: TrainJob, run: Run, operations: float, bf16: bool) -> StartRecord:
-    peak, source = peak_flops(run.device, bf16=bf16)
+def _start_record(
+    progress: Progress, steps: int, save_steps: int, job: TrainJob, run: Run, operations: float, dtype: torch.dtype
+) -> StartRecord:
+    peak, source = peak_flops(run.device, dtype)
     threads = job.workers.cpus_per_worker
     return StartRecord(progress.step, steps, save_steps, run.world_size, threads, device_name(run.device), operations, peak, source)
 
 
-def _setup(job: TrainJob, trainee: Trainee, run: Run, bf16: bool) -> Setup:
-    groups = param_groups(trainee.module, job.optim, trainee.head, trainee.lr_scales)
-    return Setup(job.optim, groups, job.micro_batch_size, bf16, run.device, run.rank, run.world_size, trainee.allocator)
+def _setup(job: TrainJob, trainee: Trainee, run: Run, dtype: torch.dtype, loss_scale: LossScale | None) -> Setup:
+    return Setup(
+        optim=job.optim,
+        param_groups=param_groups(trainee.module, job.optim, trainee.head, trainee.lr_scales),
+        micro_batch_size=job.micro_batch_size,
+        dtype=dtype,
+        device=run.device,
+        rank=run.rank,
+        world_size=run.world_size,
+        workers_per_model=job.parallel.workers_per_model,
+        allocator=trainee.allocator,
+        loss_scale=loss_scale,
+    )
 
 
 def _state(strategy: Strategy, trainee: Trainee, run: Run) -> State:
@@ -274,4 +291,4 @@ class _Clock:
         self.began = time.perf_counter()
 
 
-__all__ = ["Outcome", "num_steps", "score_rows", "shape", "train", "uses_bf16"]
+__all__ = ["Outcome", "num_steps", "score_rows", "shape", "train"]

@@ -41,20 +41,16 @@ class Trainee:
     lr_scales: Mapping[str, float] = field(default_factory=dict)
     allocator: RankAllocator | None = None
 
-    def penalty(self) -> torch.Tensor | float:
-        """What is added to the loss of a global batch."""
-        return 0.0 if self.allocator is None else self.allocator.penalty()
 
-
-def build(job: TrainJob, folder: Path, label_names: list[str], *, bf16: bool = False, num_steps: int = 0) -> Trainee:
+def build(job: TrainJob, folder: Path, label_names: list[str], *, dtype: torch.dtype = torch.float32, num_steps: int = 0) -> Trainee:
     """The pretrained model of `folder` with a head for these labels and `job.tuning` applied; the same on every rank.
 
-    `bf16` and `num_steps` are what a quantized base computes in and over how many steps ranks move.
+    `dtype` and `num_steps` are what a quantized base computes in and over how many steps ranks move.
     """
     task, tuning = task_file(job.task), job.tuning
     torch.manual_seed(job.seed)
     try:
-        model = _base(job, folder, label_names, bf16)
+        model = _base(job, folder, label_names, dtype)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"{folder} could not be loaded: {error}", where="model.model_name_or_path") from error
     if job.model.gradient_checkpointing:
@@ -114,12 +110,12 @@ def export(trainee: Trainee, weights: Mapping[str, torch.Tensor], tokenizer: Pre
     tokenizer.save_pretrained(folder)
 
 
-def _base(job: TrainJob, folder: Path, label_names: list[str], bf16: bool) -> PreTrainedModel:
+def _base(job: TrainJob, folder: Path, label_names: list[str], dtype: torch.dtype) -> PreTrainedModel:
     match job.tuning:
         case Qlora():
             from danlu.compress.quantized_base import quantized_base
 
-            return quantized_base(folder, job.task, label_names, job.tuning, bf16=bf16, dropout=job.model.hidden_dropout)
+            return quantized_base(folder, job.task, label_names, job.tuning, dtype=dtype, dropout=job.model.hidden_dropout)
         case _:
             return task_file(job.task).build_model(folder, label_names, dropout=job.model.hidden_dropout)
 

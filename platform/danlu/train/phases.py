@@ -18,14 +18,17 @@ SAMPLE_EVERY = 10
 STATED_PEAK = {
     "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "A10": 125e12, "RTX 4090": 165e12,
 }  # fmt: skip
-"""Dense bf16 FLOP/s of NVIDIA's data sheets, without sparsity. The first name that a device's own contains counts."""
+"""Dense bf16 and fp16 FLOP/s of NVIDIA's data sheets, without sparsity. The first name that a device's own contains counts."""
 
 OWN = ("data", "forward")
 """What a rank does before it needs another one."""
 
 
 class Phases:
-    """A stopwatch for the parts of a step: `begin`, then `end(name)` after each. On a GPU only sampled steps are measured."""
+    """A stopwatch for the parts of a step: `begin`, then `end(name)` after each. On a GPU only sampled steps are measured.
+
+    In a pipeline the passes of several micro-batches overlap: what is not the last stage's loss counts as `backward`.
+    """
 
     def __init__(self, run: Run) -> None:
         self.run, self.waits = run, run.device.type == "cuda"
@@ -89,14 +92,14 @@ def flops_per_token(module: nn.Module) -> float:
     return 4.0 * everything + 2.0 * trained
 
 
-def peak_flops(device: torch.device, *, bf16: bool) -> tuple[float, str]:
+def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
     """FLOP/s of one worker's hardware, and `stated` or `measured`. Measuring takes a tenth of a second."""
-    if device.type == "cuda" and bf16:
+    if device.type == "cuda" and dtype != torch.float32:
         name = torch.cuda.get_device_name(device)
         for known, stated in STATED_PEAK.items():
             if known in name:
                 return stated, "stated"
-    return matmul_per_second(device, bf16=bf16, seconds=0.1), "measured"
+    return matmul_per_second(device, dtype=dtype, seconds=0.1), "measured"
 
 
 def device_name(device: torch.device) -> str:

@@ -29,6 +29,10 @@ class StepRecord:
     examples: int = 0
     phases: dict[str, float] = field(default_factory=dict)
     """Seconds by what they went into; empty where they were not measured."""
+    loss_scale: float | None = None
+    """What a float16 loss is multiplied by."""
+    skipped: bool = False
+    """True if a float16 gradient overflowed, so that the weights are as they were."""
     kind: str = "step"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from html.parser import HTMLParser
 from typing import Any
@@ -72,7 +73,14 @@ def data() -> ReportData:
     ).to_dict()
     return ReportData(
         title=f"topics {EVIL}",
-        records=[step(1), step(2), step(3), step(4), eval_record, {"kind": "event", "step": 4, "event": "checkpoint"}],
+        records=[
+            step(1),
+            step(2) | {"grad_norm": math.inf},
+            step(3),
+            step(4),
+            eval_record,
+            {"kind": "event", "step": 4, "event": "checkpoint"},
+        ],
         plan=f"plan {EVIL}",
         data=f"data {EVIL}",
         scores={"test": found},

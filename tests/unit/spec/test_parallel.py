@@ -49,5 +49,39 @@ def test_a_batch_that_the_groups_cannot_share_is_refused() -> None:
 
 
 def test_adapters_are_not_split() -> None:
-    with pytest.raises(ValidationError, match=r"not tuning.kind=lora; parallel.kind=fsdp takes it"):
-        job(tuning={"kind": "lora"})
+    for kind in ("tensor", "pipeline"):
+        with pytest.raises(ValidationError, match=r"not tuning.kind=lora; parallel.kind=fsdp takes it"):
+            job(tuning={"kind": "lora"}, parallel={"kind": kind}, micro_batch_size=1)
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        (
+            {"parallel": {"kind": "pipeline", "tensor_parallel_size": 3}},
+            "not a multiple of parallel.pipeline_parallel_size=2 x parallel.tensor_parallel_size=3 = 6; nearest that works: 6",
+        ),
+        (
+            {"parallel": {"kind": "pipeline", "pipeline_parallel_size": 4}, "micro_batch_size": 8},
+            "1f1b needs at least as many passes a step as there are stages, 4; .* makes 2",
+        ),
+        (
+            {"parallel": {"kind": "pipeline", "schedule": {"kind": "interleaved_1f1b"}}, "global_batch_size": 40},
+            r"interleaved_1f1b goes round 2 times for 5 passes a step.*a multiple of pipeline_parallel_size=2 works",
+        ),
+        (
+            {"parallel": {"kind": "pipeline", "pipeline_parallel_size": 4, "zero_stage": 1}, "micro_batch_size": 1},
+            "zero_stage=1 has no effect: workers.num_workers=4 are one group.*num_workers=8",
+        ),
+        ({"parallel": {"kind": "ddp", "context_parallel_size": 2}}, "context_parallel_size .* task.kind=classification reads whole rows"),
+        (
+            {"parallel": {"kind": "ddp", "context_parallel_size": 2}, "task": {"kind": "pretrain"}, "tuning": {"kind": "prefix"}},
+            "tuning.kind=prefix pads them; use tuning.kind=lora",
+        ),
+        ({"parallel": {"kind": "pipeline"}, "optim": {"ema_decay": 0.9}, "micro_batch_size": 1}, "ema_decay averages whole weights"),
+        ({"parallel": {"kind": "pipeline"}, "optim": {"optimizer": {"kind": "lion"}}, "micro_batch_size": 1}, "lion is bitsandbytes'"),
+    ],
+)
+def test_what_a_model_taken_apart_cannot_do_is_refused(fields: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ValidationError, match=reason):
+        job(**fields)

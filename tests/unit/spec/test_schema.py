@@ -226,10 +226,22 @@ GOOD: dict[str, tuple[type[Spec], Document]] = {
         )
     },
     **{
-        f"parallel: {parallel}": (TrainJob, JOB | {"parallel": parallel, "workers": {"num_workers": 4}})
+        f"shared rows: {parallel}": (TrainJob, JOB | {"parallel": parallel, "workers": {"num_workers": 4}, "task": {"kind": "pretrain"}})
+        for parallel in ({"kind": kind, "context_parallel_size": 2} for kind in ("ddp", "deepspeed", "fsdp"))
+    },
+    "float16": (TrainJob, JOB | {"precision": "fp16"}),
+    **{
+        f"parallel: {parallel}": (
+            TrainJob,
+            JOB | {"parallel": parallel, "workers": {"num_workers": 4}, "global_batch_size": 64, "micro_batch_size": 4},
+        )
         for parallel in (
             {"kind": "fsdp", "cpu_offload": True, "reshard_after_forward": False},
             {"kind": "tensor", "tensor_parallel_size": 2},
+            {"kind": "tensor", "zero_stage": 1},
+            {"kind": "pipeline", "pipeline_parallel_size": 2, "tensor_parallel_size": 2, "schedule": {"kind": "gpipe"}},
+            {"kind": "pipeline", "zero_stage": 1, "schedule": {"kind": "interleaved_1f1b", "stages_per_worker": 3}},
+            {"kind": "pipeline", "schedule": {"kind": "1f1b"}},
             {"kind": "deepspeed", "zero_stage": 2, "offload_optimizer": "cpu"},
             {"kind": "deepspeed", "zero_stage": 3, "offload_optimizer": "cpu", "offload_param": "nvme", "nvme_path": "/mnt/nvme"},
         )
@@ -305,6 +317,9 @@ BAD: dict[str, tuple[type[Spec], Document, str, object]] = {
         "tuning.target_modules": ["query", [1], [], None],
         "parallel": [
             {"kind": "ddp", "zero_stage": 2}, {"zero_stage": 2}, {"kind": "fsdp", "zero_stage": 2}, {"kind": "tensor", "cpu_offload": True},
+            {"kind": "tensor", "zero_stage": 2}, {"kind": "pipeline", "schedule": "1f1b"},
+            {"kind": "pipeline", "pipeline_parallel_size": 1},
+            {"kind": "pipeline", "schedule": {"kind": "gpipe", "stages_per_worker": 2}}, {"kind": "tensor", "context_parallel_size": 2},
         ],
         "parallel.zero_stage": [0, 4, "2", True, None],
         "workers.num_workers": [0, 1.5, None],
@@ -319,7 +334,7 @@ BAD: dict[str, tuple[type[Spec], Document, str, object]] = {
         "evaluation.eval_steps": [0, 2.5],
         "evaluation.metric_for_best_model": ["bleu", 1],
         "checkpoint.save_total_limit": [1, 0],
-        "precision": ["fp16", None, 32],
+        "precision": ["fp8", None, 32],
         "global_batch_size": [0, "32", 31.5, None],
         "num_train_epochs": [0, None],
         "max_steps": [0],

@@ -53,13 +53,13 @@ def test_a_path_that_is_no_folder_is_refused(tmp_path: Path) -> None:
 
 
 def test_only_what_is_offloaded_stands_in_deepspeeds_configuration(tmp_path: Path) -> None:
-    zero = deepspeed_config(spec(tmp_path), Setup(Optim(), [], 4, False, CPU, 0, 2))["zero_optimization"]
+    zero = deepspeed_config(spec(tmp_path), Setup(Optim(), [], 4, torch.float32, CPU, 0, 2))["zero_optimization"]
     assert zero["offload_param"] == {"device": "nvme", "pin_memory": False, "nvme_path": str(tmp_path)}
     assert "offload_optimizer" not in zero
 
 
 def test_shards_that_cannot_be_put_together_are_one_error_and_leave_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    setup = Setup(Optim(), [], 4, False, CPU, 0, 1)
+    setup = Setup(Optim(), [], 4, torch.float32, CPU, 0, 1)
     ensure_process_group(setup)
     shards, temporary = tmp_path / "shards", tmp_path / "temporary"
     shards.mkdir()

@@ -40,7 +40,7 @@ def test_the_layers_of_encoders_and_decoders_are_found(tiny_model: Path, tiny_de
 
 
 def test_a_checkpoint_that_cannot_be_written_is_an_os_error(tmp_path: Path) -> None:
-    ensure_process_group(Setup(Optim(), [], 1, False, torch.device("cpu"), 0, 1))
+    ensure_process_group(Setup(Optim(), [], 1, torch.float32, torch.device("cpu"), 0, 1))
     model = fully_shard(nn.Linear(4, 4), mesh=init_device_mesh("cpu", (1,)))
     (tmp_path / "file").write_text("not a folder")
     with pytest.raises(OSError, match="file"):

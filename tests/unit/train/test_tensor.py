@@ -10,11 +10,16 @@ from transformers import (
     AutoModelForSequenceClassification,
     DistilBertConfig,
     DistilBertModel,
+    Gemma2Config,
+    Gemma2ForCausalLM,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
 )
 
 from danlu.errors import ModelError
+from danlu.tasks.context import Context
+from danlu.tasks.packed_decoder import PackedDecoder
+from danlu.train.strategies.context import share
 from danlu.train.strategies.tensor import ENCODER_PLAN, plan_of
 
 
@@ -49,3 +54,19 @@ def test_experts_are_refused_because_their_split_is_not_trained_here() -> None:
     )
     with pytest.raises(ModelError, match=r"splits layers\.\*\.mlp\.experts"):
         plan_of(Qwen3MoeForCausalLM(config), 2)
+
+
+def test_heads_that_workers_cannot_share_are_refused_with_all_numbers(tiny_decoder: Path) -> None:
+    decoder = PackedDecoder(AutoModelForCausalLM.from_pretrained(tiny_decoder))
+    with pytest.raises(ModelError, match="num_attention_heads=4, which cannot be shared out over context_parallel_size=3") as raised:
+        share(decoder, Context(None, 0, 3))
+    assert "num_attention_heads=4, num_key_value_heads=2" in raised.value.fix
+    share(decoder, Context(None, 0, 4))  # the two key heads are repeated
+
+
+def test_rows_that_are_padded_are_not_shared() -> None:
+    """Gemma 2 caps its attention scores, which the packed attention does not."""
+    sizes = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    decoder = PackedDecoder(Gemma2ForCausalLM(Gemma2Config(**sizes, num_key_value_heads=2, head_dim=8, attn_logit_softcapping=0.1)))
+    with pytest.raises(ModelError, match=r"Gemma2ForCausalLM is fed padded batches.*context parallelism takes packed ones only"):
+        share(decoder, Context(None, 0, 2))

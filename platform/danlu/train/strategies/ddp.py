@@ -11,13 +11,13 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from danlu.train.optim import make_optimizer, set_learning_rate
-from danlu.train.strategy import Setup, State
+from danlu.train.strategy import OneByOne, Setup, State
 
 FILE = "ddp.pt"
 
 
-class DdpStrategy:
-    """bf16 is autocast over float32 weights."""
+class DdpStrategy(OneByOne):
+    """bf16 and fp16 are autocast over float32 weights."""
 
     def prepare(self, model: nn.Module, setup: Setup) -> nn.Module:
         self.setup = setup
@@ -33,22 +33,22 @@ class DdpStrategy:
     @contextmanager
     def micro_step(self, last: bool) -> Iterator[None]:
         quiet = self.model.no_sync() if isinstance(self.model, DistributedDataParallel) and not last else nullcontext()
-        with quiet, torch.autocast(self.setup.device.type, torch.bfloat16, enabled=self.setup.bf16):
+        with quiet, self.setup.autocast():
             yield
-
-    def backward(self, loss: torch.Tensor) -> None:
-        torch.autograd.backward(loss)
 
     def step(self, learning_rate: float) -> float:
         limit = self.setup.optim.max_grad_norm
-        grad_norm = nn.utils.clip_grad_norm_(self.trained, float("inf") if limit is None else limit)
-        set_learning_rate(self.optimizer.param_groups, learning_rate)
-        self.optimizer.step()
-        if self.setup.allocator is not None:
-            self.setup.allocator.update()
+        if self.setup.loss_scale is not None:
+            self.setup.loss_scale.unscale([parameter.grad for parameter in self.trained if parameter.grad is not None])
+        grad_norm = float(nn.utils.clip_grad_norm_(self.trained, float("inf") if limit is None else limit))
+        if self.setup.takes_step(grad_norm):
+            set_learning_rate(self.optimizer.param_groups, learning_rate)
+            self.optimizer.step()
+            if self.setup.allocator is not None:
+                self.setup.allocator.update()
         # Kept, not freed: with gradient_as_bucket_view they are the buckets that DDP communicates.
         self.optimizer.zero_grad(set_to_none=self.setup.world_size == 1)
-        return float(grad_norm)
+        return grad_norm
 
     def state(self) -> State:
         return DdpState(self)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
@@ -16,9 +17,10 @@ from torch import nn
 from danlu.errors import ResourceError
 from danlu.spec.parallel import DeepSpeed
 from danlu.train.optim import make_optimizer, set_learning_rate
+from danlu.train.precision import SMALLEST, LossScale
 from danlu.train.strategies.group import ensure_process_group
 from danlu.train.strategies.universal import TAG, converted, num_writers
-from danlu.train.strategy import Setup, State
+from danlu.train.strategy import OneByOne, Setup, State
 
 if TYPE_CHECKING:
     from danlu.train.adalora import RankAllocator
@@ -31,7 +33,8 @@ def deepspeed_config(spec: DeepSpeed, setup: Setup) -> dict[str, Any]:
         "train_batch_size": setup.micro_batch_size * setup.world_size,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": setup.optim.max_grad_norm or 0.0,
-        "bf16": {"enabled": setup.bf16},
+        "bf16": {"enabled": setup.dtype == torch.bfloat16},
+        "fp16": _fp16(setup),
         "zero_optimization": {
             "stage": spec.zero_stage,
             # Overlap needs a second stream, which a CPU does not have.
@@ -47,6 +50,15 @@ def deepspeed_config(spec: DeepSpeed, setup: Setup) -> dict[str, Any]:
         "steps_per_print": 1_000_000_000,
         "wall_clock_breakdown": False,
     }
+
+
+def _fp16(setup: Setup) -> dict[str, Any]:
+    """Its own dynamic loss scale, by the numbers of ours."""
+    if setup.loss_scale is None:
+        return {"enabled": False}
+    power = round(math.log2(setup.loss_scale.scale))
+    growth = setup.loss_scale.growth_interval
+    return {"enabled": True, "initial_scale_power": power, "loss_scale_window": growth, "hysteresis": 1, "min_loss_scale": SMALLEST}
 
 
 def _offload(spec: DeepSpeed, *, pin_memory: bool) -> dict[str, Any]:
@@ -77,8 +89,8 @@ def check_nvme(spec: DeepSpeed, device: torch.device) -> None:
         raise ResourceError(f"{spec.nvme_path} is not a folder that can be written to", where="parallel.nvme_path")
 
 
-class DeepSpeedStrategy:
-    """bf16 holds bf16 weights with float32 masters in the optimizer."""
+class DeepSpeedStrategy(OneByOne):
+    """bf16 and fp16 hold weights in it with float32 masters in the optimizer."""
 
     def __init__(self, spec: DeepSpeed) -> None:
         self.spec = spec
@@ -96,6 +108,7 @@ class DeepSpeedStrategy:
         )
         self.last = True
         prepared: nn.Module = self.engine
+        self.model = prepared
         return prepared
 
     @contextmanager
@@ -114,9 +127,16 @@ class DeepSpeedStrategy:
         gradients = self._adapter_gradients()
         self.engine.step()
         grad_norm = float(self.engine.get_global_grad_norm() or 0.0)
-        if self.setup.allocator is not None:
+        if self.setup.loss_scale is not None:
+            self._follow(self.setup.loss_scale)
+            grad_norm = grad_norm if self.engine.was_step_applied() else math.inf
+        if self.setup.allocator is not None and math.isfinite(grad_norm):
             self._allocate(self.setup.allocator, gradients, grad_norm)
         return grad_norm
+
+    def _follow(self, loss_scale: LossScale) -> None:
+        """Say of DeepSpeed's scale what there is to say; it is in DeepSpeed's own checkpoint."""
+        loss_scale.scale, loss_scale.skipped_steps = float(self.optimizer.loss_scale), int(self.engine.skipped_steps)
 
     def _adapter_gradients(self) -> list[torch.Tensor]:
         """Whole gradients of what the allocator weighs: after the step they are gone."""

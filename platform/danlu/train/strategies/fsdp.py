@@ -15,11 +15,11 @@ from danlu.spec.parallel import Fsdp
 from danlu.train.optim import make_optimizer, set_learning_rate
 from danlu.train.strategies import sharded
 from danlu.train.strategies.group import ensure_process_group
-from danlu.train.strategy import Setup, State
+from danlu.train.strategy import OneByOne, Setup, State
 
 
-class FsdpStrategy:
-    """bf16 gathers and computes in bf16 over float32 shards; gradients are summed in float32."""
+class FsdpStrategy(OneByOne):
+    """bf16 and fp16 gather and compute in it over float32 shards; gradients are summed in float32."""
 
     def __init__(self, spec: Fsdp) -> None:
         self.spec = spec
@@ -30,7 +30,7 @@ class FsdpStrategy:
         names = sharded.names_of(setup.param_groups, model)
         options: dict[str, Any] = {
             "mesh": init_device_mesh(setup.device.type, (setup.world_size,)),
-            "mp_policy": MixedPrecisionPolicy(torch.bfloat16, torch.float32) if setup.bf16 else MixedPrecisionPolicy(),
+            "mp_policy": MixedPrecisionPolicy() if setup.dtype == torch.float32 else MixedPrecisionPolicy(setup.dtype, torch.float32),
             "offload_policy": CPUOffloadPolicy(pin_memory=setup.device.type == "cuda") if self.spec.cpu_offload else OffloadPolicy(),
         }
         for layer in layers_of(model):
@@ -39,7 +39,7 @@ class FsdpStrategy:
         root = fully_shard(model, reshard_after_forward=False, **options)
         assert isinstance(root, FSDPModule)
         self.root: FSDPModule = root
-        self.module = model
+        self.model = model
         groups = sharded.groups_of(names, setup.param_groups, model)
         self.trained = [parameter for group in groups for parameter in group["params"]]
         self.optimizer = make_optimizer(groups, setup.optim)
@@ -50,18 +50,18 @@ class FsdpStrategy:
         self.root.set_requires_gradient_sync(last)
         yield
 
-    def backward(self, loss: torch.Tensor) -> None:
-        torch.autograd.backward(loss)
-
     def step(self, learning_rate: float) -> float:
+        if self.setup.loss_scale is not None:
+            self.setup.loss_scale.unscale([sharded.local(parameter.grad) for parameter in self.trained if parameter.grad is not None])
         grad_norm = sharded.clip_grad_norm(self.trained, self.setup.optim.max_grad_norm, self.setup.device)
-        set_learning_rate(self.optimizer.param_groups, learning_rate)
-        self.optimizer.step()
+        if self.setup.takes_step(grad_norm):
+            set_learning_rate(self.optimizer.param_groups, learning_rate)
+            self.optimizer.step()
         self.optimizer.zero_grad()
         return grad_norm
 
     def state(self) -> State:
-        return sharded.ShardedState(self.module, self.optimizer, self.setup)
+        return sharded.ShardedState(self.model, self.optimizer, self.setup)
 
 
 def layers_of(model: nn.Module) -> list[nn.Module]:

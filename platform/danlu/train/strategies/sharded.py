@@ -75,17 +75,32 @@ class ShardedState:
 def save(model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> None:
     """Write this rank's shards. Collective; OSError on every rank if one of them could not write."""
     weights, state = get_state_dict(model, optimizer, options=TRAINED)
-    try:
-        save_shards({"weights": weights, "optimizer": state}, storage_writer=FileSystemWriter(folder))
-    except CheckpointException as error:  # a BaseException, which no caller would catch
-        raise OSError(str(next(iter(error.failures.values()))[0])) from error
+    write({"weights": weights, "optimizer": state}, folder)
 
 
 def load(model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> None:
     """Read what `save` wrote, on any number of ranks. Collective."""
     weights, state = get_state_dict(model, optimizer, options=TRAINED)
-    load_shards({"weights": weights, "optimizer": state}, storage_reader=FileSystemReader(folder))
+    read({"weights": weights, "optimizer": state}, folder)
     set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=state, options=TRAINED)
+
+
+def write(contents: dict[str, Any], folder: Path) -> None:
+    """Write this rank's tensors, whole or shards. Collective; OSError on every rank if one of them could not write."""
+    try:
+        save_shards(contents, storage_writer=FileSystemWriter(folder))
+    except CheckpointException as error:  # a BaseException, which no caller would catch
+        raise OSError(str(next(iter(error.failures.values()))[0])) from error
+
+
+def read(contents: dict[str, Any], folder: Path) -> None:
+    """Fill the tensors of `contents` with what was written under their names. Collective."""
+    load_shards(contents, storage_reader=FileSystemReader(folder))
+
+
+def names_in(folder: Path) -> set[str]:
+    """The names of what was written there."""
+    return set(FileSystemReader(folder).read_metadata().state_dict_metadata)
 
 
 def whole_weights(model: nn.Module, names: Collection[str], setup: Setup) -> dict[str, torch.Tensor]:
