@@ -20,7 +20,7 @@ START: dict[str, Any] = {
 def step(number: int, seconds: float = 1.0, loss: float = 1.0) -> dict[str, Any]:
     return {
         "kind": "step", "step": number, "loss": loss, "learning_rate": 1e-3, "grad_norm": 1.0, "tokens": 50, "tokens_per_second": 100.0,
-        "step_seconds": seconds, "eta_s": 9.0, "examples": 8, "phases": {"forward": seconds / 2},
+        "step_seconds": seconds, "eta_s": 9.0, "examples": 8, "loss_scale": None, "skipped": False, "phases": {"forward": seconds / 2},
     }  # fmt: skip
 
 
