@@ -14,7 +14,7 @@ from torch.distributed.pipelining.stage import _RecvInfo
 from danlu.data.pack import Packed
 from danlu.errors import ModelError
 from danlu.spec.parallel import GPipe, Interleaved1F1B, OneFOneB, Pipeline
-from danlu.tasks.packed import check_packed
+from danlu.tasks.packed import PackedModel, check_packed
 from danlu.train.strategies import sharded
 from danlu.train.strategies.grid import Grid, GridStep
 from danlu.train.strategies.stages import Anatomy, Handed, Reached, cut, forget_weights, watched
@@ -31,6 +31,7 @@ class PipelineStrategy:
 
     def prepare(self, model: nn.Module, setup: Setup) -> nn.Module:
         self.setup = setup
+        assert isinstance(model, PackedModel)
         check_packed(model, "a pipeline", where="parallel.kind", fix="parallel.kind=fsdp, which shards any model")
         self.grid = Grid(setup, pipe=self.spec.pipeline_parallel_size, tensor=self.spec.tensor_parallel_size)
         group_names = sharded.names_of(setup.param_groups, model)
