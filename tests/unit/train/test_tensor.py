@@ -67,6 +67,7 @@ def test_heads_that_workers_cannot_share_are_refused_with_all_numbers(tiny_decod
 def test_rows_that_are_padded_are_not_shared() -> None:
     """Gemma 2 caps its attention scores, which the packed attention does not."""
     sizes = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    decoder = PackedDecoder(Gemma2ForCausalLM(Gemma2Config(**sizes, num_key_value_heads=2, head_dim=8, attn_logit_softcapping=0.1)))
+    config = Gemma2Config(**sizes, num_key_value_heads=2, head_dim=8, attn_logit_softcapping=0.1, initializer_range=0.5)
+    decoder = PackedDecoder(Gemma2ForCausalLM(config))
     with pytest.raises(ModelError, match=r"Gemma2ForCausalLM is fed padded batches.*context parallelism takes packed ones only"):
         share(decoder, Context(None, 0, 2))
