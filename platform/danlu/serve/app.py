@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import os
@@ -9,6 +10,7 @@ import socket
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -21,14 +23,18 @@ from danlu.artifact.store import Store
 from danlu.errors import ResourceError, SpecError
 from danlu.local_ray import start_ray
 from danlu.metrics import catalog, emit
+from danlu.serve.asgi import App
 from danlu.serve.engine import make_engine
 from danlu.serve.engines.encoder import BatchRecord, EncoderEngine
 from danlu.serve.gateway import Gateway
+from danlu.serve.generation import TextEngine
+from danlu.serve.keys import Authenticated, KeyRing, read_keys
 from danlu.spec.files import dump, load, parse
-from danlu.spec.serve import Encoder, Service
+from danlu.spec.serve import EchoText, Encoder, Service
 
 START_TIMEOUT_S = 180.0
 STOP_TIMEOUT_S = 30.0
+STATS_EVERY_S = 1.0
 PROXIES_TIMEOUT_S = 10.0
 
 
@@ -45,11 +51,16 @@ class Replica:
         engine = make_engine(service, bundle)
         if isinstance(engine, EncoderEngine):
             engine.on_batch = lambda batch: _meter_batch(service.name, batch)
-        self.gateway = Gateway(engine, service.name, service.limits, emit.emit, sends_request_id=False)
+        updates = isinstance(service.engine, EchoText) and service.engine.allow_runtime_lora_updating
+        self.gateway = Gateway(engine, service.name, service.limits, emit.emit, sends_request_id=False, lora_updates=updates)
+        self.app: App = self.gateway
+        if service.auth is not None:
+            self.app = Authenticated(self.gateway, KeyRing(Path(service.auth.keys_file)), self.gateway.count)
         await self.gateway.start()
+        self.reading = asyncio.create_task(_meter_engine(engine, service.name)) if isinstance(engine, TextEngine) else None
 
-    def __serve_build_asgi_app__(self) -> Gateway:
-        return self.gateway
+    def __serve_build_asgi_app__(self) -> App:
+        return self.app
 
     def check_health(self) -> None:
         """Serve replaces a replica for which this raises."""
@@ -58,6 +69,8 @@ class Replica:
     async def __del__(self) -> None:
         if hasattr(self, "gateway"):  # not if the constructor failed
             await self.gateway.drain()
+            if self.reading is not None:
+                self.reading.cancel()
             emit.flush()
 
 
@@ -101,10 +114,12 @@ class Endpoint:
     name: str
     dashboard_url: str | None
     metrics_url: str | None
+    path: str = "/v1/classify"
+    """What it is asked by."""
 
     def where_to_look(self) -> dict[str, str]:
         """What a person may open."""
-        found = {"endpoint": f"{self.url}/v1/classify", "OpenAPI page": f"{self.url}/docs"}
+        found = {"endpoint": f"{self.url}{self.path}", "OpenAPI page": f"{self.url}/docs"}
         if self.dashboard_url:
             found["Ray dashboard"] = self.dashboard_url
         if self.metrics_url:
@@ -120,10 +135,15 @@ def run(service: Service) -> Endpoint:
     if service.bundle is not None:
         # A bundle that is not there is the user's to hear of now, not a replica's to die of.
         read_bundle(Store(service.storage).resolve(service.bundle))
+    if service.auth is not None:
+        read_keys(Path(service.auth.keys_file))
     start_ray()
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     host, port = address
-    serve.start(http_options=HTTPOptions(host=host, port=port, request_timeout_s=service.limits.request_timeout_s + 5))
+    is_text = isinstance(service.engine, EchoText)
+    # Of a language model's answer only the gateway knows whether it still moves: a long one is not a late one.
+    timeout_s = None if is_text else service.limits.request_timeout_s + 5
+    serve.start(http_options=HTTPOptions(host=host, port=port, request_timeout_s=timeout_s))
     was_there = service.name in serve.status().applications
     try:
         _deploy(service)
@@ -131,7 +151,8 @@ def run(service: Service) -> Endpoint:
         if not was_there:  # else what ran before runs on
             serve.delete(service.name)
         raise
-    return Endpoint(f"http://{host}:{port}", service.name, _dashboard_url(), _metrics_url())
+    path = "/v1/chat/completions" if is_text else "/v1/classify"
+    return Endpoint(f"http://{host}:{port}", service.name, _dashboard_url(), _metrics_url(), path)
 
 
 def stop() -> None:
@@ -207,6 +228,14 @@ def _replicas_error(status: Any) -> str:
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     told = [line for line in lines if line.startswith(("danlu.errors.", "RuntimeError", "ValueError", "ImportError"))]
     return (told or lines or ["no message"])[-1]
+
+
+async def _meter_engine(engine: TextEngine, model: str) -> None:
+    metrics = {metric.name: metric for metric in catalog.ALL}
+    while True:
+        for name, value in engine.stats().items():
+            emit.emit(metrics[name], value, model=model)
+        await asyncio.sleep(STATS_EVERY_S)
 
 
 def _meter_batch(model: str, batch: BatchRecord) -> None:

@@ -1,4 +1,4 @@
-"""Wire types: request bodies in, response bodies out, errors in OpenAI's shape. Pure."""
+"""`/v1/classify`: texts in, labels and probabilities out, in the shape vLLM uses."""
 
 from __future__ import annotations
 
@@ -67,17 +67,6 @@ def classify_response(model: str, answers: Sequence[Answer], labels: Sequence[st
         "labels": list(labels),
         "usage": {"prompt_tokens": tokens, "total_tokens": tokens, "completion_tokens": 0},
     }
-
-
-def models_response(names: Sequence[str], created: int) -> dict[str, Any]:
-    """`GET /v1/models`."""
-    return {"object": "list", "data": [{"id": name, "object": "model", "created": created, "owned_by": "danlu"} for name in names]}
-
-
-def error_response(error: RequestError) -> dict[str, Any]:
-    """OpenAI's error object."""
-    message = f"{error.problem}. Try: {error.fix}" if error.fix else error.problem
-    return {"error": {"message": message, "type": error.kind, "param": error.param, "code": error.status}}
 
 
 def _input(item: object, where: str) -> Input:

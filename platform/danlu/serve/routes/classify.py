@@ -1,0 +1,81 @@
+"""`/v1/classify`: labels for texts."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+from danlu.errors import RequestError
+from danlu.metrics import catalog
+from danlu.serve.admission import Admission
+from danlu.serve.asgi import Call, Reply, Route, Routes
+from danlu.serve.engine import Engine
+from danlu.serve.keys import Key
+from danlu.serve.openai.classify import classify_response, parse_classify
+from danlu.serve.openai.common import ModelCard
+from danlu.serve.openapi import classify_paths, classify_try_it
+from danlu.spec.serve import Limits
+
+
+class ClassifyApi:
+    """The routes of an engine that classifies."""
+
+    def __init__(self, engine: Engine, model: str, limits: Limits, admission: Admission, count: Callable[..., None]) -> None:
+        self.engine, self.model, self.limits, self.admission, self.count = engine, model, limits, admission, count
+
+    def routes(self) -> Routes:
+        return {"/v1/classify": Route("POST", self._classify)}
+
+    def models(self) -> list[ModelCard]:
+        return [ModelCard(self.model)]
+
+    def paths(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Of the OpenAPI document: paths and schemas."""
+        return classify_paths(self.model, self.engine.labels, self.limits), {}
+
+    def try_it(self) -> str:
+        """A form for the docs page."""
+        return classify_try_it(self.model)
+
+    def cut(self, error: RequestError) -> None:
+        """Nothing here lasts longer than a drain may."""
+
+    async def _classify(self, call: Call) -> Reply:
+        request = parse_classify(call.body, max_inputs=self.limits.max_inputs)
+        check_model(request.model or self.model, [self.model], call.key)
+        with self.admission.room_for(1, call.key):
+            try:
+                answers = await asyncio.wait_for(self.engine.classify(request.inputs), self.limits.request_timeout_s)
+            except TimeoutError as error:
+                raise RequestError(
+                    f"no answer within {self.limits.request_timeout_s:g} s",
+                    status=504,
+                    kind="server_error",
+                    fix="fewer texts, or again later",
+                ) from error
+        self.count(catalog.SERVE_INPUTS, len(answers))
+        self.count(catalog.SERVE_TOKENS, sum(answer.num_tokens for answer in answers))
+        return Reply(classify_response(self.model, answers, self.engine.labels))
+
+
+def check_model(name: str, served: list[str], key: Key | None) -> None:
+    """RequestError if there is no such model, or the key may not ask it."""
+    if name not in served:
+        raise RequestError(
+            f"there is no model {name!r} here",
+            status=404,
+            kind="not_found_error",
+            param="model",
+            code="model_not_found",
+            fix=" or ".join(map(repr, served)),
+        )
+    if key is not None and not key.may_ask(name):
+        raise RequestError(
+            f"the key {key.name!r} may not ask {name!r}",
+            status=403,
+            kind="permission_error",
+            param="model",
+            code="model_not_allowed",
+            fix=f"a key made with --model {name}",
+        )
