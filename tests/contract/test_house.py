@@ -41,6 +41,8 @@ MAY_IMPORT = {
     "danlu.serve.openai.completions": set(),
     "danlu.serve.gateway": set(),
     "danlu.serve.keys": set(),
+    "danlu.client.chat": set(),
+    "danlu.client.load": set(),
     "danlu.serve.engine": set(),
     "danlu.plan": set(),
     "danlu.generate": set(),

@@ -30,7 +30,7 @@ from danlu.serve.gateway import Gateway
 from danlu.serve.generation import TextEngine
 from danlu.serve.keys import Authenticated, KeyRing, read_keys
 from danlu.spec.files import dump, load, parse
-from danlu.spec.serve import EchoText, Encoder, Service
+from danlu.spec.serve import Encoder, Service
 
 START_TIMEOUT_S = 180.0
 STOP_TIMEOUT_S = 30.0
@@ -51,8 +51,9 @@ class Replica:
         engine = make_engine(service, bundle)
         if isinstance(engine, EncoderEngine):
             engine.on_batch = lambda batch: _meter_batch(service.name, batch)
-        updates = isinstance(service.engine, EchoText) and service.engine.allow_runtime_lora_updating
-        self.gateway = Gateway(engine, service.name, service.limits, emit.emit, sends_request_id=False, lora_updates=updates)
+        self.gateway = Gateway(
+            engine, service.name, service.limits, emit.emit, sends_request_id=False, lora_updates=service.allows_lora_updates
+        )
         self.app: App = self.gateway
         if service.auth is not None:
             self.app = Authenticated(self.gateway, KeyRing(Path(service.auth.keys_file)), self.gateway.count)
@@ -140,9 +141,8 @@ def run(service: Service) -> Endpoint:
     start_ray()
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     host, port = address
-    is_text = isinstance(service.engine, EchoText)
     # Of a language model's answer only the gateway knows whether it still moves: a long one is not a late one.
-    timeout_s = None if is_text else service.limits.request_timeout_s + 5
+    timeout_s = None if service.is_language_model else service.limits.request_timeout_s + 5
     serve.start(http_options=HTTPOptions(host=host, port=port, request_timeout_s=timeout_s))
     was_there = service.name in serve.status().applications
     try:
@@ -151,7 +151,7 @@ def run(service: Service) -> Endpoint:
         if not was_there:  # else what ran before runs on
             serve.delete(service.name)
         raise
-    path = "/v1/chat/completions" if is_text else "/v1/classify"
+    path = "/v1/chat/completions" if service.is_language_model else "/v1/classify"
     return Endpoint(f"http://{host}:{port}", service.name, _dashboard_url(), _metrics_url(), path)
 
 

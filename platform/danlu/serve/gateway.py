@@ -89,12 +89,16 @@ class Gateway:
     async def drain(self) -> None:
         """Take nothing new, finish what has begun, stop the engine."""
         self.admission.draining = True
-        deadline = time.monotonic() + self.limits.drain_timeout_s
-        while self.in_flight and time.monotonic() < deadline:
-            await asyncio.sleep(0.02)
+        await self._until_idle(self.limits.drain_timeout_s)
         self.api.cut(RequestError("the service is stopping", status=503, kind="server_error", fix="again: another replica answers"))
+        await self._until_idle(1.0)  # so that their last events get out
         await self.engine.stop()
         self.ready = False
+
+    async def _until_idle(self, timeout_s: float) -> None:
+        deadline = time.monotonic() + timeout_s
+        while self.in_flight and time.monotonic() < deadline:
+            await asyncio.sleep(0.02)
 
     async def _lifespan(self, receive: Receive, send: Send) -> None:
         while True:

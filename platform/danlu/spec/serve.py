@@ -120,6 +120,16 @@ class Service(Spec):
     auth: Auth | None = None
     """None lets everybody in."""
 
+    @property
+    def is_language_model(self) -> bool:
+        """Whether it answers chats, and not texts with labels."""
+        return isinstance(self.engine, EchoText)
+
+    @property
+    def allows_lora_updates(self) -> bool:
+        """Whether clients may load and unload adapters."""
+        return isinstance(self.engine, EchoText) and self.engine.allow_runtime_lora_updating
+
     @model_validator(mode="after")
     def _engine_has_a_model(self) -> Self:
         if isinstance(self.engine, Encoder) and self.bundle is None:
