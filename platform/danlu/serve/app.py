@@ -54,14 +54,14 @@ class Replica:
         self.gateway = Gateway(
             engine, service.name, service.limits, emit.emit, sends_request_id=False, lora_updates=service.allows_lora_updates
         )
-        self.app: App = self.gateway
+        self.entrance: App = self.gateway  # `app` is a name of Serve's own
         if service.auth is not None:
-            self.app = Authenticated(self.gateway, KeyRing(Path(service.auth.keys_file)), self.gateway.count)
+            self.entrance = Authenticated(self.gateway, KeyRing(Path(service.auth.keys_file)), self.gateway.count)
         await self.gateway.start()
         self.reading = asyncio.create_task(_meter_engine(engine, service.name)) if isinstance(engine, TextEngine) else None
 
     def __serve_build_asgi_app__(self) -> App:
-        return self.app
+        return self.entrance
 
     def check_health(self) -> None:
         """Serve replaces a replica for which this raises."""

@@ -28,7 +28,6 @@ class Call:
     """One request, as a route sees it."""
 
     body: bytes
-    request_id: str
     began: float
     """time.perf_counter() at its arrival."""
     key: Key | None = None

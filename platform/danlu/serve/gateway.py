@@ -112,13 +112,12 @@ class Gateway:
         headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
         path = scope["path"].rstrip("/") or "/"
         found = next((known for known in self.routes if known == path or (known[-1] == "/" and path.startswith(known))), None)
-        request_id = headers.get("x-request-id", "")[:128] or uuid.uuid4().hex
-        extra = {"x-request-id": request_id} if self.sends_request_id else {}
+        extra = {"x-request-id": headers.get("x-request-id", "")[:128] or uuid.uuid4().hex} if self.sends_request_id else {}
         reply: Reply | Stream
         try:
             async with AsyncExitStack() as stack:
                 try:
-                    call = await self._call(scope, path, found, headers, receive, request_id, began, stack)
+                    call = await self._call(scope, path, found, headers, receive, began, stack)
                     route = self.routes[found or ""]
                     async with _follow(receive if route.follows_client else None):
                         reply = await route.answer(call)
@@ -152,7 +151,6 @@ class Gateway:
         found: str | None,
         headers: Mapping[str, str],
         receive: Receive,
-        request_id: str,
         began: float,
         stack: AsyncExitStack,
     ) -> Call:
@@ -170,7 +168,7 @@ class Gateway:
                 raise RequestError(f"the content type is {told}", status=415, param="content-type", fix="content-type: application/json")
             body = await read_body(headers, receive, limit=self.limits.max_body_bytes)
         key: Key | None = scope.get("danlu.key")
-        return Call(body, request_id, began, key, path[len(found) :], stack)
+        return Call(body, began, key, path[len(found) :], stack)
 
     def _refused(self, error: RequestError, extra: dict[str, str], found: str | None) -> Reply:
         if error.retry_after_s is not None:
