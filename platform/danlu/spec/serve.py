@@ -38,7 +38,21 @@ class Echo(Spec):
     latency_ms: Annotated[float, Field(ge=0)] = 0.0
 
 
-Engine = Annotated[Encoder | Echo, Field(discriminator="kind")]
+class EchoText(Spec):
+    """A fake language model that repeats what it is told, at a settable speed: for load tests of everything around the engine."""
+
+    kind: Literal["echo_text"] = "echo_text"
+    time_to_first_token_ms: Annotated[float, Field(ge=0)] = 0.0
+    time_per_output_token_ms: Annotated[float, Field(ge=0)] = 0.0
+    max_model_len: PositiveInt = 4096
+    """Prompt and answer together, in tokens. A token is a byte of UTF-8."""
+    adapters: dict[str, str] = {}
+    """LoRA adapters that are there from the start: the name they answer to -> a folder."""
+    allow_runtime_lora_updating: bool = False
+    """Serve `/v1/load_lora_adapter` and `/v1/unload_lora_adapter`."""
+
+
+Engine = Annotated[Encoder | Echo | EchoText, Field(discriminator="kind")]
 
 
 class Autoscaling(Spec):
@@ -65,9 +79,10 @@ class Limits(Spec):
     max_queued_requests: PositiveInt = 256
     """Requests that wait for a replica before new ones are told to come back later."""
     max_inputs: PositiveInt = 256
-    """Texts in one request."""
+    """Texts in one request; of a language model the answers, which are `n` for each prompt."""
     max_body_bytes: PositiveInt = 1_000_000
     request_timeout_s: PositiveFloat = 30.0
+    """How long a client may wait: for the answer; of a language model for the first token, and from one token to the next."""
     drain_timeout_s: PositiveFloat = 20.0
     """How long a replica that is told to stop may finish what it has begun."""
 
@@ -82,6 +97,13 @@ class Http(Spec):
     """Ray Serve's HAProxy ingress instead of its Python proxy: several times the requests per second, one such service per machine."""
 
 
+class Auth(Spec):
+    """Who may ask: holders of a key."""
+
+    keys_file: Annotated[str, Field(min_length=1)]
+    """What `danlu keys` writes: hashes, never keys. A Kubernetes secret that is mounted as a file will do. Read again when it changes."""
+
+
 class Service(Spec):
     """An endpoint: one bundle behind Ray Serve."""
 
@@ -89,13 +111,26 @@ class Service(Spec):
     name: DnsLabel
     """Also the RayService's name."""
     bundle: str | None = None
-    """A bundle: `name@alias`, `name@v3`, a folder or a URI. Not needed by the echo engine."""
+    """A bundle: `name@alias`, `name@v3`, a folder or a URI. Not needed by the echo engines."""
     storage: str = "runs"
     """The storage URI that `bundle` is looked up in."""
     engine: Engine = Encoder()
     autoscaling: Autoscaling = Autoscaling()
     limits: Limits = Limits()
     http: Http = Http()
+    auth: Auth | None = None
+    """None lets everybody in."""
+
+    @property
+    def is_language_model(self) -> bool:
+        """Whether it answers chats, and not texts with labels."""
+        return isinstance(self.engine, EchoText)
+
+    @property
+    def allows_lora_updates(self) -> bool:
+        """Whether clients may load and unload adapters."""
+        return isinstance(self.engine, EchoText) and self.engine.allow_runtime_lora_updating
+
     cluster: ServiceCluster | None = None
     """Where it runs with `--on k8s`."""
 
@@ -119,8 +154,8 @@ class Service(Spec):
     def _engine_has_a_model(self) -> Self:
         if isinstance(self.engine, Encoder) and self.bundle is None:
             raise ValueError("bundle is needed by engine.kind=encoder: name@alias, name@v1, a folder or a URI")
-        if isinstance(self.engine, Echo) and self.bundle is not None:
-            raise ValueError("bundle has no effect with engine.kind=echo; leave it out")
+        if isinstance(self.engine, Echo | EchoText) and self.bundle is not None:
+            raise ValueError(f"bundle has no effect with engine.kind={self.engine.kind}; leave it out")
         return self
 
 

@@ -142,6 +142,21 @@ GOOD: dict[str, tuple[type[Spec], Document]] = {
     "a whole service": (Service, FULL_SERVICE),
     "an echo": (Service, {"name": "e", "engine": {"kind": "echo"}}),
     "a slow echo": (Service, {"kind": "service", "name": "e-2", "engine": {"kind": "echo", "labels": ["a"], "latency_ms": 2.5}}),
+    "a fake language model": (
+        Service,
+        {
+            "name": "e",
+            "engine": {
+                "kind": "echo_text",
+                "time_to_first_token_ms": 20,
+                "time_per_output_token_ms": 5.5,
+                "max_model_len": 64,
+                "adapters": {"a": "/folder"},
+                "allow_runtime_lora_updating": True,
+            },
+        },
+    ),
+    "holders of a key only": (Service, SERVICE | {"auth": {"keys_file": "keys.json"}}),
     "an engine by its tag alone": (Service, SERVICE | {"engine": {"kind": "encoder"}}),
     "the default variant, said": (TrainJob, JOB | {"tuning": {"kind": "full"}, "parallel": {"kind": "ddp"}}),
     "a frozen full": (TrainJob, JOB | {"tuning": {"kind": "full", "freeze_embeddings": True}}),
