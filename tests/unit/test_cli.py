@@ -27,22 +27,6 @@ from danlu.spec.train import TrainJob
 DANLU = str(Path(sys.executable).parent / "danlu")
 OF_A_SPEC = ("plan", "train", "evaluate", "quantize", "serve", "predict", "run")
 COMMANDS = (*OF_A_SPEC, "chat", "keys", "bench", "render", "doctor", "jobs", "services", "schema")
-    "plan",
-    "train",
-    "evaluate",
-    "quantize",
-    "serve",
-    "predict",
-    "run",
-    "chat",
-    "keys",
-    "bench",
-    "render",
-    "doctor",
-    "jobs",
-    "services",
-    "schema",
-)
 
 
 def danlu(*arguments: str, stdin: bytes = b"", cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
