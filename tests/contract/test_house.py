@@ -39,6 +39,7 @@ MAY_IMPORT = {
     "danlu.artifact.pretrained": set(),
     "danlu.serve.openai": set(),
     "danlu.serve.engine": set(),
+    "danlu.serve.generation": set(),
     "danlu.plan": set(),
     "danlu.generate": set(),
     "danlu.cli": set(),
@@ -49,6 +50,7 @@ MAY_IMPORT = {
     "danlu.train.strategies.tensor": HEAVY - {"ray", "deepspeed", "bitsandbytes", "kubernetes"},
     "danlu.tasks.classification": HEAVY - {"ray", "deepspeed", "bitsandbytes", "kubernetes"},
     "danlu.compress.load": HEAVY - {"ray", "deepspeed", "kubernetes"},
+    "danlu.serve.engines.torch.engine": HEAVY - {"ray", "deepspeed", "kubernetes"},
     "danlu.serve.engines.encoder": HEAVY - {"ray", "deepspeed", "bitsandbytes", "kubernetes"},
 }
 

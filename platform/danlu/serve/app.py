@@ -9,7 +9,7 @@ import socket
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import ray
 from ray import serve
@@ -21,11 +21,11 @@ from danlu.artifact.store import Store
 from danlu.errors import ResourceError, SpecError
 from danlu.local_ray import start_ray
 from danlu.metrics import catalog, emit
-from danlu.serve.engine import make_engine
+from danlu.serve.engine import Engine, make_engine
 from danlu.serve.engines.encoder import BatchRecord, EncoderEngine
 from danlu.serve.gateway import Gateway
 from danlu.spec.files import dump, load, parse
-from danlu.spec.serve import Encoder, Service
+from danlu.spec.serve import Echo, Service
 
 START_TIMEOUT_S = 180.0
 STOP_TIMEOUT_S = 30.0
@@ -45,7 +45,7 @@ class Replica:
         engine = make_engine(service, bundle)
         if isinstance(engine, EncoderEngine):
             engine.on_batch = lambda batch: _meter_batch(service.name, batch)
-        self.gateway = Gateway(engine, service.name, service.limits, emit.emit, sends_request_id=False)
+        self.gateway = Gateway(cast(Engine, engine), service.name, service.limits, emit.emit, sends_request_id=False)
         await self.gateway.start()
 
     def __serve_build_asgi_app__(self) -> Gateway:
@@ -69,8 +69,8 @@ def build(spec: Service | Mapping[str, Any]) -> serve.Application:
     deployment = serve.deployment(
         name=service.name,
         ray_actor_options={
-            "num_cpus": engine.num_threads if isinstance(engine, Encoder) else 1,
-            "num_gpus": engine.num_gpus if isinstance(engine, Encoder) else 0,
+            "num_cpus": 1 if isinstance(engine, Echo) else engine.num_threads,
+            "num_gpus": 0 if isinstance(engine, Echo) else engine.num_gpus,
         },
         # The gateway queues and refuses, in OpenAI's shape and with a Retry-After that it has measured; Serve's bound is the net under it.
         max_ongoing_requests=room + 16,

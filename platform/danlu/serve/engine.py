@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from danlu.spec.serve import Echo, Encoder, Service
+from danlu.serve.generation import TextEngine
+from danlu.spec.serve import Echo, Encoder, Service, Torch
 
 if TYPE_CHECKING:
     from danlu.artifact.bundle import Bundle
@@ -51,7 +52,7 @@ class Engine(Protocol):
         ...
 
 
-def make_engine(service: Service, bundle: Bundle | None) -> Engine:
+def make_engine(service: Service, bundle: Bundle | None) -> Engine | TextEngine:
     """The engine of a service's `engine:`."""
     match service.engine:
         case Encoder():
@@ -63,3 +64,7 @@ def make_engine(service: Service, bundle: Bundle | None) -> Engine:
             from danlu.serve.engines.echo import EchoEngine
 
             return EchoEngine(service.engine)
+        case Torch():
+            from danlu.serve.engines.torch.engine import TorchEngine
+
+            return TorchEngine(service.engine, bundle)

@@ -29,6 +29,61 @@ class Encoder(Spec):
     num_gpus: Annotated[Literal[0, 1], Number] = 0
 
 
+class Torch(Spec):
+    """Danlu's own language-model engine: continuous batching over any Hugging Face causal language model, on CPU or one GPU. Names are
+    vLLM's where vLLM has the field."""
+
+    kind: Literal["torch"] = "torch"
+
+    model_name_or_path: Annotated[str, Field(min_length=1)] | None = None
+    """A model as it is, in place of a bundle: a folder, a hub id, a storage URI or `pkg://package/folder`."""
+
+    revision: str | None = None
+    """Branch, tag or commit of a hub id."""
+
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"
+    """Of weights, computation and cache. `auto` is what a bundle was evaluated in, or bf16 where the hardware multiplies it."""
+
+    max_model_len: PositiveInt | None = None
+    """Longest prompt and answer together, in tokens. Unset: the model's positions, 4096 at most. Each running sequence has a slot of this
+    length in the cache."""
+
+    max_num_seqs: PositiveInt = 64
+    """Sequences that run at once, where the cache has room for as many."""
+
+    max_num_batched_tokens: PositiveInt = 1024
+    """Tokens of one step at most."""
+
+    prefill_chunk_tokens: PositiveInt = 128
+    """Tokens of prompts that a step reads while other sequences wait for their next token: more is a sooner first token for the new ones
+    and a longer wait for the others."""
+
+    kv_cache_memory_gb: PositiveFloat = 4.0
+    """Keys and values of all slots, in GiB."""
+
+    enable_prefix_caching: bool = True
+    """Keep what a finished sequence has left until its slot is needed, so that a prompt that begins alike is not read again."""
+
+    num_threads: PositiveInt = 1
+    """Compute threads of one replica on CPU; also the cores it asks Ray for."""
+
+    num_gpus: Annotated[Literal[0, 1], Number] = 0
+
+    step_timeout_s: PositiveFloat = 120.0
+    """A step that takes longer is stuck: all requests fail and the replica is replaced."""
+
+    @model_validator(mode="after")
+    def _a_step_holds_every_sequence(self) -> Self:
+        if self.max_num_batched_tokens <= self.max_num_seqs:
+            raise ValueError(
+                f"max_num_batched_tokens={self.max_num_batched_tokens} leaves no room for prompts beside max_num_seqs={self.max_num_seqs} "
+                f"running sequences; at least {self.max_num_seqs + 1}"
+            )
+        if self.revision is not None and self.model_name_or_path is None:
+            raise ValueError("revision has no effect without model_name_or_path; leave it out")
+        return self
+
+
 class Echo(Spec):
     """A fake that answers without a model, at a settable speed: for load tests of everything around the engine."""
 
@@ -37,7 +92,7 @@ class Echo(Spec):
     latency_ms: Annotated[float, Field(ge=0)] = 0.0
 
 
-Engine = Annotated[Encoder | Echo, Field(discriminator="kind")]
+Engine = Annotated[Encoder | Torch | Echo, Field(discriminator="kind")]
 
 
 class Autoscaling(Spec):
@@ -88,7 +143,7 @@ class Service(Spec):
     name: DnsLabel
     """Also the RayService's name."""
     bundle: str | None = None
-    """A bundle: `name@alias`, `name@v3`, a folder or a URI. Not needed by the echo engine."""
+    """A bundle: `name@alias`, `name@v3`, a folder or a URI. Not needed by the echo engine, nor with `engine.model_name_or_path`."""
     storage: str = "runs"
     """The storage URI that `bundle` is looked up in."""
     engine: Engine = Encoder()
@@ -100,6 +155,8 @@ class Service(Spec):
     def _engine_has_a_model(self) -> Self:
         if isinstance(self.engine, Encoder) and self.bundle is None:
             raise ValueError("bundle is needed by engine.kind=encoder: name@alias, name@v1, a folder or a URI")
+        if isinstance(self.engine, Torch) and (self.bundle is None) == (self.engine.model_name_or_path is None):
+            raise ValueError("engine.kind=torch needs a model, and one only: bundle or engine.model_name_or_path")
         if isinstance(self.engine, Echo) and self.bundle is not None:
             raise ValueError("bundle has no effect with engine.kind=echo; leave it out")
         return self
