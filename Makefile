@@ -46,7 +46,7 @@ check: $(STAMP) ## Lint, types, layers, generated files
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports --no-cache && $(BIN)/python -m danlu.generate --check
 
 bench: $(STAMP) $(DATA) ## Measure against peers and limits; tables here, JSON in build/bench
-	@for script in train decoder startup encoder serve_http; do $(BIN)/python ops/bench/$$script.py || exit 1; done
+	@for script in train decoder startup encoder engine serve_http; do $(BIN)/python ops/bench/$$script.py || exit 1; done
 
 soak: $(STAMP) $(DATA) ## The longer suites: killed workers, load, benchmarks' smoke
 	@$(BIN)/python -m pytest -m soak $(ARGS)

@@ -53,8 +53,10 @@ FAMILIES: dict[str, PretrainedConfig] = {
     "qwen2": Qwen2Config(**SMALL),
     "qwen3": Qwen3Config(**SMALL, head_dim=16, tie_word_embeddings=True),
     "mistral": MistralConfig(**SMALL, sliding_window=8),
-    "gemma2": Gemma2Config(**SMALL, head_dim=8, sliding_window=8, attn_logit_softcapping=5.0, final_logit_softcapping=3.0),
-    "gemma3": Gemma3TextConfig(**SMALL, head_dim=8, sliding_window=8),
+    "gemma2": Gemma2Config(
+        **SMALL, head_dim=8, tie_word_embeddings=False, sliding_window=8, attn_logit_softcapping=5.0, final_logit_softcapping=3.0
+    ),
+    "gemma3": Gemma3TextConfig(**SMALL, head_dim=8, tie_word_embeddings=False, sliding_window=8),
     "gpt2": GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=128, initializer_range=0.3, eos_token_id=1),
 }
 

@@ -64,6 +64,12 @@ class Torch(Spec):
     enable_prefix_caching: bool = True
     """Keep what a finished sequence has left until its slot is needed, so that a prompt that begins alike is not read again."""
 
+    adapters: dict[str, str] = {}
+    """LoRA adapters that are there from the start: the name they answer to -> a PEFT folder or a bundle's."""
+
+    max_loras: PositiveInt = 8
+    """Adapters in memory at once; one more takes the place of the longest unused."""
+
     num_threads: PositiveInt = 1
     """Compute threads of one replica on CPU; also the cores it asks Ray for."""
 
@@ -79,6 +85,8 @@ class Torch(Spec):
                 f"max_num_batched_tokens={self.max_num_batched_tokens} leaves no room for prompts beside max_num_seqs={self.max_num_seqs} "
                 f"running sequences; at least {self.max_num_seqs + 1}"
             )
+        if len(self.adapters) > self.max_loras:
+            raise ValueError(f"{len(self.adapters)} adapters are more than max_loras={self.max_loras}; max_loras: {len(self.adapters)}")
         if self.revision is not None and self.model_name_or_path is None:
             raise ValueError("revision has no effect without model_name_or_path; leave it out")
         return self

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 import threading
 from pathlib import Path
 
 import pytest
 import torch
 from lm import FAMILIES, ask, engine, greedy, ids_of, prompts, reference, text_of, with_engine, write_family
+from transformers import AutoTokenizer
 
-from danlu.errors import ModelError, RequestError, ResourceError
+from danlu.artifact.bundle import BundleMeta, Lineage, Probe, write_bundle
+from danlu.errors import ModelError, QualityError, RequestError, ResourceError
+from danlu.serve.engine import make_engine
+from danlu.serve.engines.torch import attention, forward, fused
 from danlu.serve.engines.torch.engine import TorchEngine
-from danlu.serve.generation import Chat, Delta, Generation, Sampling
+from danlu.serve.generation import Chat, Delta, Generation, Sampling, TextEngine
+from danlu.spec.serve import Service, Torch
+from danlu.spec.task import Pretrain
 
 GREEDY = Sampling(max_tokens=24, temperature=0.0, ignore_eos=True)
 CROWDED = {"max_num_seqs": 4, "max_num_batched_tokens": 12, "prefill_chunk_tokens": 5}
@@ -43,6 +50,51 @@ def test_greedy_answers_in_a_crowd_are_those_of_generate(family: str, tmp_path: 
         usage = deltas[-1].usage
         assert usage is not None
         assert (usage.prompt_tokens, usage.completion_tokens, deltas[-1].finish_reason) == (len(prompt), 24, "length")
+
+
+@pytest.mark.parametrize("family", ["qwen2", "gemma3"])
+def test_in_bf16_too_the_answers_are_checked_against_the_models_own(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_family(tmp_path, family)
+
+    async def body(made: TorchEngine) -> None:
+        assert made.cache.layers[0][0].dtype == torch.bfloat16
+        assert len(ids_of(await ask(made, (7, 8, 9), GREEDY))) == 24
+
+    with_engine(engine(folder, dtype="bf16"), body)
+    plain = attention.attend
+    wrong = lambda layer, batch, query, *others, **more: plain(layer, batch, query.flip(0), *others, **more)  # noqa: E731
+    monkeypatch.setattr(forward, "attend", wrong)
+    monkeypatch.setattr(fused, "attend", wrong)
+    with pytest.raises(ModelError, match="other logits than by itself"):
+        asyncio.run(engine(folder, dtype="bf16").start())
+
+
+@pytest.mark.parametrize("change", [0.0, 0.1])
+def test_a_bundle_is_served_only_if_its_probes_come_out_again(change: float, qwen3: Path, tmp_path: Path) -> None:
+    model = reference(qwen3)
+    text = "the market price 小麦"
+    ids = torch.tensor([AutoTokenizer.from_pretrained(qwen3)(text)["input_ids"]])
+    with torch.no_grad():
+        loss = float(model(ids, labels=ids).loss)
+    lineage = Lineage(spec={}, spec_digest="", data_digests={}, code_version="", library_versions={}, seed=0, created="")
+    probes = [Probe(text=text, loss=loss + change)]
+    meta = BundleMeta(name="w", task=Pretrain(), labels=[], max_length=64, precision="fp32", probes=probes, lineage=lineage)
+    shutil.copytree(qwen3, tmp_path / "model")
+    service = Service(name="w", bundle="w@v1", engine=Torch(kv_cache_memory_gb=0.1))
+    made = make_engine(service, write_bundle(tmp_path, meta))
+    assert isinstance(made, TextEngine)
+
+    async def life() -> list[int]:
+        await made.start()
+        found = ids_of([delta async for delta in made.generate(Generation("a", (7, 8, 9), GREEDY))])
+        await made.stop()
+        return found
+
+    if change:
+        with pytest.raises(QualityError, match="where the bundle's evaluation found"):
+            asyncio.run(life())
+    else:
+        assert asyncio.run(life()) == greedy(model, (7, 8, 9), 24)
 
 
 def test_a_text_a_chat_and_ids_are_read_alike(qwen3: Path) -> None:

@@ -130,6 +130,11 @@ SERVICE_PROBLEMS = {
         "leaves no room for prompts beside max_num_seqs=8 running sequences; at least 9",
         "",
     ),
+    "more adapters than fit": (
+        "bundle: a@v1\nengine: {kind: torch, adapters: {a: b, c: d}, max_loras: 1}",
+        "2 adapters are more than max_loras=1; max_loras: 2",
+        "",
+    ),
     "a revision of a bundle": (
         "engine: {kind: torch, revision: main}\nbundle: a@v1",
         "revision has no effect without model_name_or_path",

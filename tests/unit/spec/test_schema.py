@@ -116,6 +116,8 @@ GOOD: dict[str, tuple[type[Spec], Document]] = {
                 "prefill_chunk_tokens": 96,
                 "kv_cache_memory_gb": 1.5,
                 "enable_prefix_caching": False,
+                "adapters": {"formal": "runs/formal"},
+                "max_loras": 2,
                 "num_threads": 2,
                 "num_gpus": 1,
                 "step_timeout_s": 30,

@@ -7,14 +7,16 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from collections.abc import Sequence as Several
+from dataclasses import dataclass
 
 import torch
 
 from danlu.artifact.bundle import Bundle
-from danlu.errors import ModelError, RequestError, ResourceError
+from danlu.errors import DanluError, ModelError, RequestError, ResourceError
 from danlu.serve.engines.torch.attention import make_batch, num_wanted
+from danlu.serve.engines.torch.lora import Adapter, read_adapter
 from danlu.serve.engines.torch.requests import Reader
 from danlu.serve.engines.torch.runner import Runner, make_runner
 from danlu.serve.engines.torch.sampler import Chooser, Chosen, choose, logprobs
@@ -46,6 +48,10 @@ class TorchEngine:
         self.thread: threading.Thread | None = None
         self.watchdog: asyncio.Task[None] | None = None
         self.step_began: float | None = None
+        self.commands: list[Command] = []
+        self.keys: dict[str, Key] = {}
+        """Name of an adapter -> what its keys and values go by. Written on the engine's thread, but for a name that is to go."""
+        self.num_loaded = 0
 
     async def start(self) -> None:
         loop = asyncio.get_running_loop()
@@ -87,13 +93,19 @@ class TorchEngine:
         return self._reader().detokenize(token_ids)
 
     async def load_adapter(self, name: str, source: str) -> None:
-        raise ModelError("engine.kind=torch loads no adapters", where=name)
+        self.check_health()
+        adapter = await asyncio.to_thread(read_adapter, source, name)
+        await self._on_engine(lambda: self._install(name, adapter))
 
     async def unload_adapter(self, name: str) -> None:
-        raise ModelError(f"there is no adapter {name!r}", where=name)
+        self.check_health()
+        key = self.keys.pop(name, None)  # from now on nobody is answered by it who has not begun
+        if key is None:
+            raise ModelError(f"there is no adapter {name!r}", where=name, fix=f"one of {self.adapters()}")
+        await self._on_engine(lambda: self._remove(key))
 
     def adapters(self) -> list[str]:
-        return []
+        return list(self.keys)
 
     def stats(self) -> Mapping[str, float]:
         if not hasattr(self, "scheduler"):
@@ -133,8 +145,20 @@ class TorchEngine:
     def _sequence(self, generation: Generation) -> Sequence:
         key: Key = None
         if generation.adapter is not None:
-            raise RequestError(f"there is no adapter {generation.adapter!r}", status=404, kind="not_found_error", param="model")
+            key = self.keys.get(generation.adapter)
+            if key is None:
+                raise _unknown(generation.adapter)
         return self.reader.sequence(generation, key)
+
+    async def _on_engine(self, run: Callable[[], bool]) -> None:
+        """Run between two steps, again and again until it returns True."""
+        loop = asyncio.get_running_loop()
+        command = Command(run, loop, loop.create_future())
+        with self.wake:
+            self.check_health()
+            self.commands.append(command)
+            self.wake.notify()
+        await command.done
 
     def _not_stopping(self) -> None:
         if self.stopping:
@@ -179,33 +203,73 @@ class TorchEngine:
         self.scheduler = Scheduler(
             slots, max_num_batched_tokens=self.spec.max_num_batched_tokens, prefill_chunk_tokens=self.spec.prefill_chunk_tokens
         )
+        for name, source in self.spec.adapters.items():
+            self._install(name, read_adapter(source, name))
 
     def _serve(self) -> None:
         while self._wait_for_work():
             self._step()
 
     def _wait_for_work(self) -> bool:
-        """Take what has arrived, let go what nobody waits for; False when it is time to end."""
-        with self.wake:
-            while not self.ended:
-                while self.arrivals:
-                    sequence = self.arrivals.popleft()
-                    if not sequence.cancelled:
-                        self.scheduler.add(sequence)
-                for sequence in [one for one in (*self.scheduler.running, *self.scheduler.waiting) if one.cancelled]:
-                    self.scheduler.remove(sequence)
-                if not self.scheduler.is_idle:
-                    return True
-                if self.stopping:
-                    return False
-                self.wake.wait()
+        """Take what has arrived, let go what nobody waits for, run commands; False when it is time to end."""
+        while not self.ended:
+            with self.wake:
+                self._take_arrivals()
+                commands, self.commands = self.commands, []
+                if not commands:
+                    if not self.scheduler.is_idle:
+                        return True
+                    if self.stopping:
+                        return False
+                    self.wake.wait()
+                    continue
+            waiting = [command for command in commands if not command.has_run()]
+            with self.wake:
+                self.commands = waiting + self.commands
+            if not self.scheduler.is_idle:
+                return True
         return False
+
+    def _take_arrivals(self) -> None:
+        while self.arrivals:
+            sequence = self.arrivals.popleft()
+            if sequence.key is not None and sequence.key not in self.runner.adapters.loaded:
+                deliver([(sequence.stream, _unknown(sequence.key[0]))])  # it went while the request was read
+            elif not sequence.cancelled:
+                self.scheduler.add(sequence)
+        for sequence in [one for one in (*self.scheduler.running, *self.scheduler.waiting) if one.cancelled]:
+            self.scheduler.remove(sequence)
+
+    def _install(self, name: str, adapter: Adapter) -> bool:
+        if name in self.keys:
+            raise ModelError(f"the adapter {name!r} is loaded already", where=name, fix="unload it first, or another name")
+        self.runner.adapters.check(adapter, name)
+        self.num_loaded += 1
+        key = (name, self.num_loaded)
+        for gone in self.runner.adapters.add(key, adapter, self._keys_in_use()):
+            self.scheduler.slots.forget(gone)
+            if gone is not None and self.keys.get(gone[0]) == gone:
+                del self.keys[gone[0]]
+        self.keys[name] = key
+        return True
+
+    def _remove(self, key: Key) -> bool:
+        if key in self._keys_in_use():
+            return False
+        if key in self.runner.adapters.loaded:
+            self.runner.adapters.remove(key)
+            self.scheduler.slots.forget(key)
+        return True
+
+    def _keys_in_use(self) -> set[Key]:
+        return {one.key for one in (*self.scheduler.running, *self.scheduler.waiting)}
 
     def _step(self) -> None:
         """One forward over the plan's tokens, a token for each sequence that was read to its end, and one wake-up of the event loop."""
         self.step_began = time.monotonic()
         plan = self.scheduler.plan()
         self.cache.copy(plan.copies)
+        self.runner.adapters.begin([(piece.sequence.key, piece.stop - piece.start) for piece in plan.pieces])
         logits = self.runner.forward(make_batch(plan.pieces, device=self.runner.device), self.cache)
         outbox = self._after(plan.pieces, logits)
         self.step_began = None
@@ -286,9 +350,43 @@ class TorchEngine:
             left = list(self.arrivals)
             if hasattr(self, "scheduler"):
                 left += [*self.scheduler.running, *self.scheduler.waiting]
+            commands, self.commands = self.commands, []
             self.arrivals.clear()
         why = "the engine is not running" if failure is None else f"the engine has failed: {failure!r}"
         deliver([(sequence.stream, ResourceError(why)) for sequence in left])
+        for command in commands:
+            command.fail(ResourceError(why))
+
+
+@dataclass(frozen=True)
+class Command:
+    """Something to be done between two steps, for a coroutine that waits for it."""
+
+    run: Callable[[], bool]
+    loop: asyncio.AbstractEventLoop
+    done: asyncio.Future[None]
+
+    def has_run(self) -> bool:
+        """Try; False if it has to be tried again behind the next step."""
+        try:
+            if not self.run():
+                return False
+        except DanluError as error:
+            self.fail(error)
+            return True
+        self._settle(lambda: self.done.set_result(None))
+        return True
+
+    def fail(self, error: Exception) -> None:
+        self._settle(lambda: self.done.set_exception(error))
+
+    def _settle(self, how: Callable[[], None]) -> None:
+        if not self.loop.is_closed():
+            self.loop.call_soon_threadsafe(lambda: None if self.done.done() else how())
+
+
+def _unknown(adapter: str) -> RequestError:
+    return RequestError(f"there is no adapter {adapter!r}", status=404, kind="not_found_error", param="model")
 
 
 def _chooser(sequence: Sequence) -> Chooser:

@@ -12,7 +12,10 @@ from danlu.errors import QualityError
 from danlu.serve.engines.torch.attention import make_batch
 from danlu.serve.engines.torch.cache import Cache, num_slots
 from danlu.serve.engines.torch.forward import Forward, HuggingFaceForward, check_answers, own_logits, trial_row
+from danlu.serve.engines.torch.fused import FusedForward, can_be_fused
+from danlu.serve.engines.torch.linear import exchange_linears
 from danlu.serve.engines.torch.load import Loaded, load
+from danlu.serve.engines.torch.lora import Adapters
 from danlu.serve.engines.torch.requests import Reader
 from danlu.serve.engines.torch.scheduler import Piece
 from danlu.serve.engines.torch.sequence import Sequence
@@ -31,6 +34,7 @@ class Runner:
     forward: Forward
     cache: Cache
     reader: Reader
+    adapters: Adapters
     device: torch.device
 
 
@@ -40,13 +44,20 @@ def make_runner(spec: Torch, bundle: Bundle | None) -> Runner:
     model = loaded.model
     ids = trial_row(model)[: loaded.max_model_len]
     reference = own_logits(model, ids)
-    forward: Forward
-    forward = plain = HuggingFaceForward(model)
+    plain = HuggingFaceForward(model)
     shapes = plain.shapes()
+    forward: Forward = plain
+    if can_be_fused(model):
+        forward = fused = FusedForward(model, loaded.max_model_len)
+        linears = fused.linears
+    else:
+        linears = exchange_linears(model, model.get_output_embeddings())
     slots = num_slots(shapes, loaded.max_model_len, spec.kv_cache_memory_gb * 2**30, model.dtype, max_num_seqs=spec.max_num_seqs)
     cache = Cache(shapes, slots, loaded.max_model_len, dtype=model.dtype, device=model.device)
     check_answers(forward, reference, ids, cache, model)
-    runner = Runner(forward, cache, Reader(loaded.tokenizer, loaded.vocab_size, loaded.max_model_len, loaded.end_ids), model.device)
+    reader = Reader(loaded.tokenizer, loaded.vocab_size, loaded.max_model_len, loaded.end_ids)
+    adapters = Adapters(linears, max_loras=spec.max_loras, dtype=model.dtype, device=model.device)
+    runner = Runner(forward, cache, reader, adapters, model.device)
     if bundle is not None:
         check_probes(runner, loaded, bundle, spec.max_num_batched_tokens)
     return runner
