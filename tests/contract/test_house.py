@@ -51,6 +51,7 @@ MAY_IMPORT = {
     "danlu.client.chat": set(),
     "danlu.client.load": set(),
     "danlu.serve.engine": set(),
+    "danlu.serve.generation": set(),
     "danlu.plan": set(),
     "danlu.generate": set(),
     "danlu.cli": set(),
@@ -62,6 +63,7 @@ MAY_IMPORT = {
     "danlu.tasks.exchange": set(),
     "danlu.tasks.classification": HEAVY - {"ray", "deepspeed", "bitsandbytes", "kubernetes"},
     "danlu.compress.load": HEAVY - {"ray", "deepspeed", "kubernetes"},
+    "danlu.serve.engines.torch.engine": HEAVY - {"ray", "deepspeed", "kubernetes"},
     "danlu.serve.engines.encoder": HEAVY - {"ray", "deepspeed", "bitsandbytes", "kubernetes"},
 }
 

@@ -31,7 +31,7 @@ from danlu.serve.gateway import Gateway
 from danlu.serve.generation import TextEngine
 from danlu.serve.keys import Authenticated, KeyRing, read_keys
 from danlu.spec.files import dump, load, parse
-from danlu.spec.serve import Encoder, Service
+from danlu.spec.serve import Echo, EchoText, Service
 from danlu.spec.task import Classification, EncoderTask
 
 START_TIMEOUT_S = 180.0
@@ -85,8 +85,8 @@ def build(spec: Service | Mapping[str, Any]) -> serve.Application:
     deployment = serve.deployment(
         name=service.name,
         ray_actor_options={
-            "num_cpus": engine.num_threads if isinstance(engine, Encoder) else 1,
-            "num_gpus": engine.num_gpus if isinstance(engine, Encoder) else 0,
+            "num_cpus": 1 if isinstance(engine, Echo | EchoText) else engine.num_threads,
+            "num_gpus": 0 if isinstance(engine, Echo | EchoText) else engine.num_gpus,
         },
         # The gateway queues and refuses, in OpenAI's shape and with a Retry-After that it has measured; Serve's bound is the net under it.
         max_ongoing_requests=room + 16,

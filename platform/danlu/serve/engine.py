@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from danlu.serve.generation import TextEngine
-from danlu.spec.serve import Echo, EchoText, Encoder, Service
+from danlu.spec.serve import Echo, EchoText, Encoder, Service, Torch
 from danlu.spec.task import EncoderTask
 from danlu.tasks.exchange import Example, Prediction
 
@@ -74,3 +74,7 @@ def make_engine(service: Service, bundle: Bundle | None) -> Engine | TextEngine:
             from danlu.serve.engines.echo import EchoTextEngine
 
             return EchoTextEngine(service.engine)
+        case Torch():
+            from danlu.serve.engines.torch.engine import TorchEngine
+
+            return TorchEngine(service.engine, bundle)
