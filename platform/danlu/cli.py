@@ -20,6 +20,11 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
+data_app = typer.Typer(
+    help="Rows: what they hold, and cleaning them. `danlu data report FILE` says it.", no_args_is_help=True, rich_markup_mode=None
+)
+app.add_typer(data_app, name="data")
+
 INTERRUPTED = 130
 """The exit code after Ctrl-C: 128 and SIGINT's number, as shells have it."""
 
@@ -32,6 +37,9 @@ Fresh = Annotated[bool, typer.Option("--fresh", help="Start anew instead of goin
 _BUNDLE = "name@alias, name@v1, a folder or a URI; unset: the job's"
 LatestOf = Annotated[str | None, typer.Option("--bundle", metavar="BUNDLE", help=f"{_BUNDLE} latest.")]
 ProductionOf = Annotated[str | None, typer.Option("--bundle", metavar="BUNDLE", help=f"{_BUNDLE} production.")]
+
+Out = Annotated[Path | None, typer.Option("--out", metavar="FOLDER", help="Also write it there.")]
+ApiKey = Annotated[str | None, typer.Option("--api-key", envvar="DANLU_API_KEY", help="The endpoint's key.", show_envvar=True)]
 
 
 @app.command()
@@ -56,11 +64,55 @@ def evaluate(
     set_: Set = None,
     bundle: LatestOf = None,
     data: Annotated[list[str] | None, typer.Option("--data", metavar="FILE", help="Files to score instead of the job's test rows.")] = None,
+    url: Annotated[str | None, typer.Option("--url", help="Ask this endpoint for the answers, which serves the bundle.")] = None,
+    api_key: ApiKey = None,
+    by: Annotated[list[str] | None, typer.Option("--by", metavar="COLUMN", help="Also score by the values of a column.")] = None,
+    out: Out = None,
 ) -> None:
-    """Score a bundle on the job's test rows, or on other files. Accuracy, macro F1, each class, the confusion matrix."""
+    """Score a bundle, or an endpoint, on the job's test rows or on other files. With intervals, slices, calibration and wrong answers."""
     from danlu import walk
 
-    walk.evaluate(spec, set_ or [], bundle=bundle, data=data)
+    walk.evaluate(spec, set_ or [], bundle=bundle, data=data, url=url, api_key=api_key, by=by or [], out=out)
+
+
+@app.command()
+def compare(
+    a: Annotated[str, typer.Argument(help="A bundle (name@alias, name@v1, a folder or a URI) or an endpoint's URL.")],
+    b: Annotated[str, typer.Argument(help="Another.")],
+    storage: Annotated[str, typer.Option(help="Where the bundles are.")] = "runs",
+    data: Annotated[list[str] | None, typer.Option("--data", metavar="FILE", help="Files instead of A's own test rows.")] = None,
+    api_key: ApiKey = None,
+    out: Out = None,
+) -> None:
+    """Two bundles or endpoints on the same rows. What changes, whether that may be chance, and where they disagree."""
+    from danlu import walk
+
+    walk.compare(a, b, storage=storage, data=data, api_key=api_key, out=out)
+
+
+@data_app.command("report")
+def data_report(
+    files: Annotated[list[str] | None, typer.Argument(help="Files, globs or URIs; without any, the job's own.", show_default=False)] = None,
+    spec: Annotated[Path | None, typer.Option("--spec", help="A job whose model and columns are to be used.")] = None,
+    set_: Set = None,
+    test: Annotated[list[str] | None, typer.Option("--test", metavar="FILE", help="Files to look for among the rows.")] = None,
+    near: Annotated[bool, typer.Option("--near/--no-near", help="Look for near duplicates, which takes most of the time.")] = True,
+    max_rows: Annotated[int | None, typer.Option("--max-rows", min=1, help="Read at most so many rows of each file.")] = None,
+    json_: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+    out: Out = None,
+) -> None:
+    """Say what files hold and what is wrong with them. Types, lengths, labels, duplicates, broken rows, languages, personal data."""
+    from danlu import walk
+
+    walk.data_report(files or [], spec, set_ or [], test=test or [], near=near, max_rows=max_rows, as_json=json_, out=out)
+
+
+@data_app.command("clean")
+def data_clean(spec: SpecFile, set_: Set = None, out: Out = None) -> None:
+    """Run `data.clean` and `data.split` into shards. In memory that does not grow with the files; goes on where it stopped."""
+    from danlu import walk
+
+    walk.data_clean(spec, set_ or [], out=out)
 
 
 @app.command()

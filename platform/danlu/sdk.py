@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -11,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from danlu.artifact.bundle import Bundle, canonical_json, text_digest, write_bundle
 from danlu.artifact.pretrained import model_folder
-from danlu.artifact.runs import REPORT, SPEC, RunFolder, latest_run, open_run
+from danlu.artifact.runs import REPORT, SCORES, SPEC, RunFolder, latest_run, open_run
 from danlu.artifact.store import Store, ensure_writable
 from danlu.errors import DanluError, DataError, ModelError, QualityError, ResourceError
+from danlu.examine import Examined, clean, compare, data_report, examine, scores_json, write_files
 from danlu.handover import (
     LATEST,
     PRODUCTION,
@@ -34,6 +36,7 @@ from danlu.spec.serve import Service
 from danlu.spec.train import TrainJob
 
 if TYPE_CHECKING:
+    from danlu.evaluate.analysis import Analysis
     from danlu.evaluate.score import Delta, Evaluation
     from danlu.serve.app import Endpoint
     from danlu.tasks.classification import Prediction
@@ -55,14 +58,14 @@ class Quantized:
 def prepare(job: TrainJob, *, calibrate: bool = True) -> Prepared:
     """Find and check everything a job needs, and plan it. Raises a DanluError for what would fail later."""
     from danlu.plan import make_plan
-    from danlu.tasks.task import task_file
+    from danlu.tasks.task import read_splits
     from danlu.tasks.tokenizer import load_tokenizer
 
     ensure_writable(job.storage)
     check_machine(job)
     folder = model_folder(job.model)
     tokenizer = load_tokenizer(folder)
-    splits = task_file(job.task).splits(job.data, job.task, tokenizer, max_length=job.model.max_length, seed=job.seed)
+    splits = read_splits(job, tokenizer, max_length=job.model.max_length)
     lengths = splits.train.encoded.lengths
     plan = make_plan(
         job, folder, num_rows=len(lengths), mean_tokens=float(lengths.mean()), num_labels=len(splits.label_names), calibrate=calibrate
@@ -290,6 +293,7 @@ def report(prepared: Prepared, trained: Trained, quantized: Quantized | None = N
     if quantized is not None and quantized.bundle is not None:
         facts["quantized bundle"] = f"{quantized.reference} ({quantized.bundle.meta.digest})"
     data = ReportData(
+        analyses=_analyses(prepared, trained),
         title=prepared.job.name,
         records=trained.run.records(),
         plan=prepared.plan.text(prepared.job),
@@ -302,7 +306,28 @@ def report(prepared: Prepared, trained: Trained, quantized: Quantized | None = N
         lineage=facts,
         spec=dump(prepared.job),
     )
+    scores = {
+        name: {"scores": trained.evaluations[name].scores.metrics(), "analysis": found.to_dict()} for name, found in data.analyses.items()
+    }
+    trained.run.write(SCORES, json.dumps({"bundle": trained.reference, **scores}, ensure_ascii=False, indent=1) + "\n")
     return trained.run.write(REPORT, render(data))
+
+
+def _analyses(prepared: Prepared, trained: Trained) -> dict[str, Analysis]:
+    """Dev and test, with a temperature fitted on dev for test."""
+    from danlu.evaluate.analysis import analyse
+    from danlu.evaluate.calibration import fit_temperature
+
+    splits, names = prepared.splits, prepared.splits.label_names
+    found = {}
+    for name, split in (("dev", splits.dev), ("test", splits.test)):
+        if split is None or name not in trained.evaluations:
+            continue
+        temperature = None
+        if name == "test" and prepared.job.task.kind == "classification" and splits.dev.labels is not None:
+            temperature = fit_temperature(trained.evaluations["dev"].outputs, splits.dev.labels), "dev"
+        found[name] = analyse(prepared.job.task, split, trained.evaluations[name].outputs, names, name=name, temperature=temperature)
+    return found
 
 
 def _fit(job: TrainJob, run_uri: str, prepared: Prepared, listener: Callable[[Record], None]) -> dict[str, Any]:
@@ -341,6 +366,28 @@ def _absolute_paths(source: str | list[str]) -> str | list[str]:
 
 
 __all__ = [
-    "LATEST", "PRODUCTION", "ModelError", "Prepared", "Quantized", "Trained", "absolute", "check_machine", "check_served", "evaluate",
-    "open_bundle", "predict", "prepare", "quantize", "report", "serving", "train",
-]  # fmt: skip
+    "LATEST",
+    "PRODUCTION",
+    "Examined",
+    "ModelError",
+    "Prepared",
+    "Quantized",
+    "Trained",
+    "absolute",
+    "check_machine",
+    "check_served",
+    "clean",
+    "compare",
+    "data_report",
+    "evaluate",
+    "examine",
+    "open_bundle",
+    "predict",
+    "prepare",
+    "quantize",
+    "report",
+    "scores_json",
+    "serving",
+    "train",
+    "write_files",
+]

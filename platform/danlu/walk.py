@@ -39,13 +39,75 @@ def train(spec: Path, overrides: Sequence[str], *, fresh: bool) -> sdk.Trained:
     return trained
 
 
-def evaluate(spec: Path, overrides: Sequence[str], *, bundle: str | None, data: list[str] | None) -> None:
-    """Print the scores of a bundle."""
+def evaluate(
+    spec: Path,
+    overrides: Sequence[str],
+    *,
+    bundle: str | None,
+    data: list[str] | None,
+    url: str | None = None,
+    api_key: str | None = None,
+    by: Sequence[str] = (),
+    out: Path | None = None,
+) -> None:
+    """Print the scores of a bundle or an endpoint, and what stands beside them."""
     job = load(TrainJob, spec, overrides)
+    from danlu.evaluate.analysis_html import analysis_page
     from danlu.evaluate.score import scores_text  # takes seconds; a typo in the spec is said before
 
-    evaluation, _ = sdk.evaluate(bundle or f"{job.name}@{sdk.LATEST}", storage=job.storage, data=data)
-    show(scores_text(evaluation.scores))
+    reference = bundle or f"{job.name}@{sdk.LATEST}"
+    found = sdk.examine(reference, storage=job.storage, data=data, url=url, api_key=api_key, slice_by=by)
+    show(scores_text(found.evaluation.scores))
+    show(f"\n{found.analysis.text()}")
+    if out is not None:
+        page = analysis_page(f"{reference} on {found.analysis.split}", found.analysis, found.facts)
+        _show_written(sdk.write_files(out, {"scores.json": sdk.scores_json(found), "report.html": page}))
+
+
+def compare(a: str, b: str, *, storage: str, data: list[str] | None, api_key: str | None, out: Path | None) -> None:
+    """Print what changes from A to B."""
+    found = sdk.compare(a, b, storage=storage, data=data, api_key=api_key)
+    show(found.text())
+    if out is not None:
+        from danlu.evaluate.analysis_html import versus_page
+
+        document = json.dumps(found.to_dict(), ensure_ascii=False, indent=1)
+        _show_written(sdk.write_files(out, {"compare.json": document, "compare.html": versus_page(found)}))
+
+
+def data_report(
+    files: Sequence[str],
+    spec: Path | None,
+    overrides: Sequence[str],
+    *,
+    test: Sequence[str],
+    near: bool,
+    max_rows: int | None,
+    as_json: bool,
+    out: Path | None,
+) -> None:
+    """Print what rows hold."""
+    if spec is None and overrides:
+        raise SpecError("--set changes a job, and there is none", where="danlu data report", fix="--spec job.yaml")
+    job = None if spec is None else load(TrainJob, spec, overrides)
+    found = sdk.data_report(files, job=job, test=test, near_threshold=0.8 if near else None, max_rows=max_rows)
+    from danlu.data.profile_text import html, text
+
+    document = json.dumps(found.to_dict(), ensure_ascii=False, indent=1)
+    show(document if as_json else text(found))
+    if out is not None:
+        title = files[0] if len(files) == 1 else job.name if job is not None else f"{len(files)} files"
+        written = sdk.write_files(out, {"report.json": document + "\n", "report.html": html(found, title)})
+        if not as_json:
+            _show_written(written)
+
+
+def data_clean(spec: Path, overrides: Sequence[str], *, out: Path | None) -> None:
+    """Clean, and print what was removed and where the rows are."""
+    shards, cleaned = sdk.clean(load(TrainJob, spec, overrides), None if out is None else str(out))
+    show(cleaned.text())
+    for name, paths in shards.items():
+        show(f"  {name:<6} {paths[0]}" + (f" and {len(paths) - 1} more" if len(paths) > 1 else ""))
 
 
 def quantize(spec: Path, overrides: Sequence[str], *, bundle: str | None) -> None:
@@ -161,6 +223,10 @@ def _show_plan(prepared: sdk.Prepared) -> None:
     show(prepared.plan.text(prepared.job))
     heading("Data")
     show(prepared.splits.report.text())
+
+
+def _show_written(paths: Sequence[str]) -> None:
+    show("\n" + "\n".join(f"  wrote {path}" for path in paths))
 
 
 def _show_quantized(quantized: sdk.Quantized) -> None:

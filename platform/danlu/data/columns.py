@@ -60,16 +60,16 @@ class Labelled:
 
 def labelled(rows: Rows, columns: Columns, *, where: str, need_label: bool = True) -> Labelled:
     """Find the columns, turn labels into strings, drop rows without text or label. DataError if too little is left."""
-    chosen = _choose(rows, columns, where, need_label)
+    chosen = choose(rows, columns, where, need_label)
     texts = [_text(value) for value in rows.columns[chosen["text"]]]
     pairs = [_text(value) for value in rows.columns[chosen["text_pair"]]] if "text_pair" in chosen else None
-    labels = [_label(value) for value in rows.columns[chosen["label"]]] if "label" in chosen else None
-    empty = [not text.strip() or (pairs is not None and not pairs[i].strip()) for i, text in enumerate(texts)]
+    labels = [label_of(value) for value in rows.columns[chosen["label"]]] if "label" in chosen else None
+    empty = [is_empty(text) or (pairs is not None and is_empty(pairs[i])) for i, text in enumerate(texts)]
     unlabelled = [labels is not None and not labels[i] and not empty[i] for i in range(len(texts))]
     kept = [i for i in range(len(texts)) if not empty[i] and not unlabelled[i]]
     if len(kept) <= len(texts) / 2:
         raise DataError(
-            f"{sum(empty)} of {len(texts)} rows have no text and {sum(unlabelled)} no label: too few are left",
+            f"{sum(empty)} of {len(texts)} rows have no text and {sum(unlabelled)} no label: too few are left{_not_text(rows, chosen)}",
             where=where,
             fix=f"check that {chosen} are the right columns; data.columns.text and data.columns.label set them",
         )
@@ -84,7 +84,16 @@ def labelled(rows: Rows, columns: Columns, *, where: str, need_label: bool = Tru
     )
 
 
-def _choose(rows: Rows, columns: Columns, where: str, need_label: bool) -> dict[str, str]:
+def _not_text(rows: Rows, chosen: Mapping[str, str]) -> str:
+    """The first row whose text or label is no single value."""
+    for role, name in chosen.items():
+        for number, value in enumerate(rows.columns[name], start=1):
+            if isinstance(value, list | tuple | dict):
+                return f" (the {role} of row {number} is {'an object' if isinstance(value, dict) else 'a list'})"
+    return ""
+
+
+def choose(rows: Rows, columns: Columns, where: str, need_label: bool) -> dict[str, str]:
     named = {role: name for role in USUAL if (name := getattr(columns, role)) is not None}
     for role, name in named.items():
         if name not in rows.columns:
@@ -128,15 +137,22 @@ def _usual(names: Sequence[str], usual: Sequence[str]) -> str | None:
     return next((lowered[name] for name in usual if name in lowered), None)
 
 
+def is_empty(text: str) -> bool:
+    """True if there is nothing to see: no character, or spaces, control signs and signs of no width only."""
+    return not any(character.isprintable() and character != " " for character in text)
+
+
 def _is_missing(value: object) -> bool:
-    return value is None or (isinstance(value, float) and math.isnan(value))
+    # A list or an object is neither a text nor a label: its Python form is nothing to learn from.
+    return value is None or (isinstance(value, float) and math.isnan(value)) or isinstance(value, list | tuple | dict)
 
 
 def _text(value: object) -> str:
     return "" if _is_missing(value) else str(value)
 
 
-def _label(value: object) -> str:
+def label_of(value: object) -> str:
+    """A label as a text; empty where there is none."""
     if _is_missing(value):
         return ""
     if isinstance(value, float) and value.is_integer():
