@@ -90,6 +90,21 @@ def compare(
     walk.compare(a, b, storage=storage, data=data, api_key=api_key, out=out)
 
 
+@app.command()
+def suite(
+    name: Annotated[str, typer.Argument(help="clue or glue.")],
+    spec: Annotated[Path, typer.Argument(help="A job that says model, tuning and the rest; data and task are the suite's.")],
+    data: Annotated[Path, typer.Option("--data", metavar="FOLDER", help="The suite's own files, a folder a task.")],
+    out: Annotated[Path, typer.Option("--out", metavar="FOLDER", help="Where rows, scores and the files to hand in go.")],
+    tasks: Annotated[list[str] | None, typer.Option("--task", help="Only this task. May be repeated.")] = None,
+    set_: Set = None,
+) -> None:
+    """Train and score a benchmark's tasks from their official files. One table, and the files that are handed in."""
+    from danlu import walk
+
+    walk.suite(name, spec, set_ or [], data=data, out=out, tasks=tasks or [])
+
+
 @data_app.command("report")
 def data_report(
     files: Annotated[list[str] | None, typer.Argument(help="Files, globs or URIs; without any, the job's own.", show_default=False)] = None,

@@ -14,6 +14,7 @@ from danlu.artifact.bundle import Bundle, canonical_json, text_digest, write_bun
 from danlu.artifact.pretrained import model_folder
 from danlu.artifact.runs import REPORT, SCORES, SPEC, RunFolder, latest_run, open_run
 from danlu.artifact.store import Store, ensure_writable
+from danlu.benchmark import run_suite, suite_text
 from danlu.errors import DanluError, DataError, ModelError, QualityError, ResourceError
 from danlu.examine import Examined, clean, compare, data_report, examine, scores_json, write_files
 from danlu.handover import (
@@ -386,8 +387,10 @@ __all__ = [
     "prepare",
     "quantize",
     "report",
+    "run_suite",
     "scores_json",
     "serving",
+    "suite_text",
     "train",
     "write_files",
 ]

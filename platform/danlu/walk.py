@@ -75,6 +75,19 @@ def compare(a: str, b: str, *, storage: str, data: list[str] | None, api_key: st
         _show_written(sdk.write_files(out, {"compare.json": document, "compare.html": versus_page(found)}))
 
 
+def suite(name: str, spec: Path, overrides: Sequence[str], *, data: Path, out: Path, tasks: Sequence[str]) -> None:
+    """Every task of a suite, and one table."""
+    job = load(TrainJob, spec, overrides)
+    found = sdk.run_suite(name, job, data, out, tasks=tasks, train=_trained, on_task=heading)
+    heading(f"{name.upper()} on the dev rows")
+    show(sdk.suite_text(found))
+    show(f"\n  rows, scores.json and what is handed in: {out}")
+
+
+def _trained(job: TrainJob) -> None:
+    _train(sdk.prepare(job), fresh=False)
+
+
 def data_report(
     files: Sequence[str],
     spec: Path | None,

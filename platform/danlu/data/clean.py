@@ -25,6 +25,8 @@ CHANGES = (spec.StripMarkup, spec.Normalize)
 _FULL_WIDTH = {0xFF00 + i: 0x20 + i for i in range(1, 0x5F) if chr(0x20 + i).isalnum()} | {0x3000: 0x20}
 _NO_WIDTH = dict.fromkeys([*range(0x200B, 0x2010), *range(0x202A, 0x202F), *range(0x2060, 0x2065), 0xFEFF, 0xAD])
 _CONTROL = dict.fromkeys(i for i in range(0xA0) if (i < 32 or i > 126) and chr(i) not in "\t\n\r")
+_UNSEEN = {code: None for code in (_NO_WIDTH | _CONTROL) if code not in (0x200C, 0x200D)}
+"""U+200C and U+200D stay: between two visible signs they are part of emoji and of Indic letters."""
 _LOST_TAG = re.compile(r"</?[A-Za-z][^<>\n]{0,200}$")
 
 
@@ -94,8 +96,7 @@ def normalize(text: str, *, width: str = "letters", collapse_whitespace: bool = 
     elif width == "letters":
         text = text.translate(_FULL_WIDTH)
     if collapse_whitespace:
-        # U+200D joins emoji and Indic letters: between two visible signs it is part of the text.
-        text = text.translate({**_NO_WIDTH, **_CONTROL, 0x200D: "\u200d", 0x200C: "\u200c"}).replace("\r\n", "\n").replace("\r", "\n")
+        text = text.translate(_UNSEEN).replace("\r\n", "\n").replace("\r", "\n")
         text = "\n".join(re.sub(r"[^\S\n]+", " ", line).strip() for line in text.split("\n")).strip("\n")
     return text
 

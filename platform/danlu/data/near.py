@@ -6,6 +6,7 @@ Jaccard similarity of two texts' n-grams, estimated from the share of equal mini
 
 from __future__ import annotations
 
+import re
 import sqlite3
 import unicodedata
 from collections.abc import Iterable
@@ -25,10 +26,13 @@ RECALL = 0.98
 """Share of the pairs of exactly the threshold's similarity that the bands find; of more similar ones they find more."""
 
 
+_SIGNS = re.compile(r"[\W_]+")
+
+
 def normal(text: str) -> str:
     """What makes two texts the same: letters and digits, not case, width, punctuation or spacing."""
     folded = unicodedata.normalize("NFKC", text).lower()
-    return " ".join("".join(character if character.isalnum() else " " for character in folded).split()) or folded.strip()
+    return _SIGNS.sub(" ", folded).strip() or folded.strip()
 
 
 def shingles(text: str) -> np.ndarray:

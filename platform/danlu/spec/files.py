@@ -74,7 +74,8 @@ def _keep_tags(spec: BaseModel, document: dict[str, Any]) -> None:
             document[name] = _tagged(value, document[name])
         elif isinstance(value, list) and name in document:
             document[name] = [
-                _tagged(part, written) if isinstance(part, BaseModel) else written for part, written in zip(value, document[name], strict=True)
+                _tagged(part, written) if isinstance(part, BaseModel) else written
+                for part, written in zip(value, document[name], strict=True)
             ]
 
 
