@@ -117,7 +117,7 @@ def _scored(
         pairs = [row["text_pair"] for row in some] if "text_pair" in some[0] else None
         return [found.label for found in predictor.predict([row["text"] for row in some], pairs)]
 
-    scores = {}
+    scores: dict[str, float] = {}
     for split in (split for split in rows if split.startswith("dev")):
         truth = np.array([names.index(row["label"]) for row in rows[split]])
         given = np.array([names.index(answer) for answer in answers(rows[split])])

@@ -229,6 +229,12 @@ def _columns(
     """The columns to slice by, for the rows of the split."""
     if not wanted:
         return {}
+    if len(split.texts.texts) != len(split):
+        raise DataError(
+            f"{len(split):,} rows were made of {len(split.texts.texts):,} texts, so a column has no value for each",
+            where="--by",
+            fix="leave --by out",
+        )
     from danlu.data.formats import read_rows
     from danlu.data.prepare import needs_preparing, prepare, prepare_given
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -19,6 +20,8 @@ MAX_VALUES = 20
 """Values of a column that become slices; the rest are one slice."""
 LENGTH_BINS = 4
 NUM_ERRORS = 50
+RESAMPLING_S = 20.0
+"""Time for the resamples of a task whose scores are not made of counts."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +110,11 @@ def analyse(
     `temperature` was fitted on the split that is named with it."""
     score = score_of(task, outputs, split.labels, label_names)
     classifies = isinstance(task, Classification) and split.labels is not None
+    if not classifies:
+        began = time.perf_counter()
+        score(np.arange(len(outputs)))
+        # Another task's scores may take long: fewer resamples, whose ends are less sure.
+        number = max(50, min(number, int(RESAMPLING_S / (time.perf_counter() - began + 1e-9))))
     sliced = []
     for by, values in _slicings(split, label_names if classifies else [], columns or {}):
         for value in dict.fromkeys(values):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from danlu.evaluate.suite import SuiteTask, Values, json_lines
 
-JSON = {"train": ("train.json",), "dev": ("dev.json",), "test": ("test.json",)}
+JSON: dict[str, tuple[str, ...]] = {"train": ("train.json",), "dev": ("dev.json",), "test": ("test.json",)}
 NLI = ("entailment", "neutral", "contradiction")
 BLANK = re.compile(r"#idiom\d+#")
 
@@ -97,16 +97,15 @@ def dialogues(path: Path) -> list[Values]:
 
 
 _ACCURACY = ("accuracy",)
-_TEST11 = {"test": ("test1.1.json", "test.json")}
+_TRAIN50K: dict[str, tuple[str, ...]] = {"train": ("train.50k.json", "train.json")}
+_TEST11: dict[str, tuple[str, ...]] = {"test": ("test1.1.json", "test.json")}
 
 TASKS = (
     SuiteTask("afqmc", "classification", _ACCURACY, JSON, pairs, "afqmc_predict.json", ("0", "1")),
     SuiteTask("tnews", "classification", _ACCURACY, JSON | _TEST11, sentences, "tnews11_predict.json"),
     SuiteTask("iflytek", "classification", _ACCURACY, JSON, sentences, "iflytek_predict.json"),
     SuiteTask("cmnli", "classification", _ACCURACY, JSON, pairs, "cmnli_predict.json", NLI),
-    SuiteTask(
-        "ocnli", "classification", _ACCURACY, JSON | {"train": ("train.50k.json", "train.json")}, pairs, "ocnli_50k_predict.json", NLI
-    ),
+    SuiteTask("ocnli", "classification", _ACCURACY, JSON | _TRAIN50K, pairs, "ocnli_50k_predict.json", NLI),
     SuiteTask("cluewsc2020", "classification", _ACCURACY, JSON | _TEST11, winograd, "cluewsc11_predict.json", ("false", "true")),
     SuiteTask("csl", "classification", _ACCURACY, JSON, keywords, "csl_predict.json", ("0", "1")),
     SuiteTask("cmrc2018", "extractive_qa", ("exact_match", "f1"), JSON, spans, "cmrc2018_predict.json", folders=("cmrc",), style="json"),

@@ -106,9 +106,13 @@ def suite(name: str) -> dict[str, SuiteTask]:
     """The tasks of a suite by name."""
     match name:
         case "clue":
-            from danlu.evaluate.clue import TASKS
+            from danlu.evaluate import clue
+
+            tasks: Sequence[SuiteTask] = clue.TASKS
         case "glue":
-            from danlu.evaluate.glue import TASKS
+            from danlu.evaluate import glue
+
+            tasks = glue.TASKS
         case _:
             raise DataError(f"there is no suite named {name!r}", where="danlu suite", fix="clue or glue")
-    return {task.name: task for task in TASKS}
+    return {task.name: task for task in tasks}

@@ -172,13 +172,13 @@ def test_calibration_errors_are_those_of_a_plain_loop_and_of_scikit_learn() -> N
 
 def test_the_temperature_is_the_best_of_a_grid_and_mends_what_it_was_not_fitted_on() -> None:
     logits, labels = made(1500, 8)
-    too_sure = 3 * logits
+    too_sure = 8 * logits
     found = fit_temperature(too_sure[:1000], labels[:1000])
-    grid = np.exp(np.linspace(np.log(0.5), np.log(10), 400))
+    grid = np.exp(np.linspace(np.log(0.5), np.log(19), 400))
     losses = [metrics.log_loss(labels[:1000], probabilities(too_sure[:1000] / t)) for t in grid]
     assert found == pytest.approx(grid[int(np.argmin(losses))], rel=0.02)
     fix = scaled(too_sure[1000:], labels[1000:], found, "dev")
-    assert fix.after.ece < 0.5 * fix.before.ece
+    assert fix.after.ece < 0.6 * fix.before.ece
     assert fix.after.loss < fix.before.loss
     assert (probabilities(too_sure / found).argmax(1) == too_sure.argmax(1)).all()
 

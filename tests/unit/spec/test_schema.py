@@ -452,8 +452,10 @@ def test_the_documents_set_every_field_of_every_spec() -> None:
     def collect(spec: BaseModel) -> None:
         for name in spec.model_fields_set:
             found.update((part.__name__, name) for part in type(spec).__mro__)
-            if isinstance(value := getattr(spec, name), BaseModel):
-                collect(value)
+            value = getattr(spec, name)
+            for part in value if isinstance(value, list) else [value]:
+                if isinstance(part, BaseModel):
+                    collect(part)
 
     for kind, document in GOOD.values():
         collect(kind.model_validate(document))
