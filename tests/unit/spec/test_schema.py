@@ -171,8 +171,8 @@ GOOD: dict[str, tuple[type[Spec], Document]] = {
             {"dev": "d.csv", "split": {"kind": "given"}},
             {"split": {"kind": "ratio", "dev_size": 0.2, "test_size": 0.1}},
             {"dev": "d.csv", "split": {"kind": "stratified", "dev_size": 0, "test_size": 0.1}},
-            {"test": "d.csv", "split": {"kind": "group", "column": "author", "dev_size": 0.2}},
-            {"split": {"kind": "time", "column": "day"}},
+            {"test": "d.csv", "split": {"kind": "group", "column": "author", "dev_size": 0.2, "test_size": 0}},
+            {"split": {"kind": "time", "column": "day", "dev_size": 0.2, "test_size": 0.1}},
         )
     },
     "a language model": (TrainJob, JOB | {"task": {"kind": "pretrain"}, "group_by_length": True}),
