@@ -69,7 +69,7 @@ def evaluate(
     by: Annotated[list[str] | None, typer.Option("--by", metavar="COLUMN", help="Also score by the values of a column.")] = None,
     out: Out = None,
 ) -> None:
-    """Score a bundle, or an endpoint, on the job's test rows or on other files. With intervals, slices, calibration and wrong answers."""
+    """Score a bundle or an endpoint on test rows or other files. With intervals, slices, calibration and wrong answers."""
     from danlu import walk
 
     walk.evaluate(spec, set_ or [], bundle=bundle, data=data, url=url, api_key=api_key, by=by or [], out=out)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from danlu.artifact.bundle import Bundle
 from danlu.errors import DataError, SpecError, StorageError
 from danlu.handover import open_bundle
-from danlu.spec.data import Columns
+from danlu.spec.data import Columns, DropBroken, RepairBroken
 from danlu.spec.train import TrainJob
 
 if TYPE_CHECKING:
@@ -80,9 +81,12 @@ def _first_example(job: TrainJob, source: str | Sequence[str], tokenizer: Any, l
     from danlu.data.profile import Example
     from danlu.tasks.task import read_given
 
-    few = job.model_copy(update={"data": job.data.model_copy(update={"max_rows": 50})})
     names = list(getattr(job.task, "labels", None) or labels)
-    split = read_given(source, few, tokenizer, names, max_length=job.model.max_length)
+    tolerant = any(isinstance(step, DropBroken | RepairBroken) for step in job.data.clean)
+    steps = job.data.clean if tolerant else [*job.data.clean, DropBroken()]  # a broken row is reported, not a reason to show nothing
+    with tempfile.TemporaryDirectory(prefix="danlu-example-") as folder:
+        few = job.data.model_copy(update={"max_rows": 50, "clean": steps, "cache_dir": folder})
+        split = read_given(source, job.model_copy(update={"data": few}), tokenizer, names, max_length=job.model.max_length)
     ids = [int(token) for token in split.encoded.row(0)]
     target = "every next token" if split.labels is None else str(names[int(split.labels[0])] if split.labels.ndim == 1 else split.labels[0])
     return Example(tuple(tokenizer.convert_ids_to_tokens(ids)), tuple(ids), target)
