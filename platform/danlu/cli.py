@@ -22,6 +22,10 @@ app = typer.Typer(
 
 app.add_typer(cli_cluster.jobs, name="jobs")
 app.add_typer(cli_cluster.services, name="services")
+data_app = typer.Typer(
+    help="Rows: what they hold, and cleaning them. `danlu data report FILE` says it.", no_args_is_help=True, rich_markup_mode=None
+)
+app.add_typer(data_app, name="data")
 
 INTERRUPTED = 130
 """The exit code after Ctrl-C: 128 and SIGINT's number, as shells have it."""
@@ -39,6 +43,9 @@ DryRun = Annotated[
 _BUNDLE = "name@alias, name@v1, a folder or a URI; unset: the job's"
 LatestOf = Annotated[str | None, typer.Option("--bundle", metavar="BUNDLE", help=f"{_BUNDLE} latest.")]
 ProductionOf = Annotated[str | None, typer.Option("--bundle", metavar="BUNDLE", help=f"{_BUNDLE} production.")]
+
+Out = Annotated[Path | None, typer.Option("--out", metavar="FOLDER", help="Also write it there.")]
+ApiKey = Annotated[str | None, typer.Option("--api-key", envvar="DANLU_API_KEY", help="The endpoint's key.", show_envvar=True)]
 
 
 @app.command()
@@ -74,11 +81,70 @@ def evaluate(
     set_: Set = None,
     bundle: LatestOf = None,
     data: Annotated[list[str] | None, typer.Option("--data", metavar="FILE", help="Files to score instead of the job's test rows.")] = None,
+    url: Annotated[str | None, typer.Option("--url", help="Ask this endpoint for the answers, which serves the bundle.")] = None,
+    api_key: ApiKey = None,
+    by: Annotated[list[str] | None, typer.Option("--by", metavar="COLUMN", help="Also score by the values of a column.")] = None,
+    out: Out = None,
 ) -> None:
-    """Score a bundle on the job's test rows, or on other files. The task's scores, for each class where there are such."""
+    """Score a bundle or an endpoint on test rows or other files. With intervals, slices, calibration and wrong answers."""
     from danlu import walk
 
-    walk.evaluate(spec, set_ or [], bundle=bundle, data=data)
+    walk.evaluate(spec, set_ or [], bundle=bundle, data=data, url=url, api_key=api_key, by=by or [], out=out)
+
+
+@app.command()
+def compare(
+    a: Annotated[str, typer.Argument(help="A bundle (name@alias, name@v1, a folder or a URI) or an endpoint's URL.")],
+    b: Annotated[str, typer.Argument(help="Another.")],
+    storage: Annotated[str, typer.Option(help="Where the bundles are.")] = "runs",
+    data: Annotated[list[str] | None, typer.Option("--data", metavar="FILE", help="Files instead of A's own test rows.")] = None,
+    api_key: ApiKey = None,
+    out: Out = None,
+) -> None:
+    """Two bundles or endpoints on the same rows. What changes, whether that may be chance, and where they disagree."""
+    from danlu import walk
+
+    walk.compare(a, b, storage=storage, data=data, api_key=api_key, out=out)
+
+
+@app.command()
+def suite(
+    name: Annotated[str, typer.Argument(help="clue or glue.")],
+    spec: Annotated[Path, typer.Argument(help="A job that says model, tuning and the rest; data and task are the suite's.")],
+    data: Annotated[Path, typer.Option("--data", metavar="FOLDER", help="The suite's own files, a folder a task.")],
+    out: Annotated[Path, typer.Option("--out", metavar="FOLDER", help="Where rows, scores and the files to hand in go.")],
+    tasks: Annotated[list[str] | None, typer.Option("--task", help="Only this task. May be repeated.")] = None,
+    set_: Set = None,
+) -> None:
+    """Train and score a benchmark's tasks from their official files. One table, and the files that are handed in."""
+    from danlu import walk
+
+    walk.suite(name, spec, set_ or [], data=data, out=out, tasks=tasks or [])
+
+
+@data_app.command("report")
+def data_report(
+    files: Annotated[list[str] | None, typer.Argument(help="Files, globs or URIs; without any, the job's own.", show_default=False)] = None,
+    spec: Annotated[Path | None, typer.Option("--spec", help="A job whose model and columns are to be used.")] = None,
+    set_: Set = None,
+    test: Annotated[list[str] | None, typer.Option("--test", metavar="FILE", help="Files to look for among the rows.")] = None,
+    near: Annotated[bool, typer.Option("--near/--no-near", help="Look for near duplicates, which takes most of the time.")] = True,
+    max_rows: Annotated[int | None, typer.Option("--max-rows", min=1, help="Read at most so many rows of each file.")] = None,
+    json_: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+    out: Out = None,
+) -> None:
+    """Say what files hold and what is wrong with them. Types, lengths, labels, duplicates, broken rows, languages, personal data."""
+    from danlu import walk
+
+    walk.data_report(files or [], spec, set_ or [], test=test or [], near=near, max_rows=max_rows, as_json=json_, out=out)
+
+
+@data_app.command("clean")
+def data_clean(spec: SpecFile, set_: Set = None, out: Out = None) -> None:
+    """Run `data.clean` and `data.split` into shards. In memory that does not grow with the files; goes on where it stopped."""
+    from danlu import walk
+
+    walk.data_clean(spec, set_ or [], out=out)
 
 
 @app.command()
@@ -208,17 +274,17 @@ def keys_create(
     max_ongoing: Annotated[int | None, typer.Option("--max-ongoing", min=1, help="Requests at once, in one replica.")] = None,
 ) -> None:
     """Make a key and print it. Only its hash is kept: it cannot be shown again."""
-    from danlu import walk
+    from danlu.client import commands
 
-    walk.create_key(file, name, expires, model or [], max_ongoing)
+    commands.create_key(file, name, expires, model or [], max_ongoing)
 
 
 @keys.command("list")
 def keys_list(file: KeysFile = Path("keys.json")) -> None:
     """List keys: names, beginnings, dates, models."""
-    from danlu import walk
+    from danlu.client import commands
 
-    walk.list_keys(file)
+    commands.list_keys(file)
 
 
 @keys.command("revoke")
@@ -226,9 +292,9 @@ def keys_revoke(
     name: Annotated[str, typer.Argument(help="The key's name or beginning.", show_default=False)], file: KeysFile = Path("keys.json")
 ) -> None:
     """Make a key invalid. Services that read the file notice within a second."""
-    from danlu import walk
+    from danlu.client import commands
 
-    walk.revoke_key(file, name)
+    commands.revoke_key(file, name)
 
 
 bench = typer.Typer(help="Measurements.", no_args_is_help=True)
@@ -247,9 +313,9 @@ def bench_serve(
     output: Annotated[Path | None, typer.Option("--output", help="Write this .json, and an .html beside it.")] = None,
 ) -> None:
     """Put a load on a language model's service. Times to first token, between tokens and end to end, as its clients see them."""
-    from danlu import walk
+    from danlu.client import commands
 
-    walk.bench_serve(url, model, requests, concurrency, rate, max_tokens, seed, output)
+    commands.bench_serve(url, model, requests, concurrency, rate, max_tokens, seed, output)
 
 
 @app.command()

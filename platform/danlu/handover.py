@@ -51,6 +51,17 @@ class Trained:
     outcome: dict[str, Any]
 
 
+@dataclass(frozen=True)
+class Quantized:
+    """A quantized version beside its original; `reference` is None if it was not kept, and `verdict` says why."""
+
+    delta: Delta
+    kept: bool
+    verdict: str
+    reference: str | None
+    bundle: Bundle | None
+
+
 def open_bundle(reference: str | Bundle, storage: str = "runs") -> Bundle:
     """A bundle by `name@alias`, `name@v1`, folder or URI."""
     return reference if isinstance(reference, Bundle) else read_bundle(Store(absolute(storage)).resolve(reference))
@@ -142,6 +153,7 @@ def make_lineage(job: TrainJob, splits: Splits, run: RunFolder, spec_digest: str
         created=now(),
         parent=None,
         run=run.uri,
+        cleaning=None if (cleaned := splits.report.cleaned) is None else {name: dict(steps) for name, steps in cleaned.removed.items()},
     )
 
 
@@ -175,14 +187,14 @@ def make_probes(judge: Predictor | Scorer, split: Split) -> list[Probe]:
 
 def split_for(bundle: Bundle, judge: Predictor | Scorer, data: Sequence[str] | str | None) -> tuple[Split, str]:
     """Rows to score a bundle on: the files given, or the test (else dev) rows of its own job."""
-    from danlu.tasks.task import task_file
+    from danlu.tasks.task import read_given, read_splits
 
     job = TrainJob.model_validate(bundle.meta.lineage.spec)
-    task, tokenizer, max_length = task_file(job.task), judge.tokenizer, bundle.meta.max_length
+    tokenizer, max_length = judge.tokenizer, bundle.meta.max_length
     if data is None:
-        splits = task.splits(job.data, job.task, tokenizer, max_length=max_length, seed=job.seed)
+        splits = read_splits(job, tokenizer, max_length=max_length)
         return (splits.test, "test") if splits.test is not None else (splits.dev, "dev")
-    return task.given_split(data, job.data, job.task, tokenizer, bundle.meta.labels, max_length=max_length), "given"
+    return read_given(data, job, tokenizer, bundle.meta.labels, max_length=max_length), "given"
 
 
 def within_budget(job: TrainJob, delta: Delta) -> tuple[bool, str]:

@@ -5,19 +5,22 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from danlu.artifact.bundle import Bundle, canonical_json, text_digest, write_bundle
 from danlu.artifact.pretrained import model_folder
-from danlu.artifact.runs import REPORT, SPEC, RunFolder, latest_run, open_run
+from danlu.artifact.runs import SPEC, RunFolder, latest_run, open_run
 from danlu.artifact.store import Store, ensure_writable
+from danlu.benchmark import run_suite, suite_text
 from danlu.errors import DanluError, DataError, ModelError, QualityError, ResourceError
+from danlu.examine import Examined, clean, compare, data_report, examine, scores_json, write_files
 from danlu.handover import (
     LATEST,
     PRODUCTION,
     Prepared,
+    Quantized,
     Trained,
     absolute,
     make_bundle,
@@ -25,38 +28,27 @@ from danlu.handover import (
     now,
     open_bundle,
     split_for,
-    surest_errors,
     within_budget,
 )
+from danlu.report import report
 from danlu.spec.files import dump
 from danlu.spec.parallel import DeepSpeed
 from danlu.spec.serve import Service
 from danlu.spec.train import TrainJob
 
 if TYPE_CHECKING:
-    from danlu.evaluate.score import Delta, Evaluation
+    from danlu.evaluate.score import Evaluation
     from danlu.serve.app import Endpoint
     from danlu.tasks.exchange import Example, Prediction
     from danlu.tasks.rows import Split
     from danlu.train.run import Record
 
 
-@dataclass(frozen=True)
-class Quantized:
-    """A quantized version beside its original; `reference` is None if it was not kept, and `verdict` says why."""
-
-    delta: Delta
-    kept: bool
-    verdict: str
-    reference: str | None
-    bundle: Bundle | None
-
-
 def prepare(job: TrainJob, *, calibrate: bool = True) -> Prepared:
     """Find and check everything a job needs, and plan it. Raises a DanluError for what would fail later."""
     from danlu import track
     from danlu.plan import make_plan
-    from danlu.tasks.task import task_file
+    from danlu.tasks.task import read_splits
     from danlu.tasks.tokenizer import load_tokenizer
 
     ensure_writable(job.storage)
@@ -64,7 +56,7 @@ def prepare(job: TrainJob, *, calibrate: bool = True) -> Prepared:
     check_machine(job)
     folder = model_folder(job.model)
     tokenizer = load_tokenizer(folder)
-    splits = task_file(job.task).splits(job.data, job.task, tokenizer, max_length=job.model.max_length, seed=job.seed)
+    splits = read_splits(job, tokenizer, max_length=job.model.max_length)
     lengths = splits.train.encoded.lengths
     plan = make_plan(
         job, folder, num_rows=len(lengths), mean_tokens=float(lengths.mean()), num_labels=len(splits.label_names), calibrate=calibrate
@@ -287,40 +279,6 @@ def check_served(url: str, bundle: Bundle, split: Split, *, num_rows: int = 64) 
     return f"{len(rows)} test rows and {len(probes)} probes over HTTP: every answer is the evaluation's, its numbers within {largest:.1e}"
 
 
-def report(prepared: Prepared, trained: Trained, quantized: Quantized | None = None, served: str = "") -> str:
-    """Write the run's HTML report; its URI."""
-    from danlu.evaluate.html import ReportData, render
-
-    lineage = trained.bundle.meta.lineage
-    facts = {
-        "created": lineage.created,
-        "bundle": f"{trained.reference} ({trained.bundle.meta.digest})",
-        "run": trained.run.uri,
-        "started from": prepared.job.model.model_name_or_path,
-        "spec digest": lineage.spec_digest,
-        **{f"{split} rows digest": digest for split, digest in lineage.data_digests.items()},
-        "seed": str(lineage.seed),
-        "code": lineage.code_version,
-        "libraries": ", ".join(f"{name} {version}" for name, version in lineage.library_versions.items()),
-    }
-    if quantized is not None and quantized.bundle is not None:
-        facts["quantized bundle"] = f"{quantized.reference} ({quantized.bundle.meta.digest})"
-    data = ReportData(
-        title=prepared.job.name,
-        records=trained.run.records(),
-        plan=prepared.plan.text(prepared.job),
-        data=prepared.splits.report.text(),
-        scores={split: evaluation.scores for split, evaluation in trained.evaluations.items()},
-        delta=None if quantized is None else quantized.delta.to_dict(),
-        delta_verdict="" if quantized is None else quantized.verdict,
-        served=served,
-        errors=surest_errors(prepared, trained),
-        lineage=facts,
-        spec=dump(prepared.job),
-    )
-    return trained.run.write(REPORT, render(data))
-
-
 def _fit(job: TrainJob, run_uri: str, prepared: Prepared, listener: Callable[[Record], None]) -> dict[str, Any]:
     """One worker trains in this process; several on Ray Train, on the Ray this process is connected to or one of its own."""
     if job.workers.num_workers == 1:
@@ -393,6 +351,30 @@ def _absolute_paths(source: str | list[str]) -> str | list[str]:
 
 
 __all__ = [
-    "LATEST", "PRODUCTION", "ModelError", "Prepared", "Quantized", "Trained", "absolute", "check_machine", "check_served", "evaluate",
-    "open_bundle", "predict", "prepare", "quantize", "report", "serving", "train",
-]  # fmt: skip
+    "LATEST",
+    "PRODUCTION",
+    "Examined",
+    "ModelError",
+    "Prepared",
+    "Quantized",
+    "Trained",
+    "absolute",
+    "check_machine",
+    "check_served",
+    "clean",
+    "compare",
+    "data_report",
+    "evaluate",
+    "examine",
+    "open_bundle",
+    "predict",
+    "prepare",
+    "quantize",
+    "report",
+    "run_suite",
+    "scores_json",
+    "serving",
+    "suite_text",
+    "train",
+    "write_files",
+]

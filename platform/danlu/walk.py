@@ -6,12 +6,11 @@ import json
 import sys
 import time
 from collections.abc import Sequence
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from danlu import sdk
-from danlu.errors import DataError, ResourceError, SpecError
+from danlu.errors import DataError, SpecError
 from danlu.spec.base import Spec
 from danlu.spec.files import load, parse, read, which
 from danlu.spec.serve import Service
@@ -42,13 +41,88 @@ def train(spec: Path, overrides: Sequence[str], *, fresh: bool) -> sdk.Trained:
     return trained
 
 
-def evaluate(spec: Path, overrides: Sequence[str], *, bundle: str | None, data: list[str] | None) -> None:
-    """Print the scores of a bundle."""
+def evaluate(
+    spec: Path,
+    overrides: Sequence[str],
+    *,
+    bundle: str | None,
+    data: list[str] | None,
+    url: str | None = None,
+    api_key: str | None = None,
+    by: Sequence[str] = (),
+    out: Path | None = None,
+) -> None:
+    """Print the scores of a bundle or an endpoint, and what stands beside them."""
     job = load(TrainJob, spec, overrides)
+    from danlu.evaluate.analysis_html import analysis_page
     from danlu.evaluate.score import scores_text  # takes seconds; a typo in the spec is said before
 
-    evaluation, _ = sdk.evaluate(bundle or f"{job.name}@{sdk.LATEST}", storage=job.storage, data=data)
-    show(scores_text(evaluation.scores))
+    reference = bundle or f"{job.name}@{sdk.LATEST}"
+    found = sdk.examine(reference, storage=job.storage, data=data, url=url, api_key=api_key, slice_by=by)
+    show(scores_text(found.evaluation.scores))
+    show(f"\n{found.analysis.text()}")
+    if out is not None:
+        page = analysis_page(f"{reference} on {found.analysis.split}", found.analysis, found.facts)
+        _show_written(sdk.write_files(out, {"scores.json": sdk.scores_json(found), "report.html": page}))
+
+
+def compare(a: str, b: str, *, storage: str, data: list[str] | None, api_key: str | None, out: Path | None) -> None:
+    """Print what changes from A to B."""
+    found = sdk.compare(a, b, storage=storage, data=data, api_key=api_key)
+    show(found.text())
+    if out is not None:
+        from danlu.evaluate.analysis_html import versus_page
+
+        document = json.dumps(found.to_dict(), ensure_ascii=False, indent=1)
+        _show_written(sdk.write_files(out, {"compare.json": document, "compare.html": versus_page(found)}))
+
+
+def suite(name: str, spec: Path, overrides: Sequence[str], *, data: Path, out: Path, tasks: Sequence[str]) -> None:
+    """Every task of a suite, and one table."""
+    job = load(TrainJob, spec, overrides)
+    found = sdk.run_suite(name, job, data, out, tasks=tasks, train=_trained, on_task=heading)
+    heading(f"{name.upper()} on the dev rows")
+    show(sdk.suite_text(found))
+    show(f"\n  rows, scores.json and what is handed in: {out}")
+
+
+def _trained(job: TrainJob) -> None:
+    _train(sdk.prepare(job), fresh=False)
+
+
+def data_report(
+    files: Sequence[str],
+    spec: Path | None,
+    overrides: Sequence[str],
+    *,
+    test: Sequence[str],
+    near: bool,
+    max_rows: int | None,
+    as_json: bool,
+    out: Path | None,
+) -> None:
+    """Print what rows hold."""
+    if spec is None and overrides:
+        raise SpecError("--set changes a job, and there is none", where="danlu data report", fix="--spec job.yaml")
+    job = None if spec is None else load(TrainJob, spec, overrides)
+    found = sdk.data_report(files, job=job, test=test, near_threshold=0.8 if near else None, max_rows=max_rows)
+    from danlu.data.profile_text import html, text
+
+    document = json.dumps(found.to_dict(), ensure_ascii=False, indent=1)
+    show(document if as_json else text(found))
+    if out is not None:
+        title = files[0] if len(files) == 1 else job.name if job is not None else f"{len(files)} files"
+        written = sdk.write_files(out, {"report.json": document + "\n", "report.html": html(found, title)})
+        if not as_json:
+            _show_written(written)
+
+
+def data_clean(spec: Path, overrides: Sequence[str], *, out: Path | None) -> None:
+    """Clean, and print what was removed and where the rows are."""
+    shards, cleaned = sdk.clean(load(TrainJob, spec, overrides), None if out is None else str(out))
+    show(cleaned.text())
+    for name, paths in shards.items():
+        show(f"  {name:<6} {paths[0]}" + (f" and {len(paths) - 1} more" if len(paths) > 1 else ""))
 
 
 def quantize(spec: Path, overrides: Sequence[str], *, bundle: str | None) -> None:
@@ -182,65 +256,6 @@ def monitor(*, port: int, alert_port: int, webhook: str | None) -> None:
             running.check()
 
 
-def create_key(file: Path, name: str, expires: str | None, models: Sequence[str], max_ongoing: int | None) -> None:
-    """Print a new key, alone on standard output."""
-    from danlu.serve import keys
-
-    secret = keys.create_key(file, name, lifetime=_lifetime(expires), models=models, max_ongoing_requests=max_ongoing)
-    print(f"kept as a hash in {file}; it cannot be shown again", file=sys.stderr)
-    show(secret)
-
-
-def list_keys(file: Path) -> None:
-    """Print a line a key."""
-    from danlu.serve import keys
-
-    for key in keys.read_keys(file):
-        expires = f"{key.expires:%Y-%m-%d %H:%M}" if key.expires else "never"
-        state = key.state(datetime.now(UTC))
-        show(f"{key.name:<20} {key.prefix}...  {state:<8} created {key.created:%Y-%m-%d}  expires {expires}  {', '.join(key.models)}")
-
-
-def revoke_key(file: Path, name: str) -> None:
-    """Make a key invalid."""
-    from danlu.serve import keys
-
-    show(f"revoked {keys.revoke_key(file, name).name}")
-
-
-def bench_serve(
-    url: str,
-    model: str | None,
-    num_requests: int,
-    concurrency: int,
-    rate: float | None,
-    max_tokens: int | None,
-    seed: int,
-    output: Path | None,
-) -> None:
-    """Print what clients see of a service under load."""
-    from dataclasses import asdict
-
-    import httpx
-
-    from danlu.client.endpoint import base_url, headers, only_model
-    from danlu.client.load import Load, measure
-    from danlu.client.page import page
-
-    with httpx.Client(base_url=base_url(url), headers=headers(), timeout=30) as client:
-        try:
-            model = model or only_model(client)
-        except httpx.TransportError as error:
-            raise ResourceError(f"nobody answers at {url}", where="url", fix="the URL of a service that runs") from error
-    report, seen = measure(Load(base_url(url), model, num_requests, concurrency, rate, max_tokens=max_tokens, seed=seed, headers=headers()))
-    show(report.text())
-    if output is not None:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.with_suffix(".json").write_text(json.dumps(asdict(report), indent=1) + "\n", encoding="utf-8")
-        output.with_suffix(".html").write_text(page(report, seen), encoding="utf-8")
-        show(f"  written: {output.with_suffix('.json')}, {output.with_suffix('.html')}")
-
-
 def schema(kind: str) -> None:
     """Print a spec's JSON Schema."""
     from danlu.spec.schema import schema as schema_of
@@ -288,15 +303,6 @@ def _asked(line: str, kind: str) -> str | dict[str, Any]:
     return fields if isinstance(fields, dict) and {"text", "tokens"} & set(fields) else line
 
 
-def _lifetime(text: str | None) -> timedelta | None:
-    if text is None:
-        return None
-    number, unit = text[:-1], text[-1:]
-    if not number.isdigit() or unit not in "dh" or not 0 < int(number) < 100_000:
-        raise SpecError(f"{text!r} is no lifetime", where="--expires", fix="a number of days or hours, as 30d or 12h")
-    return timedelta(days=int(number)) if unit == "d" else timedelta(hours=int(number))
-
-
 def _standard_input() -> list[str]:
     if sys.stdin.isatty():
         print("texts, one a line; Ctrl-D ends them", file=sys.stderr)
@@ -321,6 +327,10 @@ def _show_plan(prepared: sdk.Prepared) -> None:
     show(prepared.plan.text(prepared.job))
     heading("Data")
     show(prepared.splits.report.text())
+
+
+def _show_written(paths: Sequence[str]) -> None:
+    show("\n" + "\n".join(f"  wrote {path}" for path in paths))
 
 
 def _show_quantized(quantized: sdk.Quantized) -> None:

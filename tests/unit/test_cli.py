@@ -26,7 +26,7 @@ from danlu.spec.train import TrainJob
 
 DANLU = str(Path(sys.executable).parent / "danlu")
 OF_A_SPEC = ("plan", "train", "evaluate", "quantize", "serve", "predict", "run")
-COMMANDS = (*OF_A_SPEC, "chat", "keys", "bench", "render", "doctor", "jobs", "services", "schema")
+COMMANDS = (*OF_A_SPEC, "chat", "keys", "bench", "compare", "suite", "data", "render", "doctor", "jobs", "services", "schema")
 
 
 def danlu(*arguments: str, stdin: bytes = b"", cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -285,3 +285,57 @@ def test_predict_as_a_process_keeps_stdout_for_the_answers(trained: str) -> None
     done = danlu("predict", trained, stdin=b"")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("error: texts: standard input is empty")
+
+
+# data, compare and what stands beside a score.
+
+
+def test_data_report_says_what_a_file_holds_and_writes_it(job_file: str, tmp_path: Path) -> None:
+    rows = [json.dumps(row) for row in [*make_rows(6, 1), make_rows(6, 1)[0]]]
+    (tmp_path / "rows.jsonl").write_text("\n".join([*rows, "{broken", '{"text": "call 13812345678", "label": "ship"}']) + "\n")
+    result = invoke("data", "report", str(tmp_path / "rows.jsonl"), "--spec", job_file, "--out", str(tmp_path / "out"))
+    assert result.exit_code == 0, result.output
+    for told in ("exact duplicates in line 7", "broken rows in line 8 (not JSON", "suspected phone in line 9", "[CLS]", "target: grain"):
+        assert told in result.output
+    assert "13812345678" not in result.output
+    document = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert document["splits"]["train"]["rows"] == 8
+    assert (tmp_path / "out" / "report.html").read_text().startswith("<!doctype html>")
+    assert json.loads(invoke("data", "report", str(tmp_path / "rows.jsonl"), "--json").output)["splits"]["train"]["tokens"] is None
+    assert "there is nothing to report on" in refusal(invoke("data", "report"), SpecError)
+    assert "does not exist" in refusal(invoke("data", "report", str(tmp_path / "nosuch.csv")), DataError)
+
+
+def test_data_clean_prints_what_went_and_where_the_rows_are(job_file: str, tmp_path: Path) -> None:
+    sets = ["--set", "data.clean=[{kind: deduplicate_exact}]", "--set", "data.split={kind: ratio, dev_size: 0.2}"]
+    result = invoke("data", "clean", job_file, *sets, "--out", str(tmp_path))
+    assert result.exit_code == 0, result.output
+    assert "180 rows in the files" in result.output
+    shards = re.findall(r"\S+split-\w+-00000.jsonl", result.output)
+    assert sum(len(Path(shard).read_text().splitlines()) for shard in shards) <= 180
+    assert "no steps" in refusal(invoke("data", "clean", job_file), SpecError)
+
+
+def test_evaluate_says_how_sure_it_is_and_writes_it(trained: str, tmp_path: Path) -> None:
+    result = invoke("evaluate", trained, "--by", "label", "--out", str(tmp_path))
+    assert result.exit_code == 0, result.output
+    for told in ("95 % intervals", "ECE", "by length in tokens", "fitted on dev"):
+        assert told in result.output
+    document = json.loads((tmp_path / "scores.json").read_text())
+    evaluation, _ = sdk.evaluate("topics@latest", storage=load(TrainJob, trained).storage)
+    assert document["scores"] == evaluation.scores.metrics()
+    found = document["analysis"]["metrics"]["accuracy"]
+    assert found["value"] == document["scores"]["accuracy"]
+    assert found["low"] <= found["value"] <= found["high"]
+    assert "no column 'nosuch'" in refusal(invoke("evaluate", trained, "--by", "nosuch"), DataError)
+
+
+def test_compare_shows_two_bundles_on_the_same_rows(trained: str, tmp_path: Path) -> None:
+    storage = load(TrainJob, trained).storage
+    result = invoke("compare", "topics@v1", "topics@latest", "--storage", storage, "--out", str(tmp_path))
+    assert result.exit_code == 0, result.output
+    assert "same answer 100.00%" in result.output
+    document = json.loads((tmp_path / "compare.json").read_text())
+    assert document["differences"]["accuracy"]["change"] == 0
+    assert document["mcnemar"]["p_value"] == 1
+    assert "both are endpoints" in refusal(invoke("compare", "http://127.0.0.1:1", "http://127.0.0.1:2"), SpecError)

@@ -53,6 +53,8 @@ class Lineage(Spec):
     """Digest of the bundle this one was compressed from."""
     run: str | None = None
     """URI of the run."""
+    cleaning: dict[str, dict[str, int]] | None = None
+    """Split -> step of `data.clean` -> rows it removed; None where there were no steps."""
 
 
 class FileDigest(Spec):

@@ -15,7 +15,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from danlu.errors import StorageError
 
-SPEC, RECORDS, STATUS, REPORT = "spec.yaml", "records.jsonl", "status.json", "report.html"
+SPEC, RECORDS, STATUS, REPORT, SCORES = "spec.yaml", "records.jsonl", "status.json", "report.html", "scores.json"
 REMOTE_FLUSH_S = 10.0
 
 

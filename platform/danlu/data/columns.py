@@ -85,12 +85,12 @@ def labelled(
     texts = [as_text(value) for value in rows.columns[chosen["text"]]]
     pairs = [as_text(value) for value in rows.columns[chosen["text_pair"]]] if "text_pair" in chosen else None
     labels = [read(value, i) for i, value in enumerate(rows.columns[chosen["label"]], 1)] if "label" in chosen else None
-    empty = [not text.strip() or (pairs is not None and not pairs[i].strip()) for i, text in enumerate(texts)]
+    empty = [is_empty(text) or (pairs is not None and is_empty(pairs[i])) for i, text in enumerate(texts)]
     unlabelled = [labels is not None and labels[i] in (None, "") and not empty[i] for i in range(len(texts))]
     kept = [i for i in range(len(texts)) if not empty[i] and not unlabelled[i]]
     if len(kept) <= len(texts) / 2:
         raise DataError(
-            f"{sum(empty)} of {len(texts)} rows have no text and {sum(unlabelled)} no label: too few are left",
+            f"{sum(empty)} of {len(texts)} rows have no text and {sum(unlabelled)} no label: too few are left{_not_text(rows, chosen)}",
             where=where,
             fix=f"check that {chosen} are the right columns; data.columns.text and data.columns.label set them",
         )
@@ -103,6 +103,15 @@ def labelled(
         sum(empty),
         sum(unlabelled),
     )
+
+
+def _not_text(rows: Rows, chosen: Mapping[str, str]) -> str:
+    """The first row whose text or label is no single value."""
+    for role, name in chosen.items():
+        for number, value in enumerate(rows.columns[name], start=1):
+            if isinstance(value, list | tuple | dict):
+                return f" (the {role} of row {number} is {'an object' if isinstance(value, dict) else 'a list'})"
+    return ""
 
 
 def choose(rows: Rows, columns: Columns, usual: Mapping[str, Sequence[str]], needed: Sequence[str], where: str) -> dict[str, str]:
@@ -155,9 +164,14 @@ def is_missing(value: object) -> bool:
     return value is None or (isinstance(value, float) and math.isnan(value))
 
 
+def is_empty(text: str) -> bool:
+    """True if there is nothing to see: no character, or spaces, control signs and signs of no width only."""
+    return not any(character.isprintable() and character != " " for character in text)
+
+
 def as_text(value: object) -> str:
-    """A cell as text, empty where there is none."""
-    return "" if is_missing(value) else str(value)
+    """A cell as text, empty where there is none. A list or an object is no text: its Python form is nothing to learn from."""
+    return "" if is_missing(value) or isinstance(value, list | tuple | dict) else str(value)
 
 
 def enough(kept: Sequence[object], dropped: Mapping[str, int], chosen: Mapping[str, str], where: str) -> None:
@@ -172,8 +186,8 @@ def enough(kept: Sequence[object], dropped: Mapping[str, int], chosen: Mapping[s
 
 
 def as_label(value: object) -> str:
-    """A cell as a label's name, empty where there is none."""
-    if is_missing(value):
+    """A cell as a label's name, empty where there is none, or a list or an object."""
+    if is_missing(value) or isinstance(value, list | tuple | dict):
         return ""
     if isinstance(value, float) and value.is_integer():
         return str(int(value))  # 3.0 where a missing value made a column of integers floating

@@ -71,6 +71,10 @@ class Encoded:
         assert self.token_type_ids is not None
         return self.token_type_ids[self.bounds[index] : self.bounds[index + 1]]
 
+    def sequences_of(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Places of the named rows' sequences, row after row."""
+        return np.asarray(rows, dtype=np.int64) if self.groups is None else _ranges(self.groups, rows)
+
     def tokens_of(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
         """Where the tokens of the named rows stand, int64 [their tokens], in that order."""
         return _ranges(self.bounds, rows)
@@ -79,7 +83,7 @@ class Encoded:
         """The named rows, in that order."""
         rows = np.asarray(rows, dtype=np.int64)
         tokens = self.tokens_of(rows)
-        sequences = rows if self.groups is None else _ranges(self.groups, rows)
+        sequences = self.sequences_of(rows)
 
         def of(array: np.ndarray | None, places: np.ndarray) -> np.ndarray | None:
             return None if array is None else array[places]

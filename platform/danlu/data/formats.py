@@ -18,6 +18,7 @@ from typing import Any
 
 import fsspec
 
+from danlu.data.json_text import HALF_CHARACTER, half_character, line_of_item
 from danlu.data.nested import c3_rows, conll, is_c3, is_squad, looks_tagged, squad_rows
 from danlu.errors import DataError
 
@@ -27,6 +28,7 @@ EXTENSIONS = {
 }  # fmt: skip
 HUB_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?(:[\w.-]+)?(@[\w.\[\]:%-]+)?$")
 ORANGE_TYPES = {"d", "discrete", "c", "continuous", "s", "string", "t", "time"}
+UNREADABLE = (OSError, EOFError, zlib.error, lzma.LZMAError)
 ORANGE_FLAGS = {"class", "meta", "ignore", "i", "m", "c", "weight", ""}
 
 
@@ -115,12 +117,11 @@ def _file(path: str, format: str, max_rows: int | None, where: str) -> Rows:
     try:
         with fsspec.open(path, "rb", compression="infer") as file:
             raw: bytes = file.read()
-    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+    except UNREADABLE as error:
         raise DataError(f"{path} cannot be read: {error}", where=where, fix="check its permissions, or copy it again") from error
     if not raw.removeprefix(codecs.BOM_UTF8).strip():
         raise DataError(f"{path} is empty", where=where, fix="a file with at least a header and some rows")
-    suffix = Path(path.removesuffix(".gz")).suffix.lower()
-    kind = format if format != "auto" else "parquet" if raw[:4] == b"PAR1" else EXTENSIONS.get(suffix) or _sniffed(raw, path, where)
+    kind = format if format != "auto" else told_format(path, raw, where)
     if kind == "parquet":
         table, label = _parquet(raw, path, where), None
     else:
@@ -141,6 +142,12 @@ def _file(path: str, format: str, max_rows: int | None, where: str) -> Rows:
     if not columns or not len(next(iter(columns.values()))):
         raise DataError(f"{path} has a header but no rows", where=where, fix="a file with at least one row")
     return Rows(columns, (path,), kind, label)
+
+
+def told_format(path: str, start: bytes, where: str) -> str:
+    """The format of a file, by its first bytes and its name."""
+    suffix = Path(re.sub(r"\.(gz|bz2|xz|zip)$", "", path)).suffix.lower()
+    return "parquet" if start[:4] == b"PAR1" else EXTENSIONS.get(suffix) or _sniffed(start, path, where)
 
 
 def _sniffed(raw: bytes, path: str, where: str) -> str:
@@ -241,18 +248,8 @@ def _orange(text: str, path: str, where: str) -> tuple[dict[str, list[Any]], str
     or one header row whose names carry flags before a #."""
     header, rows = _cells(text, "\t")
     body = list(rows)
-    label = None
-    if any("#" in name for name in header):
-        marks = [name.split("#", 1) if "#" in name else ("", name) for name in header]
-        header = [name for _, name in marks]
-        label = next((name for flags, name in marks if "c" in flags), None)
-    elif body:
-        types, flags = body[0][1], body[1][1] if len(body) > 1 else []
-        has_flags = bool(flags) and _fits(flags, ORANGE_FLAGS, len(header))
-        # A discrete column may name its values instead of its type: then the flags tell.
-        if _fits(types, ORANGE_TYPES, len(header)) or (has_flags and any(flags) and any(_fits([cell], ORANGE_TYPES, 1) for cell in types)):
-            label = next((name for name, flag in zip(header, flags, strict=False) if has_flags and flag.strip() in ("class", "c")), None)
-            body = body[2:] if has_flags else body[1:]
+    header, label, skip = orange_header(header, [row for _, row in body[:2]])
+    body = body[skip - 1 :]
     _check_header(header, path, where)
     columns: dict[str, list[Any]] = {name: [] for name in header}
     for line, row in body:
@@ -261,6 +258,22 @@ def _orange(text: str, path: str, where: str) -> tuple[dict[str, list[Any]], str
         for name, value in zip(header, row, strict=True):
             columns[name].append(value)
     return columns, label
+
+
+def orange_header(names: Sequence[str], following: Sequence[Sequence[str]]) -> tuple[list[str], str | None, int]:
+    """Column names, the class column, and how many rows the header has, out of the first row and the one or two after it."""
+    if any("#" in name for name in names):
+        marks = [name.split("#", 1) if "#" in name else ("", name) for name in names]
+        return [name for _, name in marks], next((name for flags, name in marks if "c" in flags), None), 1
+    if not following:
+        return list(names), None, 1
+    types, flags = following[0], following[1] if len(following) > 1 else []
+    has_flags = bool(flags) and _fits(flags, ORANGE_FLAGS, len(names))
+    # A discrete column may name its values instead of its type: then the flags tell.
+    if not (_fits(types, ORANGE_TYPES, len(names)) or (has_flags and any(flags) and any(_fits([cell], ORANGE_TYPES, 1) for cell in types))):
+        return list(names), None, 1
+    label = next((name for name, flag in zip(names, flags, strict=False) if has_flags and flag.strip() in ("class", "c")), None)
+    return list(names), label, 3 if has_flags else 2
 
 
 def _fits(cells: Sequence[str], allowed: set[str], number: int) -> bool:
@@ -275,8 +288,14 @@ def _jsonl(text: str, path: str, where: str) -> tuple[dict[str, list[Any]], str]
             continue
         try:
             record = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{path}, line {number}: not JSON ({error}): {line[:80]!r}", where=where) from error
+        if HALF_CHARACTER.search(line) and (half := half_character(record)):
+            raise DataError(
+                f"{path}, line {number}: {half!r} holds half of a surrogate pair, which is no character",
+                where=where,
+                fix="data.clean: [{kind: repair_broken}], or drop_broken",
+            )
         if not isinstance(record, dict):
             raise DataError(
                 f"{path}, line {number}: an object is needed, not {type(record).__name__}",
@@ -292,8 +311,15 @@ def _jsonl(text: str, path: str, where: str) -> tuple[dict[str, list[Any]], str]
 def _json(text: str, path: str, where: str) -> tuple[dict[str, list[Any]], str]:
     try:
         document = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: not JSON: {error}", where=where, fix="one object a line is jsonl: data.format=jsonl") from error
+    if HALF_CHARACTER.search(text) and (half := half_character(document)):
+        line = text[: text.find(json.dumps(half)[1:-1])].count("\n") + 1
+        raise DataError(
+            f"{path}, line {line}: {half!r} holds half of a surrogate pair, which is no character",
+            where=where,
+            fix="data.clean: [{kind: repair_broken}], or drop_broken",
+        )
     if isinstance(document, dict) and isinstance(document.get("data"), list):
         document = document["data"]
     if is_c3(document):
@@ -307,6 +333,13 @@ def _json(text: str, path: str, where: str) -> tuple[dict[str, list[Any]], str]:
         if len(set(lengths.values())) > 1:
             raise DataError(f"{path}: its columns have different lengths: {lengths}", where=where)
         return document, "json"
+    if isinstance(document, list):
+        index = next(i for i, record in enumerate(document) if not isinstance(record, dict))
+        raise DataError(
+            f"{path}, line {line_of_item(text, index)}: an object is needed, not {json.dumps(document[index])[:40]}",
+            where=where,
+            fix='{"text": "...", "label": "..."}',
+        )
     raise DataError(f"{path}: rows are needed", where=where, fix='a list of objects, {"data": [objects]}, or {"column": [values]}')
 
 
@@ -320,7 +353,16 @@ def _parquet(raw: bytes, path: str, where: str) -> dict[str, list[Any]]:
     import pyarrow.parquet
 
     try:
-        columns: dict[str, list[Any]] = pyarrow.parquet.read_table(io.BytesIO(raw)).to_pydict()
+        table = pyarrow.parquet.read_table(io.BytesIO(raw))
+        for index, field in enumerate(table.schema):
+            if pyarrow.types.is_binary(field.type) or pyarrow.types.is_large_binary(field.type):
+                table = table.set_column(index, field.name, table.column(index).cast(pyarrow.string()))
+        columns: dict[str, list[Any]] = table.to_pydict()
+    except pyarrow.ArrowInvalid as error:
+        bytes_ = "utf8" in str(error).lower()
+        raise DataError(
+            f"{path} {'has bytes in a column that are not UTF-8' if bytes_ else 'is not a whole parquet file'}: {error}", where=where
+        ) from error
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{path} is not a whole parquet file: {error}", where=where) from error
     return columns

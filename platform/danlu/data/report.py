@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from danlu.data.clean import Cleaned
 from danlu.data.columns import Labelled
 from danlu.data.encode import Encoded
 from danlu.data.formats import Rows
@@ -46,6 +47,8 @@ class DataReport:
     splits: Mapping[str, SplitReport]
     max_length: int
     warnings: tuple[str, ...]
+    cleaned: Cleaned | None = None
+    """What the steps of `data.clean` did before."""
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form."""
@@ -78,6 +81,8 @@ class DataReport:
         width = max(len(name) for name, _ in table)
         lines.append(f"  {'':<{width}} " + " ".join(f"{name:>12}" for name in names))
         lines += [f"  {name:<{width}} " + " ".join(f"{cell:>12}" for cell in cells) for name, cells in table]
+        if self.cleaned is not None:
+            lines += ["", self.cleaned.text()]
         return "\n".join(lines + [f"  warning: {warning}" for warning in self.warnings])
 
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from html import escape
 from typing import Any
 
+from danlu.data.page import STYLE
+from danlu.evaluate.analysis import Analysis
+from danlu.evaluate.analysis_html import analysis_parts
 from danlu.tasks.classification import Scores
 from danlu.tasks.rows import Scored
 
@@ -28,22 +31,8 @@ class ReportData:
     """Wrong answers of the test split: text, truth, answer, its probability; the surest first."""
     lineage: Mapping[str, str] = field(default_factory=dict)
     spec: str = ""
-
-
-STYLE = """
-:root{color-scheme:light dark;--ink:#1c2230;--soft:#667085;--line:#d8dde6;--page:#fbfbfa;--card:#fff;--a:#b3402a;--b:#1f6f8b;--cell:31,111,139}
-@media(prefers-color-scheme:dark){:root{--ink:#e7e9ee;--soft:#9aa3b2;--line:#363d4a;--page:#14171d;--card:#1b1f27;--a:#f08a6c;--b:#6cc0dc;--cell:108,192,220}}
-*{box-sizing:border-box}body{margin:0;background:var(--page);color:var(--ink);font:15px/1.5 system-ui,"Noto Sans CJK SC",sans-serif}
-main{max-width:980px;margin:0 auto;padding:28px 20px 60px}h1{font-size:26px;margin:0}h2{font-size:17px;margin:36px 0 10px}
-.sub{color:var(--soft);margin:2px 0 18px}.tiles{display:flex;flex-wrap:wrap;gap:10px}.tile{background:var(--card);border:1px solid var(--line);
-border-radius:8px;padding:10px 16px;min-width:130px}.tile b{display:block;font-size:22px;font-variant-numeric:tabular-nums}.tile span{color:var(--soft);font-size:13px}
-.charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(300px,1fr));gap:14px}figure{margin:0;background:var(--card);border:1px solid var(--line);
-border-radius:8px;padding:10px 12px}figcaption{font-size:13px;color:var(--soft)}svg{width:100%;height:auto;display:block}
-svg text{fill:var(--soft);font-size:11px}.scroll{overflow-x:auto}table{border-collapse:collapse;font-variant-numeric:tabular-nums}
-th,td{padding:4px 10px;border-bottom:1px solid var(--line);text-align:right;white-space:nowrap}th:first-child,td:first-child{text-align:left}
-th{font-weight:600;color:var(--soft);font-size:13px}td.text{white-space:normal;text-align:left;min-width:280px}
-pre{background:var(--card);border:1px solid var(--line);border-radius:8px;padding:12px;overflow-x:auto;font-size:12.5px;line-height:1.45}
-"""
+    analyses: Mapping[str, Analysis] = field(default_factory=dict)
+    """Split -> intervals, slices, calibration."""
 
 
 def render(data: ReportData) -> str:
@@ -59,6 +48,8 @@ def render(data: ReportData) -> str:
         parts.append(
             f"<h2>Scores on the {escape(split)} split</h2>{_per_class(found)}<h2>Confusion matrix, {escape(split)}</h2>{_confusion(found)}"
         )
+    for found_ in data.analyses.values():
+        parts += analysis_parts(replace(found_, mistakes=()))  # the wrong answers have a part of their own
     if data.delta is not None:
         parts.append(f"<h2>Compressed beside the original</h2>{_delta(data.delta)}<p>{escape(data.delta_verdict)}</p>")
     if data.served:

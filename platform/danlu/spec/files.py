@@ -71,9 +71,19 @@ def _keep_tags(spec: BaseModel, document: dict[str, Any]) -> None:
     for name in type(spec).model_fields:
         value = getattr(spec, name)
         if isinstance(value, BaseModel) and name in document:
-            if "kind" in type(value).model_fields:
-                document[name] = {"kind": value.kind, **{k: v for k, v in document[name].items() if k != "kind"}}  # type: ignore[attr-defined]
-            _keep_tags(value, document[name])
+            document[name] = _tagged(value, document[name])
+        elif isinstance(value, list) and name in document:
+            document[name] = [
+                _tagged(part, written) if isinstance(part, BaseModel) else written
+                for part, written in zip(value, document[name], strict=True)
+            ]
+
+
+def _tagged(spec: BaseModel, document: dict[str, Any]) -> dict[str, Any]:
+    if "kind" in type(spec).model_fields:
+        document = {"kind": spec.kind, **{k: v for k, v in document.items() if k != "kind"}}  # type: ignore[attr-defined]
+    _keep_tags(spec, document)
+    return document
 
 
 def _files_near(path: Path) -> str:

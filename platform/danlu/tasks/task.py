@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -13,8 +14,10 @@ from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenize
 
 from danlu.data.encode import Encoded
 from danlu.data.pack import Packed
+from danlu.data.prepare import needs_preparing, prepare, prepare_given
 from danlu.spec import task as spec
 from danlu.spec.data import Data
+from danlu.spec.train import TrainJob
 from danlu.tasks.exchange import Prediction
 from danlu.tasks.packed import PackedEncoder, PackedModel
 from danlu.tasks.rows import Scored, Split, Splits
@@ -149,3 +152,21 @@ def task_file(task: spec.Task) -> TaskFile:
             from danlu.tasks import pretrain
 
             return cast(TaskFile, pretrain)
+
+
+def read_splits(job: TrainJob, tokenizer: PreTrainedTokenizerBase, *, max_length: int) -> Splits:
+    """A job's rows: cleaned and held out as `data.clean` and `data.split` say, then read by its task."""
+    task = task_file(job.task)
+    if not needs_preparing(job.data):
+        return task.splits(job.data, job.task, tokenizer, max_length=max_length, seed=job.seed)
+    data, cleaned = prepare(job.data, job.seed)
+    splits = task.splits(data, job.task, tokenizer, max_length=max_length, seed=job.seed)
+    return replace(splits, report=replace(splits.report, cleaned=cleaned))
+
+
+def read_given(
+    source: str | Sequence[str], job: TrainJob, tokenizer: PreTrainedTokenizerBase, label_names: Sequence[str], *, max_length: int
+) -> Split:
+    """Rows of other files than the job's, through the steps that change texts."""
+    source, data = prepare_given(source, job.data, job.seed)
+    return task_file(job.task).given_split(source, data, job.task, tokenizer, label_names, max_length=max_length)

@@ -7,7 +7,7 @@ import torch
 from danlu.artifact.pretrained import model_folder
 from danlu.spec.train import TrainJob
 from danlu.tasks.rows import Splits
-from danlu.tasks.task import task_file
+from danlu.tasks.task import read_splits
 from danlu.tasks.tokenizer import load_tokenizer
 from danlu.train.loop import Outcome, train
 from danlu.train.run import Run
@@ -20,5 +20,5 @@ def work(job: TrainJob, run: Run, run_uri: str, splits: Splits | None = None) ->
     folder = model_folder(job.model)
     tokenizer = load_tokenizer(folder)
     if splits is None:
-        splits = task_file(job.task).splits(job.data, job.task, tokenizer, max_length=job.model.max_length, seed=job.seed)
+        splits = read_splits(job, tokenizer, max_length=job.model.max_length)
     return train(job, splits, folder, tokenizer, run, run_uri)

@@ -251,6 +251,35 @@ GOOD: dict[str, tuple[type[Spec], Document]] = {
         )
     },
     "the tags of a corpus": (TrainJob, JOB | {"task": {"kind": "token_classification"}, "data": {"train": "a.bio", "format": "conll"}}),
+    "cleaning": (
+        TrainJob,
+        JOB
+        | {
+            "data": {
+                "train": "t.csv",
+                "clean": [
+                    {"kind": "drop_broken"},
+                    {"kind": "strip_markup"},
+                    {"kind": "normalize", "width": "all", "collapse_whitespace": False},
+                    {"kind": "filter_length", "min_characters": 0, "max_characters": 9},
+                    {"kind": "filter_language", "languages": ["zh", "en", "und"]},
+                    {"kind": "deduplicate_exact", "decontaminate": False},
+                    {"kind": "deduplicate_near", "threshold": 0.9, "decontaminate": False},
+                ],
+            }
+        },
+    ),
+    **{
+        f"data: {fields}": (TrainJob, JOB | {"data": {"train": "t.csv", **fields}})
+        for fields in (
+            {"clean": [{"kind": "repair_broken"}]},
+            {"dev": "d.csv", "split": {"kind": "given"}},
+            {"split": {"kind": "ratio", "dev_size": 0.2, "test_size": 0.1}},
+            {"dev": "d.csv", "split": {"kind": "stratified", "dev_size": 0, "test_size": 0.1}},
+            {"test": "d.csv", "split": {"kind": "group", "column": "author", "dev_size": 0.2, "test_size": 0}},
+            {"split": {"kind": "time", "column": "day", "dev_size": 0.2, "test_size": 0.1}},
+        )
+    },
     "a language model": (TrainJob, JOB | {"task": {"kind": "pretrain"}, "group_by_length": True}),
     **{
         f"optim: {optim}": (TrainJob, JOB | {"optim": optim})
@@ -344,6 +373,15 @@ BAD: dict[str, tuple[type[Spec], Document, str, object]] = {
         "data.format": ["xml", None, ""],
         "data.dev_size": [1, 1.5, -0.1, None, "0.1"],
         "data.max_rows": [-1, 1.5],
+        "data.clean": [
+            None, {"kind": "normalize"}, ["normalize"], [{}], [{"kind": "tidy"}], [{"kind": "normalize", "width": "half"}],
+            [{"kind": "filter_length", "min_characters": -1}], [{"kind": "filter_language"}],
+            [{"kind": "filter_language", "languages": []}],
+            [{"kind": "filter_language", "languages": ["xx"]}], [{"kind": "deduplicate_near", "threshold": 1}],
+            [{"kind": "deduplicate_exact", "threshold": 0.9}],
+        ],
+        "data.split": [{}, "ratio", {"kind": "given", "dev_size": 0.1}, {"kind": "group"}, {"kind": "ratio", "column": "a"},
+                       {"kind": "time", "column": ""}, {"kind": "ratio", "dev_size": 1}],
         "data.columns": [None, "text", {"txt": "a"}],
         "task": [{"labels": ["a", "b"]}, {"kind": "pretrain", "labels": ["a", "b"]}],
         "task.kind": ["chat", None],
@@ -425,6 +463,16 @@ BAD: dict[str, tuple[type[Spec], Document, str, object]] = {
 
 SPANNING = {
     "is not a multiple of micro_batch_size x workers.num_workers": (TrainJob, JOB | {"global_batch_size": 30}),
+    "so one is enough": (TrainJob, JOB | {"data": {"train": "t", "clean": [{"kind": "drop_broken"}, {"kind": "repair_broken"}]}}),
+    "no text is kept": (
+        TrainJob,
+        JOB | {"data": {"train": "t", "clean": [{"kind": "filter_length", "min_characters": 5, "max_characters": 4}]}},
+    ),
+    "dev_size has no effect beside split": (TrainJob, JOB | {"data": {"train": "t", "dev_size": 0.2, "split": {"kind": "ratio"}}}),
+    "split.kind=given needs a file in dev": (TrainJob, JOB | {"data": {"train": "t", "split": {"kind": "given"}}}),
+    "draws dev rows, and dev names a file": (TrainJob, JOB | {"data": {"train": "t", "dev": "d", "split": {"kind": "ratio"}}}),
+    "leaves no dev row": (TrainJob, JOB | {"data": {"train": "t", "split": {"kind": "ratio", "dev_size": 0}}}),
+    "leaves no training row": (TrainJob, JOB | {"data": {"train": "t", "split": {"kind": "ratio", "dev_size": 0.5, "test_size": 0.5}}}),
     "is more than max_replicas": (Service, SERVICE | {"autoscaling": {"min_replicas": 2}}),
     "bundle is needed by engine.kind=encoder": (Service, {"name": "topics"}),
     "bundle has no effect with engine.kind=echo": (Service, SERVICE | {"engine": {"kind": "echo"}}),

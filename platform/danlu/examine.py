@@ -1,0 +1,255 @@
+"""Looking closely: reports on rows, the analysis of an evaluation, two models side by side. Part of the SDK, which gives these names on."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from danlu.artifact.bundle import Bundle
+from danlu.errors import DataError, SpecError, StorageError
+from danlu.handover import open_bundle
+from danlu.spec.data import Columns, DropBroken, RepairBroken
+from danlu.spec.train import TrainJob
+
+if TYPE_CHECKING:
+    from danlu.data.clean import Cleaned
+    from danlu.data.profile import Example, Profile
+    from danlu.evaluate.analysis import Analysis
+    from danlu.evaluate.score import Evaluation
+    from danlu.evaluate.versus import Versus
+    from danlu.tasks.rows import Split
+
+
+@dataclass(frozen=True)
+class Examined:
+    """An evaluation, its rows and what stands beside the score."""
+
+    evaluation: Evaluation
+    split: Split
+    analysis: Analysis
+    facts: Mapping[str, str]
+
+
+def data_report(
+    files: Sequence[str] = (),
+    *,
+    job: TrainJob | None = None,
+    test: Sequence[str] = (),
+    near_threshold: float | None = 0.8,
+    max_rows: int | None = None,
+) -> Profile:
+    """What files hold and what is wrong with them; with a job, as its model reads them, and without files, the job's own."""
+    from danlu.data.profile import profile
+
+    sources: dict[str, str | Sequence[str]] = {}
+    if files:
+        sources["train"] = list(files)
+    elif job is not None:
+        sources |= {name: source for name in ("train", "dev", "test") if (source := getattr(job.data, name)) is not None}
+    else:
+        raise SpecError("there is nothing to report on", where="danlu data report", fix="a file, or --spec job.yaml for the job's own")
+    if test:
+        sources["test"] = list(test)
+    if job is None:
+        return profile(sources, Columns(), near_threshold=near_threshold, max_rows=max_rows)
+    from danlu.artifact.pretrained import model_folder
+    from danlu.tasks.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(model_folder(job.model))
+    found = profile(
+        sources,
+        job.data.columns,
+        format=job.data.format,
+        tokenizer=tokenizer,
+        max_length=job.model.max_length,
+        cuts=job.task.kind != "pretrain",
+        near_threshold=near_threshold,
+        max_rows=max_rows,
+    )
+    try:
+        example = _first_example(job, sources["train"], tokenizer, sorted(found.splits["train"].labels))
+    except DataError as error:
+        return replace(found, warnings=(*found.warnings, f"task.kind={job.task.kind} cannot read the first rows: {error.problem}"))
+    return replace(found, example=example)
+
+
+def _first_example(job: TrainJob, source: str | Sequence[str], tokenizer: Any, labels: Sequence[str]) -> Example:
+    from danlu.data.profile import Example
+    from danlu.tasks.task import read_given
+
+    names = list(getattr(job.task, "labels", None) or labels)
+    tolerant = any(isinstance(step, DropBroken | RepairBroken) for step in job.data.clean)
+    steps = job.data.clean if tolerant else [*job.data.clean, DropBroken()]  # a broken row is reported, not a reason to show nothing
+    with tempfile.TemporaryDirectory(prefix="danlu-example-") as folder:
+        few = job.data.model_copy(update={"max_rows": 50, "clean": steps, "cache_dir": folder})
+        split = read_given(source, job.model_copy(update={"data": few}), tokenizer, names, max_length=job.model.max_length)
+    ids = [int(token) for token in split.encoded.row(0)]
+    target = "every next token" if split.labels is None else str(names[int(split.labels[0])] if split.labels.ndim == 1 else split.labels[0])
+    return Example(tuple(tokenizer.convert_ids_to_tokens(ids)), tuple(ids), target)
+
+
+def clean(job: TrainJob, out: str | None = None) -> tuple[Mapping[str, Sequence[str]], Cleaned]:
+    """Run `data.clean` and `data.split`; the shards by split, in `out` or in the job's cache."""
+    from danlu.data.prepare import needs_preparing, prepare
+
+    if not needs_preparing(job.data):
+        raise SpecError(
+            "the job has no steps and no split to draw",
+            where="data.clean",
+            fix="data.clean: [{kind: drop_broken}, {kind: deduplicate_exact}]",
+        )
+    data = job.data if out is None else job.data.model_copy(update={"cache_dir": out})
+    made, cleaned = prepare(data, job.seed)
+    return {name: list(shards) for name in ("train", "dev", "test") if (shards := getattr(made, name)) is not None}, cleaned
+
+
+def examine(
+    reference: str | Bundle,
+    *,
+    storage: str = "runs",
+    data: Sequence[str] | str | None = None,
+    url: str | None = None,
+    api_key: str | None = None,
+    slice_by: Sequence[str] = (),
+) -> Examined:
+    """Score a bundle, or an endpoint that serves it, and analyse the answers."""
+    from danlu.compress.load import load_judge
+    from danlu.evaluate.analysis import analyse
+    from danlu.evaluate.score import evaluate as score
+    from danlu.handover import split_for
+
+    bundle = open_bundle(reference, storage)
+    judge = load_judge(bundle)
+    split, name = split_for(bundle, judge, data)
+    evaluation = score(judge, split) if url is None else _ask(bundle, split, url, api_key)
+    columns = _columns(bundle, name, data, split, slice_by)
+    temperature = _temperature(bundle, judge, name) if url is None else None
+    task = bundle.meta.task
+    analysis = analyse(task, split, evaluation.outputs, bundle.meta.labels, name=name, columns=columns, temperature=temperature)
+    facts = {"bundle": f"{bundle.meta.name}@v{bundle.meta.version} ({bundle.meta.digest})", "rows": f"{len(split):,} of {name}"}
+    return Examined(evaluation, split, analysis, facts | ({"endpoint": url} if url is not None else {}))
+
+
+def compare(a: str, b: str, *, storage: str = "runs", data: Sequence[str] | str | None = None, api_key: str | None = None) -> Versus:
+    """Two bundles, or a bundle and an endpoint, on the same rows: those of A's job unless files are given."""
+    from danlu.compress.load import load_judge
+    from danlu.evaluate.score import evaluate as score
+    from danlu.evaluate.versus import versus
+    from danlu.handover import split_for
+
+    named = [one for one in (a, b) if not _is_url(one)]
+    if not named:
+        raise SpecError("both are endpoints, so nothing says which rows to ask", where="danlu compare", fix="a bundle as one of the two")
+    bundles = {one: open_bundle(one, storage) for one in named}
+    first = bundles[named[0]]
+    for other in bundles.values():
+        if (other.meta.task.kind, other.meta.labels) != (first.meta.task.kind, first.meta.labels):
+            raise SpecError(
+                f"{named[0]} is a {first.meta.task.kind} model of {first.meta.labels}, {named[-1]} a {other.meta.task.kind} one of "
+                f"{other.meta.labels}: their answers cannot be compared",
+                where="danlu compare",
+                fix="two bundles of one task",
+            )
+    split, name, outputs = None, "", {}
+    for one in (*named, *(other for other in (a, b) if _is_url(other))):
+        if _is_url(one):
+            assert split is not None
+            outputs[one] = _ask(first, split, one, api_key).outputs
+            continue
+        judge: Any = load_judge(bundles[one])
+        if split is None:
+            split, name = split_for(first, judge, data)
+            outputs[one] = score(judge, split).outputs
+        else:
+            # The same texts, as this model's own tokenizer has them.
+            own = replace(split, encoded=judge.encode(split.texts.texts, split.texts.pairs)) if first.meta.labels else split
+            outputs[one] = score(judge, own).outputs
+    assert split is not None
+    return versus(first.meta.task, split, outputs[a], outputs[b], first.meta.labels, names=(a, b), split_name=name)
+
+
+def write_files(folder: str | Path, files: Mapping[str, str]) -> list[str]:
+    """Write texts into a folder; their paths."""
+    paths = []
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        for name, text in files.items():
+            path = Path(folder) / name
+            path.write_text(text, encoding="utf-8")
+            paths.append(str(path))
+    except OSError as error:
+        raise StorageError(f"cannot write: {error}", where=str(folder), fix="--out with a folder that can be written") from error
+    return paths
+
+
+def scores_json(examined: Examined) -> str:
+    """The document that `danlu evaluate --out` writes as scores.json."""
+    scores = dict(examined.evaluation.scores.metrics())
+    document = {**examined.facts, "scores": scores, "seconds": examined.evaluation.seconds, "analysis": examined.analysis.to_dict()}
+    return json.dumps(document, ensure_ascii=False, indent=1) + "\n"
+
+
+def _is_url(name: str) -> bool:
+    return name.startswith(("http://", "https://"))
+
+
+def _ask(bundle: Bundle, split: Split, url: str, api_key: str | None) -> Evaluation:
+    from danlu.evaluate.endpoint import classify
+    from danlu.evaluate.score import Evaluation
+    from danlu.tasks.task import task_file
+
+    if bundle.meta.task.kind != "classification":
+        raise SpecError(
+            f"an endpoint is asked for labels, and task.kind={bundle.meta.task.kind} has none", where="--url", fix="leave --url out"
+        )
+    outputs, seconds = classify(url, split.texts, bundle.meta.labels, api_key=api_key)
+    found: Any = task_file(bundle.meta.task).scores(outputs, split, bundle.meta.labels, bundle.meta.task)
+    return Evaluation(found, outputs, seconds)
+
+
+def _temperature(bundle: Bundle, judge: Any, name: str) -> tuple[float, str] | None:
+    """Fitted on the dev rows of the bundle's own job; none where those are the rows that are scored."""
+    from danlu.evaluate.calibration import fit_temperature
+    from danlu.tasks.task import read_splits
+
+    if bundle.meta.task.kind != "classification" or name == "dev":
+        return None
+    job = TrainJob.model_validate(bundle.meta.lineage.spec)
+    try:
+        dev = read_splits(job, judge.tokenizer, max_length=bundle.meta.max_length).dev
+    except DataError:
+        return None  # other rows are scored where the job's own are gone
+    assert dev.labels is not None
+    return fit_temperature(judge.outputs(dev.encoded), dev.labels), "dev"
+
+
+def _columns(
+    bundle: Bundle, name: str, data: Sequence[str] | str | None, split: Split, wanted: Sequence[str]
+) -> dict[str, Sequence[object]]:
+    """The columns to slice by, for the rows of the split."""
+    if not wanted:
+        return {}
+    if len(split.texts.texts) != len(split):
+        raise DataError(
+            f"{len(split):,} rows were made of {len(split.texts.texts):,} texts, so a column has no value for each",
+            where="--by",
+            fix="leave --by out",
+        )
+    from danlu.data.formats import read_rows
+    from danlu.data.prepare import needs_preparing, prepare, prepare_given
+
+    job = TrainJob.model_validate(bundle.meta.lineage.spec)
+    if data is not None:
+        source, spec = prepare_given(data, job.data, job.seed)
+    else:
+        spec = prepare(job.data, job.seed)[0] if needs_preparing(job.data) else job.data
+        source = getattr(spec, name) or spec.train
+    rows = read_rows(source, format=spec.format, max_rows=spec.max_rows, where=f"data.{name}")
+    for column in wanted:
+        if column not in rows.columns:
+            raise DataError(f"the rows have no column {column!r}", where="--by", fix=f"one of {', '.join(rows.columns)}")
+    return {column: [rows.columns[column][number - 1] for number in split.texts.row_numbers] for column in wanted}

@@ -1,0 +1,69 @@
+"""A run's HTML report and its scores as JSON."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+from danlu.artifact.runs import REPORT, SCORES
+from danlu.handover import Prepared, Quantized, Trained, surest_errors
+from danlu.spec.files import dump
+
+if TYPE_CHECKING:
+    from danlu.evaluate.analysis import Analysis
+
+
+def report(prepared: Prepared, trained: Trained, quantized: Quantized | None = None, served: str = "") -> str:
+    """Write the run's HTML report; its URI."""
+    from danlu.evaluate.html import ReportData, render
+
+    lineage = trained.bundle.meta.lineage
+    facts = {
+        "created": lineage.created,
+        "bundle": f"{trained.reference} ({trained.bundle.meta.digest})",
+        "run": trained.run.uri,
+        "started from": prepared.job.model.model_name_or_path,
+        "spec digest": lineage.spec_digest,
+        **{f"{split} rows digest": digest for split, digest in lineage.data_digests.items()},
+        "seed": str(lineage.seed),
+        "code": lineage.code_version,
+        "libraries": ", ".join(f"{name} {version}" for name, version in lineage.library_versions.items()),
+    }
+    if quantized is not None and quantized.bundle is not None:
+        facts["quantized bundle"] = f"{quantized.reference} ({quantized.bundle.meta.digest})"
+    data = ReportData(
+        analyses=_analyses(prepared, trained),
+        title=prepared.job.name,
+        records=trained.run.records(),
+        plan=prepared.plan.text(prepared.job),
+        data=prepared.splits.report.text(),
+        scores={split: evaluation.scores for split, evaluation in trained.evaluations.items()},
+        delta=None if quantized is None else quantized.delta.to_dict(),
+        delta_verdict="" if quantized is None else quantized.verdict,
+        served=served,
+        errors=surest_errors(prepared, trained),
+        lineage=facts,
+        spec=dump(prepared.job),
+    )
+    scores = {
+        name: {"scores": trained.evaluations[name].scores.metrics(), "analysis": found.to_dict()} for name, found in data.analyses.items()
+    }
+    trained.run.write(SCORES, json.dumps({"bundle": trained.reference, **scores}, ensure_ascii=False, indent=1) + "\n")
+    return trained.run.write(REPORT, render(data))
+
+
+def _analyses(prepared: Prepared, trained: Trained) -> dict[str, Analysis]:
+    """Dev and test, with a temperature fitted on dev for test."""
+    from danlu.evaluate.analysis import analyse
+    from danlu.evaluate.calibration import fit_temperature
+
+    splits, names = prepared.splits, prepared.splits.label_names
+    found = {}
+    for name, split in (("dev", splits.dev), ("test", splits.test)):
+        if split is None or name not in trained.evaluations:
+            continue
+        temperature = None
+        if name == "test" and prepared.job.task.kind == "classification" and splits.dev.labels is not None:
+            temperature = fit_temperature(trained.evaluations["dev"].outputs, splits.dev.labels), "dev"
+        found[name] = analyse(prepared.job.task, split, trained.evaluations[name].outputs, names, name=name, temperature=temperature)
+    return found
