@@ -32,7 +32,8 @@ class _Emitter:
         with self.lock:
             match metric.kind:
                 case "counter":
-                    self.sums[metric, labels] += value
+                    if value:  # Ray refuses to count nothing, and the thread that hands over would end with that
+                        self.sums[metric, labels] += value
                 case "gauge":
                     self.last[metric, labels] = value
                 case "histogram":

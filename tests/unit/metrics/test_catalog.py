@@ -25,3 +25,9 @@ def test_a_label_that_the_catalogue_does_not_have_is_refused() -> None:
         emit.emit(catalog.TRAIN_LOSS, 1.0, job="a", rank="0")
     with pytest.raises(ValueError, match="danlu_train_loss"):
         emit.emit(catalog.TRAIN_LOSS, 1.0)
+
+
+def test_counting_nothing_reaches_nobody() -> None:
+    """Ray's own counter raises for 0: that once ended the thread that hands all metrics over."""
+    emit.emit(catalog.SERVE_CACHED_TOKENS, 0, model="a")
+    assert not [key for key in emit._emitter.sums if key[0] is catalog.SERVE_CACHED_TOKENS]
