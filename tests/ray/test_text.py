@@ -77,5 +77,5 @@ def test_a_stream_arrives_token_by_token_ends_with_its_client_and_is_metered(
     wait_for("two answers and one that was left", lambda: total(catalog.SERVE_SEQUENCES) == 3)
     assert total(catalog.SERVE_SEQUENCES, finish_reason="cancelled") == 1
     wait_for("their tokens", lambda: 31 <= total(catalog.SERVE_COMPLETION_TOKENS) < 200)
-    wait_for("those of the cache", lambda: total(catalog.SERVE_CACHED_TOKENS) == cached)
+    wait_for("those of the cache", lambda: cached <= total(catalog.SERVE_CACHED_TOKENS) <= cached + 2)
     wait_for("the refusal", lambda: total(catalog.SERVE_REFUSALS, reason="401") == 1)
