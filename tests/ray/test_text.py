@@ -48,7 +48,12 @@ def say(text: str) -> Any:
     return [{"role": "user", "content": text}]
 
 
-def test_a_stream_arrives_token_by_token_and_is_metered(client: openai.OpenAI, metrics_port: Any, wait_for: Callable[..., Any]) -> None:
+def test_a_stream_arrives_token_by_token_ends_with_its_client_and_is_metered(
+    client: openai.OpenAI, metrics_port: Any, wait_for: Callable[..., Any]
+) -> None:
+    left = client.chat.completions.create(model="echo-text", messages=say("a" * 1000), stream=True)
+    next(iter(left))
+    left.close()
     times, text = [], ""
     for chunk in client.chat.completions.create(model="echo-text", messages=say("token by token"), stream=True):
         times.append(time.perf_counter())
@@ -56,19 +61,21 @@ def test_a_stream_arrives_token_by_token_and_is_metered(client: openai.OpenAI, m
     assert text == "token by token"
     # 14 tokens at 20 ms: had they come together at the end, there would be no time between them.
     assert times[-1] - times[0] > 0.14
+    again = client.chat.completions.create(model="echo-text", messages=say("token by token")).usage
+    assert again is not None
+    assert again.prompt_tokens_details is not None
+    cached = again.prompt_tokens_details.cached_tokens or 0
+    assert cached > 0
     with pytest.raises(openai.NotFoundError):
         client.chat.completions.create(model="gpt", messages=say("a"))
     with pytest.raises(openai.AuthenticationError):
         client.with_options(api_key="another").models.list()
-    name = catalog.SERVE_COMPLETION_TOKENS.exported
-    wait_for("15 tokens", lambda: metrics_port.total(name, model="echo-text") == 15)
-    wait_for("the refusal", lambda: metrics_port.total(catalog.SERVE_REFUSALS.exported, model="echo-text", reason="401") == 1)
 
+    def total(metric: catalog.Metric, **labels: str) -> float:
+        return float(metrics_port.total(metric.exported, model="echo-text", **labels))
 
-def test_a_client_that_leaves_a_stream_stops_it(client: openai.OpenAI, metrics_port: Any, wait_for: Callable[..., Any]) -> None:
-    stream = client.chat.completions.create(model="echo-text", messages=say("a" * 1000), stream=True)
-    for _ in zip(range(3), stream, strict=False):
-        pass
-    stream.close()
-    gone = {"model": "echo-text", "finish_reason": "cancelled"}
-    wait_for("the end of it", lambda: metrics_port.total(catalog.SERVE_SEQUENCES.exported, **gone) == 1, seconds=15)
+    wait_for("two answers and one that was left", lambda: total(catalog.SERVE_SEQUENCES) == 3)
+    assert total(catalog.SERVE_SEQUENCES, finish_reason="cancelled") == 1
+    wait_for("their tokens", lambda: 31 <= total(catalog.SERVE_COMPLETION_TOKENS) < 200)
+    wait_for("those of the cache", lambda: cached <= total(catalog.SERVE_CACHED_TOKENS) <= cached + 2)
+    wait_for("the refusal", lambda: total(catalog.SERVE_REFUSALS, reason="401") == 1)

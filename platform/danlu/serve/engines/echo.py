@@ -57,7 +57,7 @@ class EchoTextEngine:
     """Repeats the last message of a chat, or the whole of a plain prompt; a guide's smallest document where one is given.
 
     With `ignore_eos`, and until `min_tokens`, it begins again. An adapter puts `[its name] ` before. Nothing is drawn, so a temperature
-    and penalties change nothing.
+    and penalties change nothing. What a prompt begins with like the one before it counts as cached.
     """
 
     def __init__(self, spec: EchoText) -> None:
@@ -65,6 +65,8 @@ class EchoTextEngine:
         self.loaded: dict[str, str] = {}
         self.running, self.active, self.idle = False, 0, asyncio.Event()
         self.idle.set()
+        self.last_prompt: Sequence[int] = ()
+        self.queried = self.hit = 0
 
     async def start(self) -> None:
         for name, source in self.spec.adapters.items():
@@ -85,13 +87,14 @@ class EchoTextEngine:
         limit = room if sampling.max_tokens is None else min(sampling.max_tokens, room)
         read = _prompt_logprobs(prompt, sampling.logprobs or 0) if sampling.prompt_logprobs else ()
         text, num_tokens = _Text(sampling.stop), 0
+        cached = self._cached(prompt)
         reason: FinishReason | None = None if limit else "length"
         self.active += 1
         self.idle.clear()
         try:
             if not limit:
                 await self._wait_until(began, 0)
-                yield Delta(prompt_logprobs=read, finish_reason=reason, usage=Usage(len(prompt), 0, 0))
+                yield Delta(prompt_logprobs=read, finish_reason=reason, usage=Usage(len(prompt), cached, 0))
             while reason is None:
                 await self._wait_until(began, num_tokens)
                 token = _token(answer, num_tokens, endless=sampling.ignore_eos or num_tokens < sampling.min_tokens)
@@ -102,7 +105,7 @@ class EchoTextEngine:
                 elif num_tokens == limit:
                     reason = "length"
                 logprobs = (_logprob(token, sampling.logprobs),) if sampling.logprobs is not None else ()
-                usage = Usage(len(prompt), 0, num_tokens) if reason else None
+                usage = Usage(len(prompt), cached, num_tokens) if reason else None
                 yield Delta(piece + (text.rest() if reason else ""), (token,), logprobs, read, reason, usage)
                 read = ()
         finally:
@@ -142,8 +145,8 @@ class EchoTextEngine:
             catalog.SERVE_RUNNING.name: self.active,
             catalog.SERVE_WAITING.name: 0,
             catalog.SERVE_CACHE_USE.name: 0,
-            catalog.SERVE_PREFIX_QUERIED.name: 0,
-            catalog.SERVE_PREFIX_HIT.name: 0,
+            catalog.SERVE_PREFIX_QUERIED.name: self.queried,
+            catalog.SERVE_PREFIX_HIT.name: self.hit,
         }
 
     def check_health(self) -> None:
@@ -153,6 +156,12 @@ class EchoTextEngine:
     async def stop(self) -> None:
         self.running = False
         await self.idle.wait()
+
+    def _cached(self, prompt: Sequence[int]) -> int:
+        pairs = enumerate(zip(prompt[:-1], self.last_prompt, strict=False))
+        same = next((i for i, (one, other) in pairs if one != other), min(len(prompt) - 1, len(self.last_prompt)))
+        self.last_prompt, self.queried, self.hit = prompt, self.queried + len(prompt), self.hit + same
+        return same
 
     async def _wait_until(self, began: float, num_tokens: int) -> None:
         """By the clock and not by adding up sleeps, so that the speed is the asked-for one however busy the loop is."""
