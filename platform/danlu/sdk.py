@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from danlu.artifact.bundle import Bundle, canonical_json, text_digest, write_bundle
-from danlu.artifact.pretrained import model_folder
 from danlu.artifact.runs import REPORT, SPEC, RunFolder, latest_run, open_run
 from danlu.artifact.store import Store, ensure_writable
 from danlu.errors import DanluError, DataError, ModelError, QualityError, ResourceError
@@ -37,6 +36,7 @@ if TYPE_CHECKING:
     from danlu.evaluate.score import Delta, Evaluation
     from danlu.serve.app import Endpoint
     from danlu.tasks.classification import Prediction
+    from danlu.tasks.judge import Completion
     from danlu.tasks.rows import Split
     from danlu.train.run import Record
 
@@ -55,12 +55,13 @@ class Quantized:
 def prepare(job: TrainJob, *, calibrate: bool = True) -> Prepared:
     """Find and check everything a job needs, and plan it. Raises a DanluError for what would fail later."""
     from danlu.plan import make_plan
+    from danlu.tasks.from_scratch import start_folder
     from danlu.tasks.task import task_file
     from danlu.tasks.tokenizer import load_tokenizer
 
     ensure_writable(job.storage)
     check_machine(job)
-    folder = model_folder(job.model)
+    folder = start_folder(job.model, job.data, job.task, seed=job.seed)
     tokenizer = load_tokenizer(folder)
     splits = task_file(job.task).splits(job.data, job.task, tokenizer, max_length=job.model.max_length, seed=job.seed)
     lengths = splits.train.encoded.lengths
@@ -226,15 +227,15 @@ def serving(service: Service) -> Iterator[Endpoint]:
 
 def predict(
     reference: str | Bundle, texts: Sequence[str], pairs: Sequence[str] | None = None, *, storage: str = "runs"
-) -> list[Prediction]:
-    """Labels and probabilities of texts, in this process."""
-    from danlu.compress.load import load_predictor
+) -> Sequence[Prediction | Completion]:
+    """Labels and probabilities of texts, or a language model's answers to them, in this process."""
+    from danlu.compress.load import load_judge
+    from danlu.tasks.judge import LanguageJudge
 
     if not texts or not all(text.strip() for text in texts):
-        raise DataError(
-            "there is no text to classify, or one of the texts is empty", where="texts", fix="give at least one text with words"
-        )
-    return load_predictor(open_bundle(reference, storage)).predict(texts, pairs)
+        raise DataError("there is no text to read, or one of the texts is empty", where="texts", fix="give at least one text with words")
+    judge = load_judge(open_bundle(reference, storage))
+    return judge.answers(texts) if isinstance(judge, LanguageJudge) else judge.predict(texts, pairs)
 
 
 def check_served(url: str, bundle: Bundle, split: Split, *, num_rows: int = 64) -> str:

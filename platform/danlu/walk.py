@@ -68,8 +68,7 @@ def predict(spec: Path, overrides: Sequence[str], texts: Sequence[str], *, bundl
     job = load(TrainJob, spec, overrides)
     lines = _not_empty(texts, "text") if texts else _not_empty(_standard_input(), "line")
     for text, found in zip(lines, sdk.predict(bundle or f"{job.name}@{sdk.PRODUCTION}", lines, storage=job.storage), strict=True):
-        probability = round(max(found.probabilities), 4)
-        show(json.dumps({"label": found.label, "probability": probability, "text": text}, ensure_ascii=False))
+        show(json.dumps({**found.to_dict(), "text": text}, ensure_ascii=False))
 
 
 def run(spec: Path, overrides: Sequence[str], *, fresh: bool, keep: bool | None) -> None:

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal, cast
+from typing import Any, Literal, TypedDict, cast
 
 import torch
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+)
 
 from danlu.artifact.bundle import Bundle
 from danlu.artifact.pretrained import model_folder
@@ -15,13 +22,13 @@ from danlu.compress.quantized_base import keep_format_of_odd_shapes, need_bitsan
 from danlu.errors import ModelError
 from danlu.spec.compress import BnbInt8, BnbNf4, Int8
 from danlu.spec.model import Model
-from danlu.spec.task import Classification, Pretrain
+from danlu.spec.task import Chat, Classification, MaskedLm, Preference, Pretrain, Seq2Seq, Task
 from danlu.spec.tuning import Adapter, Qlora, VirtualTokens
 from danlu.tasks import bottleneck
+from danlu.tasks.answers import MaskedJudge, Seq2SeqJudge
 from danlu.tasks.classification import Predictor
+from danlu.tasks.judge import DecoderJudge, LanguageJudge, PreferenceJudge, end_ids
 from danlu.tasks.packed import PackedClassifier, PackedModel
-from danlu.tasks.packed_decoder import PackedDecoder
-from danlu.tasks.pretrain import Scorer
 from danlu.tasks.prompted import load_prompt
 from danlu.tasks.task import task_file
 from danlu.tasks.tokenizer import load_tokenizer
@@ -29,15 +36,45 @@ from danlu.tasks.tokenizer import load_tokenizer
 INT8_FILE = "model.int8.safetensors"
 
 
-def load_judge(bundle: Bundle) -> Predictor | Scorer:
+def load_judge(bundle: Bundle) -> Predictor | LanguageJudge:
     """What scores rows as the bundle was evaluated."""
     match bundle.meta.task:
         case Classification():
             return load_predictor(bundle)
-        case Pretrain():
-            tokenizer, bf16 = load_tokenizer(bundle.path / "model"), bundle.meta.precision == "bf16"
-            module = cast(PackedDecoder, _wrapped(bundle))
-            return Scorer(module, tokenizer, max_length=bundle.meta.max_length, bf16=bf16)
+        case Pretrain(objective=MaskedLm()) as task:
+            return MaskedJudge(task_file(task), _wrapped(bundle), load_tokenizer(bundle.path / "model"), **_shared(bundle))
+        case Seq2Seq() as task:
+            writer = Seq2SeqJudge(task_file(task), _wrapped(bundle), load_tokenizer(bundle.path / "model"), **_shared(bundle))
+            writer.spec = task
+            return writer
+        case Pretrain() | Chat() | Preference() as task:
+            folder, file = bundle.path / "model", task_file(task)
+            tokenizer, shared = load_tokenizer(folder), _shared(bundle)
+            kind = PreferenceJudge if isinstance(task, Preference) else DecoderJudge
+            chats = not isinstance(task, Pretrain)
+            judge = kind(file, _wrapped(bundle), tokenizer, chats=chats, end_ids=end_ids([folder], tokenizer), **shared)
+            if isinstance(judge, PreferenceJudge) and isinstance(task, Preference) and task.has_reference:
+                judge.start = lambda: LanguageJudge(file, file.wrap(_start(bundle)), tokenizer, **shared)
+            return judge
+
+
+def _shared(bundle: Bundle) -> _Shared:
+    return {"max_length": bundle.meta.max_length, "bf16": bundle.meta.precision == "bf16"}
+
+
+class _Shared(TypedDict):
+    max_length: int
+    bf16: bool
+
+
+def _start(bundle: Bundle) -> PreTrainedModel:
+    """The model that the bundle's training started from."""
+    meta = bundle.meta
+    whole = meta.base_model is None
+    folder = model_folder(Model.model_validate(meta.lineage.spec["model"])) if whole else _base_folder(bundle)
+    if isinstance(meta.tuning, Qlora):
+        return quantized_base(folder, meta.task, meta.labels, meta.tuning, bf16=meta.precision == "bf16")
+    return task_file(meta.task).build_model(folder, meta.labels)
 
 
 def load_predictor(bundle: Bundle, *, precision: Literal["fp32", "bf16"] | None = None, device: torch.device | None = None) -> Predictor:
@@ -74,7 +111,7 @@ def _can_be_packed(bundle: Bundle) -> bool:
 def load_model(bundle: Bundle) -> PreTrainedModel:
     """The Hugging Face model of a bundle; adapters are merged into float32 weights where they can be."""
     folder = bundle.path / "model"
-    loader = AutoModelForSequenceClassification if isinstance(bundle.meta.task, Classification) else AutoModelForCausalLM
+    loader = _auto_class(bundle.meta.task)
     match bundle.meta.quantization:
         case None if bundle.meta.weights == "adapter":
             return _adapted(bundle)
@@ -93,6 +130,19 @@ def load_model(bundle: Bundle) -> PreTrainedModel:
             quantized: PreTrainedModel = loader.from_pretrained(folder)
             keep_format_of_odd_shapes(quantized)
             return quantized
+
+
+def _auto_class(task: Task) -> Any:
+    """transformers' class that loads a task's models."""
+    match task:
+        case Classification():
+            return AutoModelForSequenceClassification
+        case Pretrain(objective=MaskedLm()):
+            return AutoModelForMaskedLM
+        case Seq2Seq():
+            return AutoModelForSeq2SeqLM
+        case Pretrain() | Chat() | Preference():
+            return AutoModelForCausalLM
 
 
 def _adapted(bundle: Bundle) -> PreTrainedModel:

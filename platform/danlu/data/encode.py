@@ -19,6 +19,8 @@ log = logging.getLogger(__name__)
 
 FORMAT = 2
 CHUNK = 4096
+NO_TARGET = -100
+"""PyTorch's ignore_index."""
 CHARACTERS_PER_TOKEN = 64
 """No tokenizer makes so few tokens of ordinary text; a row whose kept tokens might reach the cut is tokenised whole."""
 
@@ -26,12 +28,14 @@ CHARACTERS_PER_TOKEN = 64
 @dataclass(frozen=True)
 class Encoded:
     """Token ids of rows, end to end. input_ids: int32 [tokens]; offsets: int64 [rows + 1]; truncated: bool [rows];
-    token_type_ids: int8 [tokens], or None where the texts are not pairs."""
+    token_type_ids: int8 [tokens], or None where the texts are not pairs; targets: int32 [tokens], what the output at each position has to
+    be (NO_TARGET where nothing is learned), or None where a row's targets are not at its tokens."""
 
     input_ids: np.ndarray
     offsets: np.ndarray
     truncated: np.ndarray
     token_type_ids: np.ndarray | None = None
+    targets: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -50,13 +54,37 @@ class Encoded:
         assert self.token_type_ids is not None
         return self.token_type_ids[self.offsets[index] : self.offsets[index + 1]]
 
+    def row_targets(self, index: int) -> np.ndarray:
+        """Targets of a row's positions."""
+        assert self.targets is not None
+        return self.targets[self.offsets[index] : self.offsets[index + 1]]
+
     def take(self, rows: Sequence[int] | np.ndarray) -> Encoded:
         """The named rows, in that order."""
         indices = [int(row) for row in rows]
         offsets = np.concatenate([[0], np.cumsum(self.lengths[indices])]).astype(np.int64)
         ids = np.concatenate([self.row(i) for i in indices]) if indices else self.input_ids[:0]
         types = None if self.token_type_ids is None else np.concatenate([self.token_types(i) for i in indices] or [self.token_type_ids[:0]])
-        return Encoded(ids, offsets, self.truncated[indices], types)
+        targets = None if self.targets is None else np.concatenate([self.row_targets(i) for i in indices] or [self.targets[:0]])
+        return Encoded(ids, offsets, self.truncated[indices], types, targets)
+
+
+def encoded_rows(
+    rows: Sequence[np.ndarray],
+    truncated: Sequence[bool],
+    *,
+    token_types: Sequence[np.ndarray] | None = None,
+    targets: Sequence[np.ndarray] | None = None,
+) -> Encoded:
+    """Rows (int arrays of token ids) end to end, with what else is known of each token."""
+    offsets = np.concatenate([[0], np.cumsum([len(row) for row in rows])]).astype(np.int64)
+
+    def flat(arrays: Sequence[np.ndarray], dtype: type[np.generic]) -> np.ndarray:
+        return np.concatenate(arrays).astype(dtype) if arrays else np.empty(0, dtype=dtype)
+
+    types = None if token_types is None else flat(token_types, np.int8)
+    aims = None if targets is None else flat(targets, np.int32)
+    return Encoded(flat(rows, np.int32), offsets, np.asarray(truncated, dtype=bool), types, aims)
 
 
 def encode(
@@ -70,11 +98,11 @@ def encode(
 ) -> Encoded:
     """Tokenise with special tokens, each row cut to `max_length`; read from `cache_dir` if the same was done before."""
     path = None if cache_dir is None else Path(cache_dir) / "tokens" / f"{_digest(texts, pairs, tokenizer, max_length)}.npz"
-    if path is not None and (found := _read(path)) is not None and len(found) == len(texts):
+    if path is not None and (found := read_cached(path)) is not None and len(found) == len(texts):
         return found
     encoded = _encode(texts, pairs, tokenizer, max_length, on_progress)
     if path is not None:
-        _write(path, encoded)
+        write_cached(path, encoded)
     return encoded
 
 
@@ -144,13 +172,13 @@ def _digest(texts: Sequence[str], pairs: Sequence[str] | None, tokenizer: PreTra
     return digest.hexdigest()
 
 
-def _read(path: Path) -> Encoded | None:
+def read_cached(path: Path) -> Encoded | None:
     if not path.exists():
         return None
     try:
         with np.load(path) as arrays:
-            types = arrays.get("token_type_ids")
-            found = Encoded(arrays["input_ids"], arrays["offsets"], arrays["truncated"], types)
+            types, targets = arrays.get("token_type_ids"), arrays.get("targets")
+            found = Encoded(arrays["input_ids"], arrays["offsets"], arrays["truncated"], types, targets)
         if found.offsets[-1] != len(found.input_ids) or len(found.truncated) != len(found):
             raise ValueError("its arrays do not fit together")
         return found
@@ -159,10 +187,12 @@ def _read(path: Path) -> Encoded | None:
         return None
 
 
-def _write(path: Path, encoded: Encoded) -> None:
+def write_cached(path: Path, encoded: Encoded) -> None:
     arrays = {"input_ids": encoded.input_ids, "offsets": encoded.offsets, "truncated": encoded.truncated}
     if encoded.token_type_ids is not None:
         arrays["token_type_ids"] = encoded.token_type_ids
+    if encoded.targets is not None:
+        arrays["targets"] = encoded.targets
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

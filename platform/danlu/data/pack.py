@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -15,7 +16,8 @@ from danlu.data.encode import Encoded
 class Packed:
     """Rows laid end to end.
 
-    input_ids, position_ids, token_type_ids: int64 [tokens]; cu_seqlens: int32 [rows + 1]; labels: int64 [rows] or None.
+    input_ids, position_ids, token_type_ids: int64 [tokens]; cu_seqlens: int32 [rows + 1]; labels: int64 [rows] or None; targets: int64
+    [tokens] or None; reference: float32 [rows, width] or None, what the start model gave on each row.
     """
 
     input_ids: torch.Tensor
@@ -23,6 +25,8 @@ class Packed:
     token_type_ids: torch.Tensor | None
     cu_seqlens: torch.Tensor
     labels: torch.Tensor | None = None
+    targets: torch.Tensor | None = None
+    reference: torch.Tensor | None = None
 
     @property
     def num_rows(self) -> int:
@@ -34,14 +38,28 @@ class Packed:
 
     def to(self, device: torch.device) -> Packed:
         """The same batch on `device`; cu_seqlens stays on the host, where attention splits by it."""
-        types = None if self.token_type_ids is None else self.token_type_ids.to(device, non_blocking=True)
-        labels = None if self.labels is None else self.labels.to(device, non_blocking=True)
-        ids, positions = self.input_ids.to(device, non_blocking=True), self.position_ids.to(device, non_blocking=True)
-        return Packed(ids, positions, types, self.cu_seqlens, labels)
+
+        def moved(tensor: torch.Tensor | None) -> torch.Tensor | None:
+            return None if tensor is None else tensor.to(device, non_blocking=True)
+
+        return replace(
+            self,
+            input_ids=self.input_ids.to(device, non_blocking=True),
+            position_ids=self.position_ids.to(device, non_blocking=True),
+            token_type_ids=moved(self.token_type_ids),
+            labels=moved(self.labels),
+            targets=moved(self.targets),
+            reference=moved(self.reference),
+        )
 
 
 def pack(
-    rows: Sequence[np.ndarray], token_types: Sequence[np.ndarray] | None = None, labels: Sequence[int] | np.ndarray | None = None
+    rows: Sequence[np.ndarray],
+    token_types: Sequence[np.ndarray] | None = None,
+    labels: Sequence[int] | np.ndarray | None = None,
+    *,
+    targets: Sequence[np.ndarray] | None = None,
+    reference: np.ndarray | None = None,
 ) -> Packed:
     """Lay rows (int arrays of token ids, none empty) end to end."""
     lengths = np.fromiter((len(row) for row in rows), dtype=np.int64, count=len(rows))
@@ -55,6 +73,8 @@ def pack(
         types,
         torch.from_numpy(cu_seqlens),
         None if labels is None else torch.as_tensor(np.asarray(labels, dtype=np.int64)),
+        None if targets is None else torch.from_numpy(np.concatenate(targets).astype(np.int64)),
+        None if reference is None else torch.from_numpy(reference.astype(np.float32)),
     )
 
 
@@ -70,6 +90,12 @@ def by_length(lengths: Sequence[int] | np.ndarray, max_tokens: int) -> list[np.n
         groups[-1].append(int(index))
         room -= int(lengths[index])
     return [np.asarray(group) for group in groups if group]
+
+
+class Corrupt(Protocol):
+    """What is drawn anew for a row each time it is trained on: (token ids, targets) out of its token ids."""
+
+    def __call__(self, ids: np.ndarray, draw: np.random.Generator) -> tuple[np.ndarray, np.ndarray]: ...
 
 
 MEGA_BATCHES = 50
@@ -95,12 +121,15 @@ class Batches:
         world_size: int,
         seed: int,
         group_by_length: bool = False,
+        reference: np.ndarray | None = None,
+        corrupt: Corrupt | None = None,
     ) -> None:
         if global_batch_size % (micro_batch_size * world_size):
             raise ValueError(f"{global_batch_size=} is not a multiple of {micro_batch_size=} x {world_size=}")
         self.encoded, self.labels, self.seed, self.group_by_length = encoded, labels, seed, group_by_length
         self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
         self.rank, self.world_size = rank, world_size
+        self.reference, self.corrupt = reference, corrupt
         self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
 
     def rows_of(self, step: int) -> np.ndarray:
@@ -122,14 +151,18 @@ class Batches:
         num_piles = self.global_batch_size // self.micro_batch_size
         table = rows.reshape(self.micro_batch_size, num_piles).copy()
         table[1::2] = table[1::2, ::-1]
-        return [self._packed(table[:, pile]) for pile in range(self.rank, num_piles, self.world_size)]
+        return [self._packed(table[:, pile], step) for pile in range(self.rank, num_piles, self.world_size)]
 
     def num_tokens(self, step: int) -> int:
         """Tokens of the whole global batch of a step."""
         return int(self.encoded.lengths[self.rows_of(step)].sum())
 
-    def _packed(self, rows: np.ndarray) -> Packed:
-        return pack_rows(self.encoded, rows, self.labels)
+    def _packed(self, rows: np.ndarray, step: int) -> Packed:
+        if self.corrupt is None:
+            return pack_rows(self.encoded, rows, self.labels, self.reference)
+        # Drawn by step and row, so that the draw does not depend on who holds the row.
+        drawn = [self.corrupt(self.encoded.row(int(row)), np.random.default_rng((self.seed, step, int(row)))) for row in rows]
+        return pack([ids for ids, _ in drawn], targets=[targets for _, targets in drawn])
 
     def _permutation(self, epoch: int) -> np.ndarray:
         if epoch != self._epoch:
@@ -150,7 +183,17 @@ class Batches:
         return np.concatenate([*(batches[int(i)] for i in draw.permutation(len(batches))), order[whole:]])
 
 
-def pack_rows(encoded: Encoded, rows: Sequence[int] | np.ndarray, labels: np.ndarray | None = None) -> Packed:
+def pack_rows(
+    encoded: Encoded, rows: Sequence[int] | np.ndarray, labels: np.ndarray | None = None, reference: np.ndarray | None = None
+) -> Packed:
     """The named rows of `encoded`, packed."""
     types = None if encoded.token_type_ids is None else [encoded.token_types(int(i)) for i in rows]
-    return pack([encoded.row(int(i)) for i in rows], types, None if labels is None else labels[np.asarray(rows)])
+    targets = None if encoded.targets is None else [encoded.row_targets(int(i)) for i in rows]
+    chosen = np.asarray(rows)
+    return pack(
+        [encoded.row(int(i)) for i in rows],
+        types,
+        None if labels is None else labels[chosen],
+        targets=targets,
+        reference=None if reference is None else reference[chosen],
+    )

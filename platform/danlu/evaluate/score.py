@@ -11,16 +11,16 @@ import numpy as np
 
 from danlu.tasks.classification import Predictor, Scores, predictions
 from danlu.tasks.classification import scores as label_scores
-from danlu.tasks.pretrain import LanguageScores, Scorer
-from danlu.tasks.pretrain import scores as language_scores
-from danlu.tasks.rows import Split
+from danlu.tasks.judge import LanguageJudge
+from danlu.tasks.pretrain import LanguageScores
+from danlu.tasks.rows import Scored, Split
 
 
 @dataclass(frozen=True)
 class Evaluation:
     """Scores of a split, what they were made of (float32 [rows, width]; a classifier's logits) and how long that took."""
 
-    scores: Scores | LanguageScores
+    scores: Scored
     outputs: np.ndarray
     seconds: float
 
@@ -72,12 +72,14 @@ class Delta:
         return "\n".join(lines)
 
 
-def evaluate(judge: Predictor | Scorer, split: Split, *, batch_tokens: int = 2048) -> Evaluation:
+def evaluate(judge: Predictor | LanguageJudge, split: Split, *, batch_tokens: int = 2048) -> Evaluation:
     """Score every row of a split."""
     began = time.perf_counter()
+    if isinstance(judge, LanguageJudge):
+        outputs = judge.outputs(split, batch_tokens=batch_tokens)
+        return Evaluation(judge.scores(outputs, split), outputs, time.perf_counter() - began)
     outputs = judge.outputs(split.encoded, batch_tokens=batch_tokens)
-    found = language_scores(outputs) if isinstance(judge, Scorer) else label_scores(outputs, split.labels, judge.label_names)
-    return Evaluation(found, outputs, time.perf_counter() - began)
+    return Evaluation(label_scores(outputs, split.labels, judge.label_names), outputs, time.perf_counter() - began)
 
 
 def compare(
@@ -113,8 +115,8 @@ def compare(
     ]
     return Delta(
         name=name,
-        original=before.scores.metrics(),
-        compressed=after.scores.metrics(),
+        original=dict(before.scores.metrics()),
+        compressed=dict(after.scores.metrics()),
         agreement=float((before.outputs.argmax(1) == after.outputs.argmax(1)).mean()),
         largest_probability_change=float(max(changes)),
         rows_per_second_original=len(sample) / median(one for one, _ in times),
@@ -130,11 +132,14 @@ def compare(
     )
 
 
-def scores_text(found: Scores | LanguageScores) -> str:
+def scores_text(found: Scored) -> str:
     """Scores for the terminal; a classifier's with per-class table and confusion matrix."""
     if isinstance(found, LanguageScores):
         size = f"tokens {found.num_tokens:,}   rows {found.num_rows:,}"
         return f"  loss {found.loss:.4f} nats a token   perplexity {found.perplexity:.3f}   {size}"
+    if not isinstance(found, Scores):
+        numbers = "   ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in found.metrics().items())
+        return f"  {numbers}   rows {found.num_rows:,}"
     width = max(len(name) for name in found.per_class)
     lines = [f"  accuracy {found.accuracy:.4f}   macro F1 {found.macro_f1:.4f}   loss {found.loss:.4f}   rows {found.num_rows}", ""]
     lines.append(f"  {'':<{width}} precision    recall        f1   rows")

@@ -13,7 +13,7 @@ from danlu.spec.model import Model
 from danlu.spec.optim import Adafactor, BnbAdamW, Lion, Optim, Wsd
 from danlu.spec.parallel import Ddp, DeepSpeed, Parallel, Workers
 from danlu.spec.serve import ServeAfterTraining, Service
-from danlu.spec.task import METRICS, Classification, Task
+from danlu.spec.task import METRICS, Classification, MaskedLm, Preference, Pretrain, Seq2Seq, Task
 from danlu.spec.tuning import Adalora, Full, Tuning, VirtualTokens, is_merged
 
 
@@ -22,8 +22,8 @@ class Evaluation(Spec):
 
     eval_steps: PositiveInt | None = None
     """Score the dev split every so many steps; unset: five times in the run. It is always scored at the end."""
-    metric_for_best_model: Literal["accuracy", "macro_f1", "loss"] | None = None
-    """What the best weights of the dev split are best at. Unset: accuracy for classification, loss for language modelling."""
+    metric_for_best_model: Literal["accuracy", "macro_f1", "loss", "token_accuracy", "reward_accuracy", "reward_margin"] | None = None
+    """What the best weights of the dev split are best at. Unset: accuracy for classification, reward_accuracy for preference, else loss."""
     early_stopping_patience: PositiveInt | None = None
     """Stop after so many evaluations in a row without a new best; unset never stops early."""
     batch_tokens: PositiveInt = 2048
@@ -37,6 +37,10 @@ class Checkpointing(Spec):
     """Save every so many steps; unset: five times in the run. The last step is always saved."""
     save_total_limit: Annotated[int, Field(ge=2)] = 2
     """Keep the newest so many (at least two: if one is damaged, the one before it serves), and the best one besides."""
+
+
+def _is_decoder(task: Task) -> bool:
+    return not isinstance(task, Classification | Seq2Seq) and not (isinstance(task, Pretrain) and isinstance(task.objective, MaskedLm))
 
 
 class TrainJob(Spec):
@@ -146,6 +150,18 @@ class TrainJob(Spec):
     @model_validator(mode="after")
     def _tuning_goes_with_the_rest(self) -> Self:
         sharded = isinstance(self.parallel, DeepSpeed) and self.parallel.zero_stage == 3
+        if isinstance(self.task, Pretrain) and self.task.from_scratch is not None and self.tuning.kind != "full":
+            raise ValueError(f"task.from_scratch leaves nothing to tune by tuning.kind={self.tuning.kind}; tuning.kind=full trains all")
+        if not isinstance(self.task, Classification) and isinstance(self.tuning, VirtualTokens) and not _is_decoder(self.task):
+            raise ValueError(
+                f"tuning.kind={self.tuning.kind} is for classifiers and decoders, not for task.kind={self.task.kind} as it is set; "
+                "tuning.kind=lora"
+            )
+        if isinstance(self.task, Preference) and self.task.has_reference and isinstance(self.tuning, VirtualTokens):
+            raise ValueError(
+                f"task.loss.kind={self.task.loss.kind} compares with the pretrained model, which tuning.kind={self.tuning.kind} does not "
+                "start as; tuning.kind=lora, or task.loss.kind=orpo"
+            )
         match self.tuning:
             case Adalora():
                 if sharded:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -193,6 +194,10 @@ class Prediction:
 
     label: str
     probabilities: list[float]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able form, for people."""
+        return {"label": self.label, "probability": round(max(self.probabilities), 4)}
 
 
 class Predictor:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any, Protocol, cast
 
 import numpy as np
@@ -78,7 +80,43 @@ def task_file(task: spec.Task) -> TaskFile:
             from danlu.tasks import classification
 
             return cast(TaskFile, classification)
+        case spec.Pretrain(objective=spec.MaskedLm()):
+            from danlu.tasks import masked
+
+            return _with_task(masked, task, "given_split")
         case spec.Pretrain():
             from danlu.tasks import pretrain
 
             return cast(TaskFile, pretrain)
+        case spec.Chat():
+            from danlu.tasks import chat
+
+            return _with_task(chat, task, "given_split")
+        case spec.Preference():
+            from danlu.tasks import preference
+
+            return _with_task(preference, task, "scores")
+        case spec.Seq2Seq():
+            from danlu.tasks import seq2seq
+
+            return _with_task(seq2seq, task, "given_split")
+
+
+def relative_to_start(task: spec.Task, data: Splits, outputs: Callable[[Split], np.ndarray]) -> Splits:
+    """The rows with what the start model gives on them, where the loss is relative to that. `outputs`: its `row_outputs` of a split."""
+    if isinstance(task, spec.Preference) and task.has_reference:
+        from danlu.tasks import preference
+
+        return preference.relative_to_start(data, outputs)
+    return data
+
+
+FUNCTIONS = (
+    "splits", "given_split", "build_model", "skeleton", "head_parameters", "wrap", "loss", "num_targets", "row_outputs", "scores",
+)  # fmt: skip
+
+
+def _with_task(module: ModuleType, task: spec.Task, *names: str) -> TaskFile:
+    """A task's file whose functions of these names depend on how the task is set: they are given it as `task`."""
+    functions = {name: getattr(module, name) for name in FUNCTIONS}
+    return cast(TaskFile, SimpleNamespace(**functions | {name: partial(functions[name], task=task) for name in names}))

@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from danlu.spec.parallel import Ddp, DeepSpeed, Tensor
 from danlu.spec.train import TrainJob
 from danlu.tasks.device import has_native_bf16
 from danlu.tasks.rows import Split, Splits
-from danlu.tasks.task import TaskFile, task_file
+from danlu.tasks.task import TaskFile, relative_to_start, task_file
 from danlu.train.checkpoint import Checkpoints, Progress, after_eval, improved
 from danlu.train.ema import Ema, EmaState
 from danlu.train.model import Trainee, build, export
@@ -61,6 +62,9 @@ def train(job: TrainJob, data: Splits, folder: Path, tokenizer: PreTrainedTokeni
     state = _state(strategy, trainee, run)
     state = state if ema is None else EmaState(state, ema, run.rank)
     models = Models(run, job.parallel.workers_per_model)
+    autocast = bf16 and isinstance(job.parallel, Ddp | Tensor)
+    start_outputs = partial(score_rows, task, model, run=models, batch_tokens=job.evaluation.batch_tokens, autocast=autocast)
+    data = relative_to_start(job.task, data, start_outputs)  # before a checkpoint is read: it is the start that counts
     batches = Batches(
         data.train.encoded,
         data.train.labels,
@@ -70,6 +74,8 @@ def train(job: TrainJob, data: Splits, folder: Path, tokenizer: PreTrainedTokeni
         world_size=models.world_size,
         seed=job.seed,
         group_by_length=job.group_by_length,
+        reference=data.train.reference,
+        corrupt=data.train.corrupt,
     )
     learning_rate = learning_rate_at(job.optim, steps)
     checkpoints = Checkpoints(run, f"{run_uri}/checkpoints", shape=shape(job), keep=job.checkpoint.save_total_limit)
@@ -160,7 +166,7 @@ def score_rows(task: TaskFile, model: nn.Module, split: Split, run: Run, *, batc
     for turn in range(math.ceil(len(groups) / run.world_size)):
         mine = turn * run.world_size + run.rank
         rows = groups[min(mine, len(groups) - 1)]
-        batch = pack_rows(split.encoded, rows).to(run.device)
+        batch = pack_rows(split.encoded, rows, split.labels, split.reference).to(run.device)
         with torch.autocast(run.device.type, torch.bfloat16, enabled=autocast):
             out = task.row_outputs(model, batch)
         if not len(outputs):

@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 
 from danlu.artifact.trainable import ia3_modules
 from danlu.errors import SpecError
-from danlu.spec.task import Classification, Task
+from danlu.spec.task import Classification, MaskedLm, Pretrain, Seq2Seq, Task
 from danlu.spec.tuning import Adalora, Ia3, Lora, Prefix, Prompt, PTuning, Qlora
 
 ADAPTER = "default"
@@ -43,7 +43,7 @@ def with_adapter(
         _check_targets(model, named)
     config: IA3Config | LoraConfig
     shared: dict[str, Any] = {
-        "task_type": TaskType.SEQ_CLS if isinstance(task, Classification) else TaskType.CAUSAL_LM,
+        "task_type": _task_type(task),
         # PEFT trains the head that it knows whole of its own accord.
         "modules_to_save": sorted(name for name in whole if name.split(".")[0] not in ("classifier", "score")) or None,
     }
@@ -57,6 +57,19 @@ def with_adapter(
                 # PEFT puts a head it trains whole around each of these, and cannot where there is an adapter already.
                 config.exclude_modules = sorted(name for name, _ in model.named_modules() if name.endswith(tuple(SEQ_CLS_HEAD_NAMES)))
     return get_peft_model(model, config)
+
+
+def _task_type(task: Task) -> TaskType | None:
+    """What PEFT calls a task; None is its plain model, for what it has no name for."""
+    match task:
+        case Classification():
+            return TaskType.SEQ_CLS
+        case Seq2Seq():
+            return TaskType.SEQ_2_SEQ_LM
+        case Pretrain(objective=MaskedLm()):
+            return None
+        case _:
+            return TaskType.CAUSAL_LM
 
 
 def _low_rank(tuning: Lora | Qlora | Adalora, shared: dict[str, Any], num_steps: int) -> LoraConfig:
@@ -73,8 +86,7 @@ def _low_rank(tuning: Lora | Qlora | Adalora, shared: dict[str, Any], num_steps:
 
 def with_prompt(model: PreTrainedModel, tuning: Prompt | PTuning | Prefix, task: Task) -> PeftModel:
     """The model with a prompt in front of each row; it and the head are trainable."""
-    task_type = TaskType.SEQ_CLS if isinstance(task, Classification) else TaskType.CAUSAL_LM
-    shared: dict[str, Any] = {"task_type": task_type, "num_virtual_tokens": tuning.num_virtual_tokens}
+    shared: dict[str, Any] = {"task_type": _task_type(task), "num_virtual_tokens": tuning.num_virtual_tokens}
     match tuning:
         case Prompt():
             config: PeftConfig = PromptTuningConfig(**shared, prompt_tuning_init=tuning.prompt_tuning_init.upper())

@@ -146,6 +146,25 @@ GOOD: dict[str, tuple[type[Spec], Document]] = {
         )
     },
     "its labels": (TrainJob, JOB | {"task": {"kind": "classification", "labels": ["b", "a", "c"]}}),
+    **{
+        f"task: {task}": (TrainJob, JOB | {"task": task})
+        for task in (
+            {"kind": "pretrain", "objective": {"kind": "masked", "mlm_probability": 0.3}},
+            {"kind": "pretrain", "objective": {"kind": "causal"}, "from_scratch": {"vocab_size": 500, "config_overrides": {"d": 1}}},
+            {"kind": "chat", "row_format": "sharegpt", "assistant_turns": "each"},
+            {"kind": "preference", "loss": {"kind": "dpo", "beta": 0.2, "label_smoothing": 0.1}},
+            {"kind": "preference", "loss": {"kind": "ipo", "beta": 1}},
+            {"kind": "preference", "loss": {"kind": "orpo", "beta": 0.5}},
+            {
+                "kind": "seq2seq",
+                "source_lang": "en",
+                "target_lang": "zh",
+                "source_prefix": "translate: ",
+                "max_target_length": 9,
+                "num_beams": 4,
+            },
+        )
+    },
     "a language model": (TrainJob, JOB | {"task": {"kind": "pretrain"}, "group_by_length": True}),
     **{
         f"optim: {optim}": (TrainJob, JOB | {"optim": optim})
