@@ -18,7 +18,8 @@ CHATML = (
 MARKED = (
     "{%- for message in messages %}<|im_start|>{{ message.role }}\n"
     "{% if message.role == 'assistant' %}{% generation %}{{ message.content }}<|im_end|>{% endgeneration %}"
-    "{%- else %}{{ message.content }}<|im_end|>{% endif %}{{ '\\n' }}{% endfor %}{%- if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    "{%- else %}{{ message.content }}<|im_end|>{% endif %}{{ '\\n' }}{% endfor %}"
+    "{%- if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 FORGETFUL = (
     "{%- for message in messages %}<|im_start|>{{ message.role }}\n"

@@ -87,7 +87,7 @@ PROBLEMS = {
         "compress.quantization (line 5)",
         "choices: int8, bnb_int8, bnb_nf4",
     ),
-    "another task": ("task: {kind: chat}", "task (line 5): there is no kind 'chat'", "kind: classification or pretrain"),
+    "another task": ("task: {kind: sort}", "task (line 5): there is no kind 'sort'", "kind: classification or pretrain or chat"),
     "a choice": ("precision: bf61", "precision (line 5): 'bf61' is none of 'auto', 'fp32' or 'bf16'", "did you mean bf16?"),
     "a choice of numbers": ("workers: {gpus_per_worker: 2}", "workers.gpus_per_worker (line 5): 2 is none of 0 or 1", ""),
     "too little": ("optim: {learning_rate: 0}", "optim.learning_rate (line 5): 0: it should be greater than 0", ""),
