@@ -86,7 +86,7 @@ def predict(
     set_: Set = None,
     bundle: ProductionOf = None,
 ) -> None:
-    """Label texts in this process, without a server. One JSON object a line."""
+    """Label texts, answer or translate them, fill in masks: in this process, without a server. One JSON object a line."""
     from danlu import walk
 
     walk.predict(spec, set_ or [], text or [], bundle=bundle)
