@@ -380,7 +380,7 @@ def test_the_report_is_written_beside_the_run(prepared: sdk.Prepared, trained: s
 
 def test_wrong_questions_are_refused(prepared: sdk.Prepared, trained: sdk.Trained, tmp_path: Path) -> None:
     for texts in ([], ["wheat", "  "]):
-        with pytest.raises(DataError, match="no text to classify, or one of the texts is empty"):
+        with pytest.raises(DataError, match="no text to read, or one of the texts is empty"):
             sdk.predict(trained.bundle, texts)
     with pytest.raises(ModelError, match="has no bundle named 'topic'; it has: topics"):
         sdk.predict("topic@latest", ["wheat"], storage=prepared.job.storage)
