@@ -240,32 +240,18 @@ def predict(
     """Answers in this process. Inputs are texts (with their `pairs`), or of an encoder's task also the JSON an endpoint takes (such as
     {"question": ..., "context": ...}) or the task's examples. A language model answers texts with texts."""
     from danlu.compress.load import load_judge
-    from danlu.tasks.exchange import BadExample, read_example
+    from danlu.tasks.exchange import BadExample, read_examples, read_texts
     from danlu.tasks.judge import LanguageJudge
 
     if not inputs:
         raise DataError("there is nothing to answer", where="texts", fix="give at least one text with words")
     judge = load_judge(open_bundle(reference, storage))
-    if isinstance(judge, LanguageJudge):
-        return judge.answers(_texts(inputs, pairs))
-    asked = inputs if pairs is None else [{"text": one, "text_pair": pair} for one, pair in zip(inputs, pairs, strict=True)]
     try:
-        examples = [read_example(one, judge.task, f"inputs[{i}]") if isinstance(one, str | Mapping) else one for i, one in enumerate(asked)]
+        if isinstance(judge, LanguageJudge):
+            return judge.answers(read_texts(inputs, pairs))
+        return judge.predict(read_examples(inputs, pairs, judge.task))
     except BadExample as error:
         raise DataError(error.problem, where="texts", fix=error.fix) from error
-    return judge.predict(examples)
-
-
-def _texts(inputs: Sequence[object], pairs: Sequence[str] | None) -> list[str]:
-    """What a language model is asked."""
-    if pairs is not None:
-        raise DataError("a language model answers texts, not pairs of them", where="pairs", fix="leave them out")
-    texts = [one for one in inputs if isinstance(one, str) and one.strip()]
-    if len(texts) < len(inputs):
-        number = next(i for i, one in enumerate(inputs) if not isinstance(one, str) or not one.strip())
-        what = "is empty" if isinstance(inputs[number], str) else f"is {type(inputs[number]).__name__}, not a text"
-        raise DataError(f"`inputs[{number}]` {what}", where="texts", fix="a text with at least one word")
-    return texts
 
 
 def check_served(url: str, bundle: Bundle, split: Split, *, num_rows: int = 64) -> str:

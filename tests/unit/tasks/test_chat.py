@@ -278,7 +278,7 @@ def test_packed_losses_and_gradients_are_those_of_each_row_alone(model: Path, tm
 
     tokenizer = load_tokenizer(model)
     split = read(talks(6), tokenizer, tmp_path).train
-    module = chat.wrap(chat.build_model(model))
+    module = chat.wrap(chat.build_model(model), Chat())
     plain = AutoModelForCausalLM.from_pretrained(model)
     assert module.packed
     chat.loss(module, pack_rows(split.encoded, range(len(split))), Chat()).backward()

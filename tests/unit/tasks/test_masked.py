@@ -16,7 +16,7 @@ from danlu import sdk
 from danlu.data.encode import NO_TARGET
 from danlu.data.pack import Batches, pack_rows
 from danlu.errors import DataError, ModelError
-from danlu.spec.task import FromScratch, Pretrain
+from danlu.spec.task import FromScratch, MaskedLm, Pretrain
 from danlu.spec.train import TrainJob
 from danlu.tasks import masked
 from danlu.tasks.from_scratch import start_folder
@@ -50,7 +50,7 @@ def test_packed_losses_and_gradients_are_transformers_own(kind: Any) -> None:
     torch.manual_seed(0)
     ours, theirs = kind(config), kind(copy.deepcopy(config))
     theirs.load_state_dict(ours.state_dict())
-    module = masked.wrap(ours)
+    module = masked.wrap(ours, Pretrain(objective=MaskedLm()))
     assert module.packed
     draw = np.random.default_rng(0)
     rows = [draw.integers(5, 60, n).astype(np.int32) for n in (4, 9, 6)]

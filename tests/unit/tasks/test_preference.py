@@ -62,7 +62,7 @@ def test_a_batchs_loss_is_the_papers_formula_on_transformers_logits(kind: Dpo | 
     rows = preferences(5)
     split = read(rows, model, tmp_path).train
     reference = np.random.default_rng(0).normal(-9, 2, (5, 2)).astype(np.float32)
-    module = preference.wrap(preference.build_model(model))
+    module = preference.wrap(preference.build_model(model), Preference())
     assert module.packed
     found = preference.loss(module, pack_rows(split.encoded, range(5), None, reference), Preference(loss=kind))
     expected = 0.0

@@ -54,11 +54,11 @@ def test_a_batchs_loss_is_transformers_own_on_padded_labels(kind: str, model: Pa
     labels[labels == 0] = -100
     theirs = plain(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=labels)
     packed = pack_rows(split.encoded, range(6))
-    ours = seq2seq.loss(seq2seq.wrap(plain), packed, Seq2Seq())
+    ours = seq2seq.loss(seq2seq.wrap(plain, Seq2Seq()), packed, Seq2Seq())
     number = seq2seq.num_targets(packed)
     assert number == int((labels != -100).sum())
     assert float(ours / number) == pytest.approx(float(theirs.loss), abs=1e-5)
-    hits = seq2seq.row_outputs(seq2seq.wrap(plain), packed)[:, 1].sum()
+    hits = seq2seq.row_outputs(seq2seq.wrap(plain, Seq2Seq()), packed)[:, 1].sum()
     assert int(hits) == int((theirs.logits.argmax(-1) == labels).sum())
 
 
