@@ -13,15 +13,15 @@ from danlu.artifact.bundle import Bundle, BundleMeta, Lineage, Probe, canonical_
 from danlu.artifact.runs import RunFolder
 from danlu.artifact.store import Store
 from danlu.errors import StorageError
-from danlu.spec.task import LOWER_IS_BETTER, EncoderTask
+from danlu.spec.task import LOWER_IS_BETTER, EncoderTask, Pretrain, is_decoders
 from danlu.spec.train import TrainJob
 from danlu.spec.tuning import Freeze, Full
 
 if TYPE_CHECKING:
     from danlu.evaluate.score import Delta, Evaluation
     from danlu.plan import Plan
+    from danlu.tasks.judge import LanguageJudge
     from danlu.tasks.predictor import Predictor
-    from danlu.tasks.pretrain import Scorer
     from danlu.tasks.rows import Split, Splits
 
 LATEST, PRODUCTION = "latest", "production"
@@ -97,6 +97,7 @@ def make_bundle(prepared: Prepared, run: RunFolder, outcome: dict[str, Any], spe
             tuning=None if whole else job.tuning,
             lineage=make_lineage(job, splits, run, spec_digest),
         )
+        _write_generation_defaults(prepared, folder / "model")
         draft = write_bundle(folder, meta)
         judge = load_judge(draft)
         parts = {"dev": splits.dev} | ({"test": splits.test} if splits.test is not None else {})
@@ -111,6 +112,19 @@ def make_bundle(prepared: Prepared, run: RunFolder, outcome: dict[str, Any], spe
     store.set_alias(job.name, PRODUCTION, stored.version)
     reference = f"{job.name}@v{stored.version}"
     return Trained(run, open_bundle(reference, job.storage), reference, evaluations, outcome)
+
+
+def _write_generation_defaults(prepared: Prepared, folder: Path) -> None:
+    """What an engine needs beside weights and tokenizer: where an answer ends."""
+    from danlu.tasks import chat
+    from danlu.tasks.judge import write_generation_defaults
+    from danlu.tasks.tokenizer import load_tokenizer
+
+    task = prepared.job.task
+    if is_decoders(task):
+        tokenizer = load_tokenizer(folder)
+        ends = [] if isinstance(task, Pretrain) else chat.end_of_turn_ids(prepared.splits.train.encoded, tokenizer)
+        write_generation_defaults(folder, prepared.folder, tokenizer, ends)
 
 
 def _fetch(uri: str, target: Path) -> None:
@@ -161,17 +175,16 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def make_probes(judge: Predictor | Scorer, split: Split) -> list[Probe]:
+def make_probes(judge: Predictor | LanguageJudge, split: Split) -> list[Probe]:
     """A few rows with the answers that whoever serves this bundle must give."""
     import numpy as np
 
     from danlu.tasks.exchange import shown, to_fields
-    from danlu.tasks.pretrain import Scorer
+    from danlu.tasks.judge import LanguageJudge
 
-    rows = np.linspace(0, len(split.texts.texts) - 1, min(NUM_PROBES, len(split.texts.texts))).astype(int)
-    texts = [split.texts.texts[i] for i in rows]
-    if isinstance(judge, Scorer):
-        return [Probe(text=text, loss=loss) for text, loss in zip(texts, judge.losses(texts), strict=True)]
+    rows = [int(row) for row in np.linspace(0, len(split.texts.texts) - 1, min(NUM_PROBES, len(split.texts.texts)))]
+    if isinstance(judge, LanguageJudge):
+        return judge.probes(split, rows)
     examples = [split.examples[i] for i in rows]
     return [
         Probe(
@@ -185,7 +198,7 @@ def make_probes(judge: Predictor | Scorer, split: Split) -> list[Probe]:
     ]
 
 
-def split_for(bundle: Bundle, judge: Predictor | Scorer, data: Sequence[str] | str | None) -> tuple[Split, str]:
+def split_for(bundle: Bundle, judge: Predictor | LanguageJudge, data: Sequence[str] | str | None) -> tuple[Split, str]:
     """Rows to score a bundle on: the files given, or the test (else dev) rows of its own job."""
     from danlu.tasks.task import read_given, read_splits
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from danlu.artifact.bundle import Bundle, canonical_json, text_digest, write_bundle
-from danlu.artifact.pretrained import model_folder
 from danlu.artifact.runs import SPEC, RunFolder, latest_run, open_run
 from danlu.artifact.store import Store, ensure_writable
 from danlu.benchmark import run_suite, suite_text
@@ -40,6 +39,7 @@ if TYPE_CHECKING:
     from danlu.evaluate.score import Evaluation
     from danlu.serve.app import Endpoint
     from danlu.tasks.exchange import Example, Prediction
+    from danlu.tasks.judge import Completion
     from danlu.tasks.rows import Split
     from danlu.train.run import Record
 
@@ -48,13 +48,14 @@ def prepare(job: TrainJob, *, calibrate: bool = True) -> Prepared:
     """Find and check everything a job needs, and plan it. Raises a DanluError for what would fail later."""
     from danlu import track
     from danlu.plan import make_plan
+    from danlu.tasks.from_scratch import start_folder
     from danlu.tasks.task import read_splits
     from danlu.tasks.tokenizer import load_tokenizer
 
     ensure_writable(job.storage)
     track.chosen(job)
     check_machine(job)
-    folder = model_folder(job.model)
+    folder = start_folder(job.model, job.data, job.task, seed=job.seed)
     tokenizer = load_tokenizer(folder)
     splits = read_splits(job, tokenizer, max_length=job.model.max_length)
     lengths = splits.train.encoded.lengths
@@ -227,24 +228,22 @@ def predict(
     pairs: Sequence[str] | None = None,
     *,
     storage: str = "runs",
-) -> Sequence[Prediction]:
-    """Answers in this process. Inputs are texts (with their `pairs`), the JSON an endpoint takes (such as {"question": ..., "context":
-    ...}), or the task's examples."""
-    from danlu.compress.load import load_predictor
-    from danlu.tasks.exchange import BadExample, read_example
+) -> Sequence[Prediction | Completion]:
+    """Answers in this process. Inputs are texts (with their `pairs`), or of an encoder's task also the JSON an endpoint takes (such as
+    {"question": ..., "context": ...}) or the task's examples. A language model answers texts with texts."""
+    from danlu.compress.load import load_judge
+    from danlu.tasks.exchange import BadExample, read_examples, read_texts
+    from danlu.tasks.judge import LanguageJudge
 
     if not inputs:
         raise DataError("there is nothing to answer", where="texts", fix="give at least one text with words")
-    bundle = open_bundle(reference, storage)
-    predictor = load_predictor(bundle)
-    asked = inputs if pairs is None else [{"text": one, "text_pair": pair} for one, pair in zip(inputs, pairs, strict=True)]
+    judge = load_judge(open_bundle(reference, storage))
     try:
-        examples = [
-            read_example(one, predictor.task, f"inputs[{i}]") if isinstance(one, str | Mapping) else one for i, one in enumerate(asked)
-        ]
+        if isinstance(judge, LanguageJudge):
+            return judge.answers(read_texts(inputs, pairs))
+        return judge.predict(read_examples(inputs, pairs, judge.task))
     except BadExample as error:
         raise DataError(error.problem, where="texts", fix=error.fix) from error
-    return predictor.predict(examples)
 
 
 def check_served(url: str, bundle: Bundle, split: Split, *, num_rows: int = 64) -> str:

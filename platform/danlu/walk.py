@@ -204,12 +204,14 @@ def predict(spec: Path, overrides: Sequence[str], texts: Sequence[str], *, bundl
     """Print one JSON object an input: a text, or what the task's endpoint takes, as JSON."""
     job = load(TrainJob, spec, overrides)
     lines = _not_empty(texts, "text") if texts else _not_empty(_standard_input(), "line")
-    asked = [_asked(line, job.task.kind) for line in lines]
+    asked = [_asked(line, job.task.kind) for line in lines] if isinstance(job.task, EncoderTask) else lines
     found = sdk.predict(bundle or f"{job.name}@{sdk.PRODUCTION}", asked, storage=job.storage)
     from danlu.serve.encoder_wire import summary
+    from danlu.tasks.judge import Completion
 
-    for line, prediction in zip(lines, found, strict=True):
-        show(json.dumps(summary(prediction) | {"text": line}, ensure_ascii=False))
+    for line, answer in zip(lines, found, strict=True):
+        said = answer.to_dict() if isinstance(answer, Completion) else summary(answer)
+        show(json.dumps(said | {"text": line}, ensure_ascii=False))
 
 
 def run(spec: Path, overrides: Sequence[str], *, fresh: bool, keep: bool | None) -> None:

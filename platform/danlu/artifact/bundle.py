@@ -22,9 +22,10 @@ FILE = "bundle.json"
 
 
 class Probe(Spec):
-    """A text and the answer that whoever serves the bundle must give: label and probabilities, or a language model's loss."""
+    """A text and the answer that whoever serves the bundle must give: label and probabilities, the loss of the text, or what follows it."""
 
     text: str
+    """Of a conversation: what the chat template makes of it, the generation prompt included."""
     input: dict[str, Any] = Field(default_factory=dict)
     """Of an encoder's bundle: what is asked, by the names of its task's example (`danlu.tasks.exchange`); `text` shows it."""
     label: str | None = None
@@ -35,6 +36,16 @@ class Probe(Spec):
     """How clearly it says that: up to twice the tolerance, rounding may change the label."""
     loss: float | None = None
     """Nats a token of the text, cut at the bundle's max_length."""
+    messages: list[dict[str, Any]] = Field(default_factory=list)
+    """A conversation that the assistant is asked to go on with, OpenAI's messages; empty for plain text."""
+    tools: list[dict[str, Any]] = Field(default_factory=list)
+    prompt_token_ids: list[int] = Field(default_factory=list)
+    """What the model has read before the completion."""
+    completion: str | None = None
+    """The greedy continuation: every token the most probable one, in the precision the bundle was evaluated in."""
+    completion_token_ids: list[int] = Field(default_factory=list)
+    logprobs: list[float] = Field(default_factory=list)
+    """Of the completion's tokens, natural logarithms."""
 
 
 class Lineage(Spec):

@@ -33,9 +33,19 @@ class Weight:
         return total
 
 
-def model_folder(model: Model, *, cache_dir: str | Path = ".cache/danlu/models") -> Path:
-    """The local folder of a model, downloaded first if it is elsewhere; ModelError says what is missing."""
+def model_folder(model: Model, *, cache_dir: str | Path = ".cache/danlu/models", need_weights: bool = True) -> Path:
+    """The local folder of a model, downloaded first if it is elsewhere; ModelError says what is missing.
+
+    Without `need_weights` a config.json is enough, in a local folder or a package.
+    """
     name = model.model_name_or_path
+    if not need_weights:
+        kind, _, rest = name.partition("://")
+        folder = _package_folder(rest) if kind == "pkg" else Path(name.removeprefix("file://")).expanduser()
+        if not (folder / "config.json").exists():
+            fix = "a local folder with a config.json, or pkg://package/folder"
+            raise ModelError(f"{folder} has no config.json to take the model's shape from", where=FIELD, fix=fix)
+        return folder.resolve()
     match name.partition("://"):
         case ("pkg", "://", rest):
             return _checked(_package_folder(rest), name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, TypedDict, cast
 
 import torch
 from safetensors.torch import load_file
@@ -11,11 +11,14 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForMaskedLM,
     AutoModelForMultipleChoice,
     AutoModelForQuestionAnswering,
+    AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
 )
 
 from danlu.artifact.bundle import Bundle
@@ -25,13 +28,26 @@ from danlu.compress.quantized_base import keep_format_of_odd_shapes, need_bitsan
 from danlu.errors import ModelError
 from danlu.spec.compress import BnbInt8, BnbNf4, Int8
 from danlu.spec.model import Model
-from danlu.spec.task import Embed, EncoderTask, ExtractiveQA, MultipleChoice, Pretrain, Task, TokenClassification
+from danlu.spec.task import (
+    Chat,
+    Embed,
+    EncoderTask,
+    ExtractiveQA,
+    LanguageTask,
+    MaskedLm,
+    MultipleChoice,
+    Preference,
+    Pretrain,
+    Seq2Seq,
+    Task,
+    TokenClassification,
+)
 from danlu.spec.tuning import Adapter, Qlora, VirtualTokens
 from danlu.tasks import bottleneck
+from danlu.tasks.answers import MaskedJudge, Seq2SeqJudge
+from danlu.tasks.judge import DecoderJudge, LanguageJudge, PreferenceJudge, end_ids
 from danlu.tasks.packed import PackedEncoder, PackedModel
-from danlu.tasks.packed_decoder import PackedDecoder
 from danlu.tasks.predictor import Predictor
-from danlu.tasks.pretrain import Scorer
 from danlu.tasks.prompted import load_prompt
 from danlu.tasks.task import encoder_file, task_file
 from danlu.tasks.tokenizer import load_tokenizer
@@ -39,15 +55,61 @@ from danlu.tasks.tokenizer import load_tokenizer
 INT8_FILE = "model.int8.safetensors"
 
 
-def load_judge(bundle: Bundle) -> Predictor | Scorer:
+def load_judge(bundle: Bundle) -> Predictor | LanguageJudge:
     """What scores rows as the bundle was evaluated."""
     match bundle.meta.task:
-        case Pretrain():
-            tokenizer, bf16 = load_tokenizer(bundle.path / "model"), bundle.meta.precision == "bf16"
-            module = cast(PackedDecoder, _wrapped(bundle))
-            return Scorer(module, tokenizer, max_length=bundle.meta.max_length, bf16=bf16)
+        case Pretrain(objective=MaskedLm()) as task:
+            return MaskedJudge(**_judged(bundle), task=task)
+        case Pretrain() | Chat() as task:
+            return DecoderJudge(**_judged(bundle), task=task, end_ids=_end_ids(bundle))
+        case Preference() as task:
+            judge = PreferenceJudge(**_judged(bundle), task=task, end_ids=_end_ids(bundle))
+            if task.has_reference:
+                judge.start = lambda: _start_judge(bundle, task)
+            return judge
+        case Seq2Seq() as task:
+            return Seq2SeqJudge(**_judged(bundle), task=task)
         case _:
             return load_predictor(bundle)
+
+
+class _Judged(TypedDict):
+    module: PackedModel
+    tokenizer: PreTrainedTokenizerBase
+    max_length: int
+    bf16: bool
+
+
+def _judged(bundle: Bundle) -> _Judged:
+    return {
+        "module": _wrapped(bundle),
+        "tokenizer": load_tokenizer(bundle.path / "model"),
+        "max_length": bundle.meta.max_length,
+        "bf16": bundle.meta.precision == "bf16",
+    }
+
+
+def _end_ids(bundle: Bundle) -> list[int]:
+    folder = bundle.path / "model"
+    return end_ids([folder], load_tokenizer(folder))
+
+
+def _start_judge(bundle: Bundle, task: LanguageTask) -> LanguageJudge:
+    """The judge of the model that the bundle's training started from."""
+    meta = bundle.meta
+    whole = meta.base_model is None
+    folder = model_folder(Model.model_validate(meta.lineage.spec["model"])) if whole else _base_folder(bundle)
+    if isinstance(meta.tuning, Qlora):
+        model = quantized_base(folder, task, meta.labels, meta.tuning, dtype=_trained_in(bundle))
+    else:
+        model = task_file(task).build_model(folder, meta.labels)
+    tokenizer = load_tokenizer(bundle.path / "model")
+    bf16 = meta.precision == "bf16"
+    return LanguageJudge(task_file(task).wrap(model, task), tokenizer, max_length=meta.max_length, task=task, bf16=bf16)
+
+
+def _trained_in(bundle: Bundle) -> torch.dtype:
+    return torch.bfloat16 if bundle.meta.precision == "bf16" else torch.float32
 
 
 def load_predictor(bundle: Bundle, *, precision: Literal["fp32", "bf16"] | None = None, device: torch.device | None = None) -> Predictor:
@@ -93,8 +155,12 @@ def _as_packed(bundle: Bundle, model: PreTrainedModel, *, packed: bool | None = 
 def auto_class(task: Task) -> Any:
     """transformers' auto class of a task's models."""
     match task:
-        case Pretrain():
+        case Pretrain(objective=MaskedLm()):
+            return AutoModelForMaskedLM
+        case Pretrain() | Chat() | Preference():
             return AutoModelForCausalLM
+        case Seq2Seq():
+            return AutoModelForSeq2SeqLM
         case ExtractiveQA():
             return AutoModelForQuestionAnswering
         case MultipleChoice():
@@ -138,9 +204,7 @@ def _adapted(bundle: Bundle) -> PreTrainedModel:
         case Qlora():
             from peft import PeftModel
 
-            base = quantized_base(
-                folder, meta.task, meta.labels, meta.tuning, dtype=torch.bfloat16 if meta.precision == "bf16" else torch.float32
-            )
+            base = quantized_base(folder, meta.task, meta.labels, meta.tuning, dtype=_trained_in(bundle))
             adapted: PreTrainedModel = PeftModel.from_pretrained(base, bundle.path / "model").get_base_model()
         case Adapter():
             adapted = bottleneck.load(task_file(meta.task).build_model(folder, meta.labels), bundle.path / "model")

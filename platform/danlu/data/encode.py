@@ -18,8 +18,10 @@ from transformers import PreTrainedTokenizerBase
 log = logging.getLogger(__name__)
 
 FORMAT = 3
-OPTIONAL = ("token_type_ids", "groups", "spans")
+OPTIONAL = ("token_type_ids", "groups", "spans", "token_labels")
 CHUNK = 4096
+NO_TARGET = -100
+"""PyTorch's ignore_index."""
 CHARACTERS_PER_TOKEN = 64
 """No tokenizer makes so few tokens of ordinary text; a row whose kept tokens might reach the cut is tokenised whole."""
 
@@ -30,8 +32,8 @@ class Encoded:
     gives it. input_ids: int32 [tokens]; offsets: int64 [sequences + 1]; truncated: bool [rows]; token_type_ids: int8 [tokens], or None
     where the texts are not pairs; groups: int64 [rows + 1], or None where each row is one sequence.
 
-    spans: int32 [tokens, 2], the characters of the row's text that a token stands for, -1 where it stands for none; token_labels: int64
-    [tokens]. Only where a task says something of each token.
+    spans: int32 [tokens, 2], the characters of the row's text that a token stands for, -1 where it stands for none; token_labels: int
+    [tokens], what the output at each token has to be, NO_TARGET where nothing is learned. Only where a task says something of each token.
     """
 
     input_ids: np.ndarray
@@ -79,6 +81,11 @@ class Encoded:
         """Where the tokens of the named rows stand, int64 [their tokens], in that order."""
         return _ranges(self.bounds, rows)
 
+    def row_labels(self, index: int) -> np.ndarray:
+        """Labels of a row's tokens."""
+        assert self.token_labels is not None
+        return self.token_labels[self.bounds[index] : self.bounds[index + 1]]
+
     def take(self, rows: Sequence[int] | np.ndarray) -> Encoded:
         """The named rows, in that order."""
         rows = np.asarray(rows, dtype=np.int64)
@@ -110,6 +117,29 @@ def _ranges(bounds: np.ndarray, rows: Sequence[int] | np.ndarray) -> np.ndarray:
     sizes = np.diff(bounds)[rows]
     places: np.ndarray = np.arange(int(sizes.sum())) + np.repeat(bounds[:-1][rows] - ends(sizes)[:-1], sizes)
     return places
+
+
+def encoded_rows(
+    rows: Sequence[np.ndarray],
+    truncated: Sequence[bool],
+    *,
+    token_types: Sequence[np.ndarray] | None = None,
+    token_labels: Sequence[np.ndarray] | None = None,
+) -> Encoded:
+    """Rows (int arrays of token ids) end to end, with what else is known of each token."""
+
+    def flat(arrays: Sequence[np.ndarray] | None, dtype: type[np.generic]) -> np.ndarray | None:
+        return None if arrays is None else np.concatenate(arrays).astype(dtype) if arrays else np.empty(0, dtype=dtype)
+
+    ids = flat(rows, np.int32)
+    assert ids is not None
+    return Encoded(
+        ids,
+        ends([len(row) for row in rows]),
+        np.asarray(truncated, dtype=bool),
+        flat(token_types, np.int8),
+        token_labels=flat(token_labels, np.int32),
+    )
 
 
 def encode(

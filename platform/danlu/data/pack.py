@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -16,7 +17,8 @@ class Packed:
     """Sequences laid end to end; a row is one of them, or the several that `groups` gives it.
 
     input_ids, position_ids, token_type_ids: int64 [tokens]; cu_seqlens: int32 [sequences + 1]; groups: int64 [rows + 1] or None; labels:
-    int64 or float32 [rows, ...], int64 [tokens] where each token has one, or None.
+    int64 or float32 [rows, ...], int64 [tokens] where each token has one, or None; reference: float32 [rows, width], what the start model
+    gave on each row, or None.
     """
 
     input_ids: torch.Tensor
@@ -25,6 +27,7 @@ class Packed:
     cu_seqlens: torch.Tensor
     labels: torch.Tensor | None = None
     groups: torch.Tensor | None = None
+    reference: torch.Tensor | None = None
 
     @property
     def num_rows(self) -> int:
@@ -36,10 +39,18 @@ class Packed:
 
     def to(self, device: torch.device) -> Packed:
         """The same batch on `device`; cu_seqlens and groups stay on the host, where rows are split by them."""
-        types = None if self.token_type_ids is None else self.token_type_ids.to(device, non_blocking=True)
-        labels = None if self.labels is None else self.labels.to(device, non_blocking=True)
-        ids, positions = self.input_ids.to(device, non_blocking=True), self.position_ids.to(device, non_blocking=True)
-        return Packed(ids, positions, types, self.cu_seqlens, labels, self.groups)
+
+        def moved(tensor: torch.Tensor | None) -> torch.Tensor | None:
+            return None if tensor is None else tensor.to(device, non_blocking=True)
+
+        return replace(
+            self,
+            input_ids=self.input_ids.to(device, non_blocking=True),
+            position_ids=self.position_ids.to(device, non_blocking=True),
+            token_type_ids=moved(self.token_type_ids),
+            labels=moved(self.labels),
+            reference=moved(self.reference),
+        )
 
 
 def pack(
@@ -52,7 +63,12 @@ def pack(
 
 
 def _packed(
-    ids: np.ndarray, lengths: np.ndarray, types: np.ndarray | None, labels: np.ndarray | None, groups: np.ndarray | None = None
+    ids: np.ndarray,
+    lengths: np.ndarray,
+    types: np.ndarray | None,
+    labels: np.ndarray | None,
+    groups: np.ndarray | None = None,
+    reference: np.ndarray | None = None,
 ) -> Packed:
     cu_seqlens = ends(lengths)
     positions = np.arange(cu_seqlens[-1], dtype=np.int64) - np.repeat(cu_seqlens[:-1], lengths)
@@ -64,6 +80,7 @@ def _packed(
         torch.from_numpy(cu_seqlens.astype(np.int32)),
         None if labels is None else torch.from_numpy(labels.astype(kind)),
         None if groups is None else torch.from_numpy(groups),
+        None if reference is None else torch.from_numpy(reference.astype(np.float32)),
     )
 
 
@@ -79,6 +96,12 @@ def by_length(lengths: Sequence[int] | np.ndarray, max_tokens: int) -> list[np.n
         groups[-1].append(int(index))
         room -= int(lengths[index])
     return [np.asarray(group) for group in groups if group]
+
+
+class Corrupt(Protocol):
+    """What is drawn anew for a row each time it is trained on: (token ids, the tokens' labels) out of its token ids."""
+
+    def __call__(self, ids: np.ndarray, draw: np.random.Generator) -> tuple[np.ndarray, np.ndarray]: ...
 
 
 MEGA_BATCHES = 50
@@ -104,12 +127,15 @@ class Batches:
         world_size: int,
         seed: int,
         group_by_length: bool = False,
+        reference: np.ndarray | None = None,
+        corrupt: Corrupt | None = None,
     ) -> None:
         if global_batch_size % (micro_batch_size * world_size):
             raise ValueError(f"{global_batch_size=} is not a multiple of {micro_batch_size=} x {world_size=}")
         self.encoded, self.labels, self.seed, self.group_by_length = encoded, labels, seed, group_by_length
         self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
         self.rank, self.world_size = rank, world_size
+        self.reference, self.corrupt = reference, corrupt
         self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
 
     def rows_of(self, step: int) -> np.ndarray:
@@ -131,14 +157,18 @@ class Batches:
         num_piles = self.global_batch_size // self.micro_batch_size
         table = rows.reshape(self.micro_batch_size, num_piles).copy()
         table[1::2] = table[1::2, ::-1]
-        return [self._packed(table[:, pile]) for pile in range(self.rank, num_piles, self.world_size)]
+        return [self._packed(table[:, pile], step) for pile in range(self.rank, num_piles, self.world_size)]
 
     def num_tokens(self, step: int) -> int:
         """Tokens of the whole global batch of a step."""
         return int(self.encoded.lengths[self.rows_of(step)].sum())
 
-    def _packed(self, rows: np.ndarray) -> Packed:
-        return pack_rows(self.encoded, rows, self.labels)
+    def _packed(self, rows: np.ndarray, step: int) -> Packed:
+        if self.corrupt is None:
+            return pack_rows(self.encoded, rows, self.labels, self.reference)
+        # Drawn by step and row, so that the draw does not depend on who holds the row.
+        drawn = [self.corrupt(self.encoded.row(int(row)), np.random.default_rng((self.seed, step, int(row)))) for row in rows]
+        return pack([ids for ids, _ in drawn], labels=np.concatenate([labels for _, labels in drawn]))
 
     def _permutation(self, epoch: int) -> np.ndarray:
         if epoch != self._epoch:
@@ -159,8 +189,12 @@ class Batches:
         return np.concatenate([*(batches[int(i)] for i in draw.permutation(len(batches))), order[whole:]])
 
 
-def pack_rows(encoded: Encoded, rows: Sequence[int] | np.ndarray, labels: np.ndarray | None = None) -> Packed:
+def pack_rows(
+    encoded: Encoded, rows: Sequence[int] | np.ndarray, labels: np.ndarray | None = None, reference: np.ndarray | None = None
+) -> Packed:
     """The named rows of `encoded`, packed, with their `labels` ([all rows, ...]) or the labels of their tokens."""
+    rows = np.asarray(rows, dtype=np.int64)
     taken = encoded.take(rows)
-    told = taken.token_labels if labels is None else labels[np.asarray(rows, dtype=np.int64)]
-    return _packed(taken.input_ids, np.diff(taken.offsets), taken.token_type_ids, told, taken.groups)
+    told = taken.token_labels if labels is None else labels[rows]
+    beside = None if reference is None else reference[rows]
+    return _packed(taken.input_ids, np.diff(taken.offsets), taken.token_type_ids, told, taken.groups, beside)

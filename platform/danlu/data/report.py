@@ -49,6 +49,10 @@ class DataReport:
     warnings: tuple[str, ...]
     cleaned: Cleaned | None = None
     """What the steps of `data.clean` did before."""
+    notes: tuple[str, ...] = ()
+    """What was done to the rows, a line each."""
+    example: str = ""
+    """The first row as the model reads it."""
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form."""
@@ -83,14 +87,26 @@ class DataReport:
         lines += [f"  {name:<{width}} " + " ".join(f"{cell:>12}" for cell in cells) for name, cells in table]
         if self.cleaned is not None:
             lines += ["", self.cleaned.text()]
-        return "\n".join(lines + [f"  warning: {warning}" for warning in self.warnings])
+        lines += [f"  {note}" for note in self.notes]
+        lines += [f"  warning: {warning}" for warning in self.warnings]
+        if self.example:
+            lines += ["", "  the first row as the model reads it; it learns what stands between ⟦ and ⟧:", ""]
+            lines += [f"    {line}" for line in self.example.split("\n")]
+        return "\n".join(lines)
 
 
-def data_report(splits: Mapping[str, tuple[Labelled, Encoded]], rows: Mapping[str, Rows], *, max_length: int) -> DataReport:
+def data_report(
+    splits: Mapping[str, tuple[Labelled, Encoded]],
+    rows: Mapping[str, Rows],
+    *,
+    max_length: int,
+    notes: Sequence[str] = (),
+    example: str = "",
+) -> DataReport:
     """Count what there is in each split; `train` has to be one of them."""
     train_texts = {_normal(texts, i) for texts, _ in [splits["train"]] for i in range(len(texts.texts))}
     reports = {name: _split_report(*splits[name], rows[name], train_texts if name != "train" else set()) for name in splits}
-    return DataReport(reports, max_length, tuple(_warnings(reports)))
+    return DataReport(reports, max_length, tuple(_warnings(reports)), notes=tuple(notes), example=example)
 
 
 def check_labels(

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from danlu.tasks.exchange import Embedding, Value, largest_change
+from danlu.tasks.judge import LanguageJudge
 from danlu.tasks.predictor import Predictor
-from danlu.tasks.pretrain import Scorer
 from danlu.tasks.rows import Scored, Split
 
 
@@ -72,10 +72,13 @@ class Delta:
         return "\n".join(lines)
 
 
-def evaluate(judge: Predictor | Scorer, split: Split, *, batch_tokens: int = 1024) -> Evaluation:
+def evaluate(judge: Predictor | LanguageJudge, split: Split, *, batch_tokens: int = 1024) -> Evaluation:
     """Score every row of a split."""
     began = time.perf_counter()
-    outputs = judge.outputs(split.encoded, batch_tokens=batch_tokens)
+    if isinstance(judge, LanguageJudge):
+        outputs = judge.outputs(split, batch_tokens=batch_tokens)
+    else:
+        outputs = judge.outputs(split.encoded, batch_tokens=batch_tokens)
     found = judge.scores(outputs, split)
     return Evaluation(found, outputs, time.perf_counter() - began)
 

@@ -115,19 +115,139 @@ class Embed(Spec):
     """Cosines are divided by it before the softmax."""
 
 
+class CausalLm(Spec):
+    """Every next token, by a decoder."""
+
+    kind: Literal["causal"] = "causal"
+
+
+class MaskedLm(Spec):
+    """What was masked, by an encoder (https://arxiv.org/abs/1810.04805). Training rows are masked anew each time they are read."""
+
+    kind: Literal["masked"] = "masked"
+    mlm_probability: Annotated[float, Field(gt=0, lt=1)] = 0.15
+    """Share of the tokens that are chosen: of these 80 % become the mask, 10 % any token, 10 % stay."""
+
+
+class FromScratch(Spec):
+    """A model with random weights and a tokenizer of the corpus: only the config.json of `model.model_name_or_path` is read."""
+
+    vocab_size: Annotated[int, Field(ge=300)] = 8000
+    """Entries of the tokenizer that is trained on `data.train`, byte-level BPE; fewer if the corpus has not as many."""
+    config_overrides: dict[str, bool | int | float | str] = Field(default_factory=dict)
+    """Fields of the config.json that are to be other ones, such as num_hidden_layers."""
+
+
 class Pretrain(Spec):
-    """Causal language modelling: every next token of plain text, by a pretrained decoder that goes on learning.
+    """Language modelling on plain text, by a pretrained model that goes on learning or by one from scratch.
 
     Texts longer than `model.max_length` are cut into pieces of that length, none of which is lost.
     """
 
     kind: Literal["pretrain"] = "pretrain"
+    objective: Annotated[CausalLm | MaskedLm, Field(discriminator="kind")] = CausalLm()
+    from_scratch: FromScratch | None = None
+    """Unset: the weights and the tokenizer of `model.model_name_or_path`."""
+
+
+class Chat(Spec):
+    """Supervised fine-tuning on conversations: a decoder learns what the assistant says, as the tokenizer's own chat template writes it.
+
+    A row longer than `model.max_length` tokens is cut at its end; one in which nothing of the assistant is left is dropped.
+    """
+
+    kind: Literal["chat"] = "chat"
+
+    row_format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text"] = "auto"
+    """How a row holds a conversation. `auto` goes by the columns and the first rows, and says what it found. `messages`: OpenAI's, with
+    tools and tool calls; `prompt_completion`: texts (a user's and the assistant's turn) or lists of messages; `text`: no template is
+    applied, and all is learned."""
+
+    assistant_turns: Literal["all", "last", "each"] = "all"
+    """Which turns of the assistant are learned. `each` makes every turn a row that ends with it, for templates that render a turn otherwise
+    when more follows (those that forget earlier reasoning do)."""
+
+
+class Dpo(Spec):
+    """Direct preference optimisation (https://arxiv.org/abs/2305.18290): how much likelier than to the start model the chosen answer has
+    become, beyond the rejected one."""
+
+    kind: Literal["dpo"] = "dpo"
+    beta: PositiveFloat = 0.1
+    """How strongly the model is held to its start; higher holds more."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+    """Share of the pairs that may be the wrong way round (conservative DPO)."""
+
+
+class Ipo(Spec):
+    """Identity preference optimisation (https://arxiv.org/abs/2310.12036): the margin is drawn to 1 / (2 beta) instead of without end. Log
+    probabilities are means over an answer's tokens, as in TRL."""
+
+    kind: Literal["ipo"] = "ipo"
+    beta: PositiveFloat = 0.1
+    """The paper's tau."""
+
+
+class Orpo(Spec):
+    """Odds-ratio preference optimisation (https://arxiv.org/abs/2403.07691): the chosen answer is learned, and its odds against the
+    rejected one. There is no start model to be held to, so it starts from one that is not tuned yet."""
+
+    kind: Literal["orpo"] = "orpo"
+    beta: PositiveFloat = 0.1
+    """Weight of the odds ratio; the paper's lambda."""
+
+
+class Preference(Spec):
+    """A decoder learns which of two answers is preferred, written by the tokenizer's own chat template.
+
+    Rows are pairs: prompt, chosen, rejected (texts or messages; the prompt may stand in both); LLaMA-Factory's and OpenAI's forms. DPO and
+    IPO compare with the start model, whose log probabilities are computed once before the first step.
+    """
+
+    kind: Literal["preference"] = "preference"
+    loss: Annotated[Dpo | Ipo | Orpo, Field(discriminator="kind")] = Dpo()
+
+    @property
+    def has_reference(self) -> bool:
+        """True if the loss is relative to the start model."""
+        return not isinstance(self.loss, Orpo)
+
+
+class Seq2Seq(Spec):
+    """An encoder-decoder reads a text and writes another: summarization, translation.
+
+    Rows: {document, summary}, {source, target}, or {translation: {zh, en}} with both languages named here. Sources longer than
+    `model.max_length` tokens and targets longer than `max_target_length` are cut at their end.
+    """
+
+    kind: Literal["seq2seq"] = "seq2seq"
+    source_lang: str | None = None
+    target_lang: str | None = None
+    """Keys of a row's `translation`. Unset: the row's first and second."""
+    source_prefix: str = ""
+    """Put before every source, as T5 wants it: "summarize: "."""
+    max_target_length: Annotated[int, Field(ge=2)] = 128
+    num_beams: PositiveInt = 1
+    """Of generation, when dev and test are scored at the end and in prediction; 1 is greedy."""
 
 
 EncoderTask = Classification | MultiLabelClassification | Regression | ExtractiveQA | MultipleChoice | TokenClassification | Embed
 """Tasks of encoders: those that are served by the encoder engine and can be compressed."""
 
-Task = Annotated[EncoderTask | Pretrain, Field(discriminator="kind")]
+LanguageTask = Pretrain | Chat | Preference | Seq2Seq
+"""Tasks of language models: what they answer is text."""
+
+Task = Annotated[EncoderTask | LanguageTask, Field(discriminator="kind")]
+
+
+def is_decoders(task: Task) -> bool:
+    """True if a causal language model is what learns it: tokens that predict the next one, each of which sees those before it."""
+    match task:
+        case Pretrain():
+            return isinstance(task.objective, CausalLm)
+        case _:
+            return isinstance(task, Chat | Preference)
+
 
 METRICS: dict[str, tuple[str, ...]] = {
     "classification": ("accuracy", "macro_f1", "loss"),
@@ -138,6 +258,9 @@ METRICS: dict[str, tuple[str, ...]] = {
     "token_classification": ("f1", "precision", "recall", "accuracy"),
     "embedding": ("ndcg_at_10", "mrr", "recall_at_1", "recall_at_10"),
     "pretrain": ("loss",),
+    "chat": ("loss", "token_accuracy"),
+    "preference": ("reward_accuracy", "loss", "reward_margin"),
+    "seq2seq": ("loss", "token_accuracy"),
 }
 """What a task's dev split is scored by; the first is what chooses the best weights unless the job says otherwise."""
 
@@ -152,5 +275,8 @@ COLUMNS: dict[str, tuple[str, ...]] = {
     "token_classification": ("tokens", "text", "label"),
     "embedding": ("text", "positive", "negative"),
     "pretrain": ("text", "text_pair", "label"),
+    "chat": (),
+    "preference": (),
+    "seq2seq": (),
 }
-"""The columns that a task reads, of those `data.columns` can name."""
+"""The columns that a task reads, of those `data.columns` can name; one that has none knows its rows by their own names."""

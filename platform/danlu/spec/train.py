@@ -14,11 +14,23 @@ from danlu.spec.model import Model
 from danlu.spec.optim import Adafactor, BnbAdamW, Lion, Optim, Wsd
 from danlu.spec.parallel import Ddp, DeepSpeed, Parallel, Pipeline, Tensor, Workers
 from danlu.spec.serve import ServeAfterTraining, Service
-from danlu.spec.task import COLUMNS, METRICS, Classification, Embed, EncoderTask, ExtractiveQA, Task
+from danlu.spec.task import (
+    COLUMNS,
+    METRICS,
+    Classification,
+    Embed,
+    EncoderTask,
+    ExtractiveQA,
+    Preference,
+    Pretrain,
+    Seq2Seq,
+    Task,
+    is_decoders,
+)
 from danlu.spec.tuning import Adalora, Full, Tuning, VirtualTokens, is_merged
 
-PROMPTED = ("classification", "multi_label_classification", "regression", "pretrain")
-"""Tasks that learn behind virtual tokens."""
+PROMPTED = ("classification", "multi_label_classification", "regression")
+"""Encoders' tasks that learn behind virtual tokens, as every decoder's task does."""
 
 
 class Evaluation(Spec):
@@ -45,6 +57,9 @@ class Evaluation(Spec):
             "recall_at_1",
             "recall_at_10",
             "loss",
+            "token_accuracy",
+            "reward_accuracy",
+            "reward_margin",
         ]
         | None
     ) = None
@@ -63,6 +78,12 @@ class Checkpointing(Spec):
     """Save every so many steps; unset: five times in the run. The last step is always saved."""
     save_total_limit: Annotated[int, Field(ge=2)] = 2
     """Keep the newest so many (at least two: if one is damaged, the one before it serves), and the best one besides."""
+
+
+def _named(task: Task) -> str:
+    if isinstance(task, Pretrain):
+        return f"task.kind={task.kind} with task.objective.kind={task.objective.kind}"
+    return f"task.kind={task.kind}"
 
 
 class TrainJob(Spec):
@@ -124,6 +145,12 @@ class TrainJob(Spec):
                 f"parallel.kind={self.parallel.kind} {does} trained weights only, not tuning.kind={self.tuning.kind}; "
                 "parallel.kind=fsdp takes it"
             )
+        if self.parallel.kind in ("tensor", "pipeline") and isinstance(self.task, Seq2Seq):
+            does = "splits" if self.parallel.kind == "tensor" else "cuts up"
+            raise ValueError(
+                f"parallel.kind={self.parallel.kind} {does} one stack of layers, and task.kind=seq2seq trains an encoder's and a "
+                "decoder's; parallel.kind=fsdp takes it"
+            )
         if isinstance(self.parallel, Tensor | Pipeline) and self.parallel.zero_stage and self.num_models == 1:
             raise ValueError(
                 f"parallel.zero_stage=1 has no effect: workers.num_workers={workers} are one group, and no other holds the same weights; "
@@ -135,10 +162,10 @@ class TrainJob(Spec):
     def _context_is_a_decoders(self) -> Self:
         if "context_parallel_size" not in self.parallel.model_sizes:
             return self
-        if self.task.kind == "classification":
+        if not is_decoders(self.task):
             raise ValueError(
                 "parallel.context_parallel_size shares out the tokens of long rows that predict the next one; "
-                "task.kind=classification reads whole rows: leave it out"
+                f"{_named(self.task)} reads whole rows: leave it out"
             )
         if isinstance(self.tuning, VirtualTokens):
             raise ValueError(
@@ -222,13 +249,20 @@ class TrainJob(Spec):
     def _task_reads_the_columns(self) -> Self:
         for role, name in self.data.columns:
             if name is not None and role not in COLUMNS[self.task.kind]:
-                there = ", ".join(COLUMNS[self.task.kind])
+                there = ", ".join(COLUMNS[self.task.kind]) or "rows of known forms, whatever form they have"
                 raise ValueError(f"data.columns.{role} has no effect with task.kind={self.task.kind}, which reads: {there}")
         return self
 
     @model_validator(mode="after")
     def _tuning_goes_with_the_rest(self) -> Self:
         sharded = isinstance(self.parallel, DeepSpeed) and self.parallel.zero_stage == 3
+        if isinstance(self.task, Pretrain) and self.task.from_scratch is not None and self.tuning.kind != "full":
+            raise ValueError(f"task.from_scratch leaves nothing to tune by tuning.kind={self.tuning.kind}; tuning.kind=full trains all")
+        if isinstance(self.task, Preference) and self.task.has_reference and isinstance(self.tuning, VirtualTokens):
+            raise ValueError(
+                f"task.loss.kind={self.task.loss.kind} compares with the pretrained model, which tuning.kind={self.tuning.kind} does not "
+                "start as; tuning.kind=lora, or task.loss.kind=orpo"
+            )
         match self.tuning:
             case Adalora():
                 if sharded:
@@ -251,10 +285,10 @@ class TrainJob(Spec):
                     f"tuning.kind={self.tuning.kind} does not go with parallel.zero_stage=3: the prompt is made outside the modules whose "
                     "weights ZeRO-3 gathers; use parallel.zero_stage=2, or tuning.kind=lora"
                 )
-            case VirtualTokens() if self.task.kind not in PROMPTED:
+            case VirtualTokens() if self.task.kind not in PROMPTED and not is_decoders(self.task):
                 raise ValueError(
-                    f"tuning.kind={self.tuning.kind} puts a prompt in front of a text, which task.kind={self.task.kind} does not take; "
-                    f"it goes with: {', '.join(PROMPTED)}; or use tuning.kind=lora"
+                    f"tuning.kind={self.tuning.kind} puts a prompt in front of a text, which {_named(self.task)} does not take; "
+                    f"it goes with: {', '.join(PROMPTED)} and decoders' tasks; or use tuning.kind=lora"
                 )
             case _:
                 pass

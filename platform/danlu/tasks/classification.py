@@ -19,10 +19,10 @@ from danlu.data.report import check_labels, data_report
 from danlu.data.split import stratified_split
 from danlu.spec.data import Data
 from danlu.spec.task import Classification, EncoderTask
-from danlu.tasks.encoder import build_encoder, encoder_skeleton, head_of, head_parameters, hold_out, read_given, read_splits, text_examples
+from danlu.tasks.encoder import build_encoder, encoder_skeleton, head_of, head_parameters, text_examples
 from danlu.tasks.exchange import Prediction, Text
 from danlu.tasks.packed import PackedClassifier, inputs
-from danlu.tasks.rows import Split, Splits, metrics_line, per_class_table
+from danlu.tasks.rows import Split, Splits, hold_out, metrics_line, per_class_table, read_given, read_splits
 
 PER_TOKEN = False
 

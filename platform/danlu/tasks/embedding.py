@@ -21,10 +21,10 @@ from danlu.data.report import data_report
 from danlu.data.split import random_split
 from danlu.spec.data import Columns, Data
 from danlu.spec.task import Embed
-from danlu.tasks.encoder import build_encoder, encoder_skeleton, hold_out, read_given, read_splits
+from danlu.tasks.encoder import build_encoder, encoder_skeleton
 from danlu.tasks.exchange import Embedding, Text
 from danlu.tasks.packed import PackedEmbedder, inputs
-from danlu.tasks.rows import Split, Splits, metrics_line
+from danlu.tasks.rows import Split, Splits, hold_out, metrics_line, read_given, read_splits
 
 PER_TOKEN = False
 USUAL = {

@@ -1,4 +1,4 @@
-"""What the encoders' tasks share: reading their rows, and loading a pretrained encoder under a head of their own."""
+"""What the encoders' tasks share: loading a pretrained encoder under a head of their own."""
 
 from __future__ import annotations
 
@@ -6,34 +6,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedModel
 
 from danlu.data.columns import Labelled
-from danlu.data.formats import Rows, read_rows
 from danlu.errors import ModelError
-from danlu.spec.data import Data
 from danlu.tasks.exchange import Text
-from danlu.tasks.rows import Split
 
 DROPOUTS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "dropout", "attention_dropout")
-
-
-def read_splits(data: Data) -> dict[str, Rows]:
-    """The rows of `train`, and of `dev` and `test` where there are such."""
-    sources = {name: source for name in ("train", "dev", "test") if (source := getattr(data, name)) is not None}
-    return {name: read_rows(source, format=data.format, max_rows=data.max_rows, where=f"data.{name}") for name, source in sources.items()}
-
-
-def read_given(source: str | Sequence[str], data: Data) -> Rows:
-    """Rows of other files than the job's, read as its own are."""
-    return read_rows(source, format=data.format, max_rows=data.max_rows, where="--data")
-
-
-def hold_out(made: Mapping[str, Split], train_rows: np.ndarray, dev_rows: np.ndarray) -> dict[str, Split]:
-    """The splits with a dev split taken out of `train`."""
-    return {**made, "train": made["train"].take(train_rows), "dev": made["train"].take(dev_rows)}
 
 
 def text_examples(texts: Labelled) -> list[Text]:

@@ -99,6 +99,21 @@ def read_example(item: object, task: EncoderTask, where: str = "input") -> Examp
             )
 
 
+def read_examples(
+    inputs: Sequence[str | Mapping[str, Any] | Example], pairs: Sequence[str] | None, task: EncoderTask, where: str = "inputs"
+) -> list[Example]:
+    """Each of several inputs by `read_example`, texts with their `pairs`; the task's examples as they are."""
+    asked = inputs if pairs is None else [{"text": one, "text_pair": pair} for one, pair in zip(inputs, pairs, strict=True)]
+    return [read_example(one, task, f"{where}[{i}]") if isinstance(one, str | Mapping) else one for i, one in enumerate(asked)]
+
+
+def read_texts(inputs: Sequence[object], pairs: Sequence[str] | None, where: str = "inputs") -> list[str]:
+    """What a language model is asked: texts."""
+    if pairs is not None:
+        raise BadExample("a language model answers texts, not pairs of them", where, "leave the pairs out")
+    return [_filled(one, f"{where}[{i}]", "a text") for i, one in enumerate(inputs)]
+
+
 def _fields(item: object, where: str, needed: Sequence[str], more: Sequence[str], shape: str) -> Mapping[str, object]:
     if not isinstance(item, Mapping):
         what = "an object" if not isinstance(item, str) and needed != ("text",) else "a text"

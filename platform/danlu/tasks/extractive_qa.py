@@ -26,11 +26,11 @@ from danlu.data.split import random_split
 from danlu.data.windows import encode_with_context
 from danlu.spec.data import Columns, Data
 from danlu.spec.task import ExtractiveQA
-from danlu.tasks.encoder import build_encoder, encoder_skeleton, head_parameters, hold_out, read_given, read_splits
+from danlu.tasks.encoder import build_encoder, encoder_skeleton, head_parameters
 from danlu.tasks.exchange import CJK, Question, Reading
 from danlu.tasks.exchange import Span as AnswerSpan
 from danlu.tasks.packed import PackedReader, inputs, padded_rows
-from danlu.tasks.rows import Split, Splits, metrics_line
+from danlu.tasks.rows import Split, Splits, hold_out, metrics_line, read_given, read_splits
 
 PER_TOKEN = True
 HEAD = {"num_labels": 2}

@@ -22,10 +22,10 @@ from danlu.data.split import random_split
 from danlu.spec.data import Data
 from danlu.spec.task import MultiLabelClassification
 from danlu.tasks.classification import encode_examples, row_outputs, skeleton
-from danlu.tasks.encoder import build_encoder, head_of, head_parameters, hold_out, read_given, read_splits, text_examples
+from danlu.tasks.encoder import build_encoder, head_of, head_parameters, text_examples
 from danlu.tasks.exchange import LabelSet, Text
 from danlu.tasks.packed import PackedClassifier
-from danlu.tasks.rows import Split, Splits, metrics_line, per_class_table
+from danlu.tasks.rows import Split, Splits, hold_out, metrics_line, per_class_table, read_given, read_splits
 
 PER_TOKEN = False
 

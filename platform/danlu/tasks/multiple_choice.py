@@ -24,10 +24,10 @@ from danlu.data.split import random_split
 from danlu.errors import DataError
 from danlu.spec.data import Columns, Data
 from danlu.spec.task import MultipleChoice
-from danlu.tasks.encoder import build_encoder, encoder_skeleton, head_parameters, hold_out, read_given, read_splits
+from danlu.tasks.encoder import build_encoder, encoder_skeleton, head_parameters
 from danlu.tasks.exchange import Choice, Choices
 from danlu.tasks.packed import PackedChooser, inputs, padded_rows
-from danlu.tasks.rows import Split, Splits, metrics_line
+from danlu.tasks.rows import Split, Splits, hold_out, metrics_line, read_given, read_splits
 
 PER_TOKEN = False
 USUAL = {

@@ -118,9 +118,9 @@ class PackedEncoder(PackedModel):
         # A tokenizer numbers segments whether the model tells them apart or not.
         self.has_segments = int(getattr(model.config, "type_vocab_size", 0) or 0) > 1
         self.packed = False
-        layers = _layer_stack(model)
+        layers = layer_stack(model)
         if layers is not None and packed is not False:
-            self.first_position = _first_position(model)
+            self.first_position = first_position(model)
             hook = layers.register_forward_hook(_first_tokens, with_kwargs=True) if self.reads_first_tokens else None
             if packed:
                 model.set_attn_implementation(ATTENTION)
@@ -243,13 +243,15 @@ def inputs(batch: Packed) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, tor
     return batch.input_ids, batch.position_ids, batch.cu_seqlens, batch.token_type_ids
 
 
-def _layer_stack(model: PreTrainedModel) -> nn.Module | None:
+def layer_stack(model: PreTrainedModel) -> nn.Module | None:
+    """What holds the layers of an encoder; None if the model is none."""
     backbone = model.base_model
     stack = getattr(backbone, "encoder", None) or getattr(backbone, "transformer", None)
     return stack if isinstance(stack, nn.Module) and not getattr(model.config, "is_decoder", False) else None
 
 
-def _first_position(model: PreTrainedModel) -> int:
+def first_position(model: PreTrainedModel) -> int:
+    """The position of a row's first token: RoBERTa and its kin begin behind their padding token's."""
     embeddings = getattr(model.base_model, "embeddings", None)
     table = getattr(embeddings, "position_embeddings", None)
     padding: int | None = getattr(table, "padding_idx", None)

@@ -36,11 +36,24 @@ def token_losses(
     return torch.cat(pieces)
 
 
+@torch.no_grad()
+def token_scores(hidden: torch.Tensor, head: nn.Module, targets: torch.Tensor, *, softcap: float | None = None) -> torch.Tensor:
+    """Each position's cross-entropy and whether the most probable token is the target, float32 [tokens, 2]."""
+    pieces = []
+    for some, aims in zip(torch.split(hidden, CHUNK_TOKENS), torch.split(targets, CHUNK_TOKENS), strict=True):
+        logits = _logits(some, head, softcap)
+        losses = nn.functional.cross_entropy(logits, aims, reduction="none", ignore_index=-100)
+        pieces.append(torch.stack([losses, (logits.argmax(-1) == aims).float()], dim=1))
+    return torch.cat(pieces)
+
+
 def _chunk_losses(hidden: torch.Tensor, head: nn.Module, targets: torch.Tensor, softcap: float | None) -> torch.Tensor:
-    logits = head(hidden).float()
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
-    return nn.functional.cross_entropy(logits, targets, reduction="none", ignore_index=-100)
+    return nn.functional.cross_entropy(_logits(hidden, head, softcap), targets, reduction="none", ignore_index=-100)
+
+
+def _logits(hidden: torch.Tensor, head: nn.Module, softcap: float | None) -> torch.Tensor:
+    logits: torch.Tensor = head(hidden).float()
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
 def next_tokens(input_ids: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
@@ -74,9 +87,15 @@ class PackedDecoder(PackedModel):
         position_ids: torch.Tensor,
         cu_seqlens: torch.Tensor,
         token_type_ids: torch.Tensor | None = None,
+        targets: torch.Tensor | None = None,
+        with_hits: bool = False,
     ) -> torch.Tensor:
-        """Summed loss of each row's next tokens, float32 [rows]."""
-        targets = next_tokens(input_ids, cu_seqlens)
+        """Summed loss of each row's targets, float32 [rows]; `targets` are every next token unless they are given.
+
+        `with_hits`, for scoring only: beside it how many of them are the most probable token, [rows, 2].
+        """
+        given = targets is not None
+        targets = next_tokens(input_ids, cu_seqlens) if targets is None else targets
         lengths = cu_seqlens.diff().to(input_ids.device, torch.int64)
         rows = torch.repeat_interleave(torch.arange(len(lengths), device=input_ids.device), lengths)
         if self.context is not None:
@@ -84,10 +103,14 @@ class PackedDecoder(PackedModel):
             targets = self.context.part(targets, -100)
             cu_seqlens = self.context.cu_seqlens(cu_seqlens)
         hidden = self.hidden(input_ids, position_ids, cu_seqlens)
+        if given:
+            # Prompts are read and not learned: no logits are made for them.
+            learned = targets != -100
+            hidden, targets, rows = hidden[learned], targets[learned], rows[learned]
         head = self.model.get_output_embeddings()
         softcap = getattr(self.model.config, "final_logit_softcapping", None)
-        losses = token_losses(hidden, head, targets, softcap=softcap)
-        by_row = torch.zeros(len(lengths), device=losses.device).index_add(0, rows, losses)
+        found = (token_scores if with_hits else token_losses)(hidden, head, targets, softcap=softcap)
+        by_row = torch.zeros(len(lengths), *found.shape[1:], device=found.device).index_add(0, rows, found)
         return by_row if self.context is None else self.context.whole_sum(by_row)
 
     def hidden(self, input_ids: torch.Tensor, position_ids: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:

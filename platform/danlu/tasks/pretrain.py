@@ -6,23 +6,26 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from danlu.data.columns import labelled
+from danlu.data.columns import Labelled, labelled
 from danlu.data.encode import Encoded, encode
-from danlu.data.formats import read_rows
-from danlu.data.pack import Packed, by_length, pack_rows
+from danlu.data.pack import Packed
 from danlu.data.report import data_report
 from danlu.data.split import random_split
 from danlu.errors import DataError, ModelError
 from danlu.spec.data import Data
 from danlu.spec.task import Pretrain
 from danlu.tasks.packed_decoder import PackedDecoder
-from danlu.tasks.rows import Split, Splits
+from danlu.tasks.rows import Split, Splits, read_given, read_splits
+
+if TYPE_CHECKING:
+    from danlu.tasks.judge import LanguageJudge
 
 WHOLE = 1 << 40
 """Tokens a text may have: nothing of it is cut off, it is cut into pieces."""
@@ -34,8 +37,7 @@ PER_TOKEN = False
 
 def splits(data: Data, task: Pretrain, tokenizer: PreTrainedTokenizerBase, *, max_length: int, seed: int) -> Splits:
     """Read, split and tokenise; each row is a text, or a piece of `max_length` tokens of a longer one."""
-    sources = {name: source for name in ("train", "dev", "test") if (source := getattr(data, name)) is not None}
-    rows = {name: read_rows(source, format=data.format, max_rows=data.max_rows, where=f"data.{name}") for name, source in sources.items()}
+    rows = read_splits(data)
     texts = {name: labelled(table, data.columns, where=f"data.{name}", need_label=False) for name, table in rows.items()}
     if "dev" not in texts:
         # Whole texts are held out: pieces of one text on both sides would flatter the score.
@@ -63,7 +65,7 @@ def given_split(
     max_length: int,
 ) -> Split:
     """Texts of other files than the job's."""
-    rows = read_rows(source, format=data.format, max_rows=data.max_rows, where="--data")
+    rows = read_given(source, data)
     texts = labelled(rows, data.columns, where="--data", need_label=False)
     whole = encode(texts.texts, None, tokenizer, max_length=WHOLE, cache_dir=data.cache_dir)
     return Split(cut(whole, max_length, end=tokenizer.eos_token_id), None, texts)
@@ -180,32 +182,8 @@ def scores(outputs: np.ndarray, split: Split, label_names: Sequence[str], task: 
 # prediction
 
 
-class Scorer:
-    """A language model and its tokenizer, scoring texts: what evaluation and a bundle's probes share."""
-
-    def __init__(self, model: PackedDecoder, tokenizer: PreTrainedTokenizerBase, *, max_length: int, bf16: bool = False) -> None:
-        self.model, self.tokenizer, self.max_length, self.bf16 = model.eval(), tokenizer, max_length, bf16
-        self.label_names: list[str] = []
-        self.task = Pretrain()
-        self.device = next(model.parameters()).device
-
-    def encode(self, texts: Sequence[str]) -> Encoded:
-        """One row a text, cut at max_length."""
-        return encode(texts, None, self.tokenizer, max_length=self.max_length, cache_dir=None)
-
-    def outputs(self, encoded: Encoded, *, batch_tokens: int = 2048) -> np.ndarray:
-        """`row_outputs` of all rows in their order."""
-        found = np.empty((len(encoded), 2), dtype=np.float32)
-        for rows in by_length(encoded.lengths, batch_tokens):
-            batch = pack_rows(encoded, rows).to(self.device)
-            with torch.inference_mode(), torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-                found[rows] = row_outputs(self.model, batch).float().cpu().numpy()
-        return found
-
-    def scores(self, outputs: np.ndarray, split: Split) -> LanguageScores:
-        """Scores of a split's outputs."""
-        return scores(outputs, split, (), self.task)
-
-    def losses(self, texts: Sequence[str]) -> list[float]:
-        """Nats a token of each text."""
-        return [float(total / max(tokens, 1)) for total, tokens in self.outputs(self.encode(texts))]
+def text_losses(judge: LanguageJudge, texts: Sequence[str]) -> list[float]:
+    """Nats a token of each text, cut at the judge's max_length."""
+    encoded = encode(texts, None, judge.tokenizer, max_length=judge.max_length, cache_dir=None)
+    outputs = judge.outputs(Split(encoded, None, Labelled(list(texts), None, None, [], {})))
+    return [float(total / max(tokens, 1)) for total, tokens in outputs]

@@ -23,10 +23,10 @@ from danlu.errors import DataError
 from danlu.spec.data import Data
 from danlu.spec.task import Regression
 from danlu.tasks.classification import encode_examples, row_outputs
-from danlu.tasks.encoder import build_encoder, encoder_skeleton, head_parameters, hold_out, read_given, read_splits, text_examples
+from danlu.tasks.encoder import build_encoder, encoder_skeleton, head_parameters, text_examples
 from danlu.tasks.exchange import Text, Value
 from danlu.tasks.packed import PackedClassifier
-from danlu.tasks.rows import Split, Splits, metrics_line
+from danlu.tasks.rows import Split, Splits, hold_out, metrics_line, read_given, read_splits
 
 PER_TOKEN = False
 NAMES = {**USUAL, "label": ("score", "similarity", "rating", "value", *USUAL["label"])}

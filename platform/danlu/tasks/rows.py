@@ -1,4 +1,4 @@
-"""Rows of a job as a task hands them on: one split, all splits."""
+"""Rows of a job: how they are read, and how a task hands them on: one split, all splits."""
 
 from __future__ import annotations
 
@@ -9,8 +9,12 @@ from typing import Protocol
 import numpy as np
 
 from danlu.data.columns import Labelled
+from danlu.data.conversations import Conversation
 from danlu.data.encode import Encoded
+from danlu.data.formats import Rows, read_rows
+from danlu.data.pack import Corrupt
 from danlu.data.report import DataReport
+from danlu.spec.data import Data
 from danlu.tasks.exchange import Example
 
 
@@ -18,7 +22,11 @@ from danlu.tasks.exchange import Example
 class Split:
     """The rows of one split: token ids, labels ([rows, ...], or None where the tokens themselves carry the targets) and their texts.
 
-    Of an encoder's task also what it is asked in each row, and each row's right answers as a prediction's `label` says them.
+    Of an encoder's task also what it is asked in each row, and each row's right answers as a prediction's `label` says them; of
+    conversations what the rows were rendered from.
+
+    `reference`, float32 [rows, width]: what the start model gave on each row, where the loss is relative to it. `corrupt`: what is drawn
+    anew for a row each time it is trained on.
     """
 
     encoded: Encoded
@@ -26,6 +34,9 @@ class Split:
     texts: Labelled
     examples: Sequence[Example] = ()
     references: Sequence[Sequence[str]] = ()
+    conversations: Sequence[Conversation] = ()
+    reference: np.ndarray | None = None
+    corrupt: Corrupt | None = None
 
     def __len__(self) -> int:
         return len(self.encoded)
@@ -39,6 +50,9 @@ class Split:
             self.texts.take(rows),
             [self.examples[i] for i in some] if self.examples else (),
             [self.references[i] for i in some] if self.references else (),
+            [self.conversations[i] for i in some] if self.conversations else (),
+            None if self.reference is None else self.reference[rows],
+            self.corrupt,
         )
 
 
@@ -51,6 +65,22 @@ class Splits:
     test: Split | None
     label_names: list[str]
     report: DataReport
+
+
+def read_splits(data: Data) -> dict[str, Rows]:
+    """The rows of `train`, and of `dev` and `test` where there are such."""
+    sources = {name: source for name in ("train", "dev", "test") if (source := getattr(data, name)) is not None}
+    return {name: read_rows(source, format=data.format, max_rows=data.max_rows, where=f"data.{name}") for name, source in sources.items()}
+
+
+def read_given(source: str | Sequence[str], data: Data) -> Rows:
+    """Rows of other files than the job's, read as its own are."""
+    return read_rows(source, format=data.format, max_rows=data.max_rows, where="--data")
+
+
+def hold_out(made: Mapping[str, Split], train_rows: np.ndarray, dev_rows: np.ndarray) -> dict[str, Split]:
+    """The splits with a dev split taken out of `train`."""
+    return {**made, "train": made["train"].take(train_rows), "dev": made["train"].take(dev_rows)}
 
 
 class Scored(Protocol):

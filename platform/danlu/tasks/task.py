@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -87,7 +87,7 @@ class TaskFile(Protocol):
 
 
 class EncoderTaskFile(TaskFile, Protocol):
-    """An encoder's task is also asked for answers."""
+    """An encoder's task is also asked for answers (a language model's answers come from `danlu.tasks.judge`)."""
 
     def wrap(self, model: PreTrainedModel, task: Any, *, packed: bool | None = None) -> PackedEncoder:
         """The model as the loop calls it; `packed` as PackedEncoder has it."""
@@ -148,10 +148,26 @@ def task_file(task: spec.Task) -> TaskFile:
             from danlu.tasks import embedding
 
             return cast(TaskFile, embedding)
+        case spec.Pretrain(objective=spec.MaskedLm()):
+            from danlu.tasks import masked
+
+            return cast(TaskFile, masked)
         case spec.Pretrain():
             from danlu.tasks import pretrain
 
             return cast(TaskFile, pretrain)
+        case spec.Chat():
+            from danlu.tasks import chat
+
+            return cast(TaskFile, chat)
+        case spec.Preference():
+            from danlu.tasks import preference
+
+            return cast(TaskFile, preference)
+        case spec.Seq2Seq():
+            from danlu.tasks import seq2seq
+
+            return cast(TaskFile, seq2seq)
 
 
 def read_splits(job: TrainJob, tokenizer: PreTrainedTokenizerBase, *, max_length: int) -> Splits:
@@ -170,3 +186,12 @@ def read_given(
     """Rows of other files than the job's, through the steps that change texts."""
     source, data = prepare_given(source, job.data, job.seed)
     return task_file(job.task).given_split(source, data, job.task, tokenizer, label_names, max_length=max_length)
+
+
+def relative_to_start(task: spec.Task, data: Splits, outputs: Callable[[Split], np.ndarray]) -> Splits:
+    """The rows with what the start model gives on them, where the loss is relative to that. `outputs`: its `row_outputs` of a split."""
+    if isinstance(task, spec.Preference) and task.has_reference:
+        from danlu.tasks import preference
+
+        return preference.relative_to_start(data, outputs)
+    return data

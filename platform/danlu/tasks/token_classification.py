@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AutoModelForTokenClassification, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from danlu.data.columns import Labelled, as_label, as_text, choose, enough
-from danlu.data.encode import Encoded
+from danlu.data.encode import NO_TARGET, Encoded
 from danlu.data.formats import Rows
 from danlu.data.pack import Packed
 from danlu.data.report import check_labels, data_report
@@ -23,14 +23,12 @@ from danlu.data.windows import encode_words
 from danlu.errors import DataError
 from danlu.spec.data import Columns, Data
 from danlu.spec.task import TokenClassification
-from danlu.tasks.encoder import build_encoder, encoder_skeleton, head_of, head_parameters, hold_out, read_given, read_splits
+from danlu.tasks.encoder import build_encoder, encoder_skeleton, head_of, head_parameters
 from danlu.tasks.exchange import Span, Tagging, Text, Words, join_words, margin_of, split_words
 from danlu.tasks.packed import PackedTagger, inputs
-from danlu.tasks.rows import Split, Splits, metrics_line, per_class_table
+from danlu.tasks.rows import Split, Splits, hold_out, metrics_line, per_class_table, read_given, read_splits
 
 PER_TOKEN = True
-IGNORE = -100
-"""The label of a token that is not a word's first; PyTorch's own number."""
 USUAL = {
     "tokens": ("tokens", "words", "token"),
     "text": ("text", "sentence", "content"),
@@ -104,7 +102,7 @@ def _split(
 ) -> Split:
     encoded = encode_examples(examples, tokenizer, task, max_length=max_length, cache_dir=data.cache_dir)
     index = {name: i for i, name in enumerate(label_names)}
-    labels = np.full(len(encoded.input_ids), IGNORE, dtype=np.int64)
+    labels = np.full(len(encoded.input_ids), NO_TARGET, dtype=np.int64)
     for row, (example, tags) in enumerate(zip(examples, texts.labels or [], strict=True)):
         for token, word in first_tokens(encoded, row, example):
             labels[token] = index[tags[word]]
@@ -242,13 +240,13 @@ def wrap(model: PreTrainedModel, task: TokenClassification, *, packed: bool | No
 def loss(model: nn.Module, batch: Packed, task: TokenClassification) -> torch.Tensor:
     """Sum of the cross-entropies of words' first tokens."""
     assert batch.labels is not None
-    return nn.functional.cross_entropy(row_outputs(model, batch).float(), batch.labels, reduction="sum", ignore_index=IGNORE)
+    return nn.functional.cross_entropy(row_outputs(model, batch).float(), batch.labels, reduction="sum", ignore_index=NO_TARGET)
 
 
 def num_targets(batch: Packed) -> int:
     """One a word."""
     assert batch.labels is not None
-    return int((batch.labels != IGNORE).sum())
+    return int((batch.labels != NO_TARGET).sum())
 
 
 # metrics

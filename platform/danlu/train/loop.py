@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from danlu.spec.parallel import Ddp, DeepSpeed, Pipeline, Tensor
 from danlu.spec.task import LOWER_IS_BETTER
 from danlu.spec.train import TrainJob
 from danlu.tasks.rows import Split, Splits
-from danlu.tasks.task import TaskFile, task_file
+from danlu.tasks.task import TaskFile, relative_to_start, task_file
 from danlu.train.checkpoint import Checkpoints, Progress, after_eval, improved
 from danlu.train.ema import Ema, EmaState
 from danlu.train.model import Trainee, build, export
@@ -66,6 +67,8 @@ def train(job: TrainJob, data: Splits, folder: Path, tokenizer: PreTrainedTokeni
     state = state if ema is None else EmaState(state, ema, run.rank)
     state = state if loss_scale is None else LossScaleState(state, loss_scale, run.rank)
     models = Models(run, job.parallel.workers_per_model)
+    start_outputs = partial(score_rows, task, model, run=models, batch_tokens=job.evaluation.batch_tokens, autocast=_autocast(job, dtype))
+    data = relative_to_start(job.task, data, start_outputs)  # before a checkpoint is read: it is the start that counts
     batches = Batches(
         data.train.encoded,
         data.train.labels,
@@ -75,6 +78,8 @@ def train(job: TrainJob, data: Splits, folder: Path, tokenizer: PreTrainedTokeni
         world_size=models.world_size,
         seed=job.seed,
         group_by_length=job.group_by_length,
+        reference=data.train.reference,
+        corrupt=data.train.corrupt,
     )
     learning_rate = learning_rate_at(job.optim, steps)
     checkpoints = Checkpoints(run, f"{run_uri}/checkpoints", shape=shape(job), keep=job.checkpoint.save_total_limit)
@@ -182,7 +187,7 @@ def score_rows(task: TaskFile, model: nn.Module, split: Split, run: Run, *, batc
     for turn in range(math.ceil(len(groups) / run.world_size)):
         mine = turn * run.world_size + run.rank
         rows = groups[min(mine, len(groups) - 1)]
-        batch = pack_rows(sequences, rows).to(run.device)
+        batch = pack_rows(sequences, rows, reference=split.reference).to(run.device)
         with nullcontext() if autocast is None else torch.autocast(run.device.type, autocast):
             out = task.row_outputs(model, batch)
         if not len(outputs):
@@ -206,9 +211,8 @@ def _evaluate(
 ) -> Progress:
     """Score the dev split; keep the weights if they are the best so far."""
     started = time.perf_counter()
-    autocast = dtype if dtype != torch.float32 and isinstance(job.parallel, Ddp | Tensor | Pipeline) else None
     task = task_file(job.task)
-    outputs = score_rows(task, model, data.dev, models, batch_tokens=job.evaluation.batch_tokens, autocast=autocast)
+    outputs = score_rows(task, model, data.dev, models, batch_tokens=job.evaluation.batch_tokens, autocast=_autocast(job, dtype))
     metrics = dict(task.scores(outputs, data.dev, data.label_names, job.task).metrics())
     name = job.metric_for_best_model
     is_best = improved(progress, metrics[name], higher_is_better=name not in LOWER_IS_BETTER)
@@ -218,6 +222,11 @@ def _evaluate(
         best_weights.save(progress, lambda folder: export(trainee, weights, tokenizer, folder) if models.run.rank == 0 else None)
     models.report(EvalRecord(progress.step, metrics, time.perf_counter() - started, is_best))
     return progress
+
+
+def _autocast(job: TrainJob, dtype: torch.dtype) -> torch.dtype | None:
+    """What rows are scored in, where the strategy's model does not see to it by itself."""
+    return dtype if dtype != torch.float32 and isinstance(job.parallel, Ddp | Tensor | Pipeline) else None
 
 
 def _start_record(

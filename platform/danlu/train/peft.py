@@ -31,9 +31,12 @@ from danlu.spec.task import (
     Embed,
     EncoderTask,
     ExtractiveQA,
+    MaskedLm,
     MultiLabelClassification,
     MultipleChoice,
+    Pretrain,
     Regression,
+    Seq2Seq,
     Task,
     TokenClassification,
 )
@@ -81,8 +84,8 @@ def _low_rank(tuning: Lora | Qlora | Adalora, shared: dict[str, Any], num_steps:
             return LoraConfig(**shared, **rank, init_lora_weights=start)
 
 
-def _task_type(task: Task) -> TaskType:
-    """What PEFT finds the head by."""
+def _task_type(task: Task) -> TaskType | None:
+    """What PEFT finds the head by; None is its plain model, for what it has no name for."""
     match task:
         case TokenClassification():
             return TaskType.TOKEN_CLS
@@ -91,6 +94,10 @@ def _task_type(task: Task) -> TaskType:
             return TaskType.FEATURE_EXTRACTION
         case Classification() | MultiLabelClassification() | Regression() | MultipleChoice():
             return TaskType.SEQ_CLS
+        case Seq2Seq():
+            return TaskType.SEQ_2_SEQ_LM
+        case Pretrain(objective=MaskedLm()):
+            return None
         case _:
             return TaskType.CAUSAL_LM
 

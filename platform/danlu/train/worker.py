@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from danlu.artifact.pretrained import model_folder
 from danlu.spec.train import TrainJob
+from danlu.tasks.from_scratch import start_folder
 from danlu.tasks.rows import Splits
 from danlu.tasks.task import read_splits
 from danlu.tasks.tokenizer import load_tokenizer
@@ -17,7 +17,7 @@ def work(job: TrainJob, run: Run, run_uri: str, splits: Splits | None = None) ->
     """Train as `run`'s rank. `splits` saves reading the rows again where this process has them."""
     if run.device.type == "cpu":
         torch.set_num_threads(job.workers.cpus_per_worker)
-    folder = model_folder(job.model)
+    folder = start_folder(job.model, job.data, job.task, seed=job.seed)
     tokenizer = load_tokenizer(folder)
     if splits is None:
         splits = read_splits(job, tokenizer, max_length=job.model.max_length)

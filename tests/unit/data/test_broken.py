@@ -21,7 +21,7 @@ from danlu.data.row import Broken, Row
 from danlu.data.stream import find, stream
 from danlu.errors import DataError
 from danlu.spec.data import Columns, Data, DropBroken, RepairBroken
-from danlu.tasks.classification import load_tokenizer
+from danlu.tasks.tokenizer import load_tokenizer
 
 GOOD = [("wheat rose", "grain"), ("port shut", "ship"), ("tariff fell", "trade"), ("corn fell", "grain")]
 

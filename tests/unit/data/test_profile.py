@@ -25,7 +25,7 @@ from danlu.data.stream import find, stream
 from danlu.errors import DataError
 from danlu.spec.data import Columns
 from danlu.spec.train import TrainJob
-from danlu.tasks.classification import load_tokenizer
+from danlu.tasks.tokenizer import load_tokenizer
 
 FRAME = pandas.DataFrame(
     {

@@ -92,8 +92,8 @@ PROBLEMS = {
         "choices: int8, bnb_int8, bnb_nf4",
     ),
     "another task": (
-        "task: {kind: chat}",
-        "task (line 5): there is no kind 'chat'",
+        "task: {kind: sort}",
+        "task (line 5): there is no kind 'sort'",
         "kind: classification or multi_label_classification or",
     ),
     "a choice": ("precision: bf61", "precision (line 5): 'bf61' is none of 'auto', 'fp32', 'bf16' or 'fp16'", "did you mean bf16?"),

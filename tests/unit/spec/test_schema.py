@@ -280,6 +280,25 @@ GOOD: dict[str, tuple[type[Spec], Document]] = {
             {"split": {"kind": "time", "column": "day", "dev_size": 0.2, "test_size": 0.1}},
         )
     },
+    **{
+        f"task: {task}": (TrainJob, JOB | {"task": task})
+        for task in (
+            {"kind": "pretrain", "objective": {"kind": "masked", "mlm_probability": 0.3}},
+            {"kind": "pretrain", "objective": {"kind": "causal"}, "from_scratch": {"vocab_size": 500, "config_overrides": {"d": 1}}},
+            {"kind": "chat", "row_format": "sharegpt", "assistant_turns": "each"},
+            {"kind": "preference", "loss": {"kind": "dpo", "beta": 0.2, "label_smoothing": 0.1}},
+            {"kind": "preference", "loss": {"kind": "ipo", "beta": 1}},
+            {"kind": "preference", "loss": {"kind": "orpo", "beta": 0.5}},
+            {
+                "kind": "seq2seq",
+                "source_lang": "en",
+                "target_lang": "zh",
+                "source_prefix": "translate: ",
+                "max_target_length": 9,
+                "num_beams": 4,
+            },
+        )
+    },
     "a language model": (TrainJob, JOB | {"task": {"kind": "pretrain"}, "group_by_length": True}),
     **{
         f"optim: {optim}": (TrainJob, JOB | {"optim": optim})
@@ -383,8 +402,8 @@ BAD: dict[str, tuple[type[Spec], Document, str, object]] = {
         "data.split": [{}, "ratio", {"kind": "given", "dev_size": 0.1}, {"kind": "group"}, {"kind": "ratio", "column": "a"},
                        {"kind": "time", "column": ""}, {"kind": "ratio", "dev_size": 1}],
         "data.columns": [None, "text", {"txt": "a"}],
-        "task": [{"labels": ["a", "b"]}, {"kind": "pretrain", "labels": ["a", "b"]}],
-        "task.kind": ["chat", None],
+        "task": [{"labels": ["a", "b"]}, {"kind": "pretrain", "labels": ["a", "b"]}, {"kind": "chat", "assistant_turns": "first"}],
+        "task.kind": ["diffusion", None],
         "task.labels": [["a"], [], "a", ["a", 1], ["a", "a"]],
         "task.label_smoothing": [1, -0.5, None],
         "tuning": [None, "lora", {}, {"r": 4}, {"kind": "loora"}, {"kind": None}, {"kind": "full", "r": 4}],

@@ -12,11 +12,12 @@ from pydantic import ValidationError
 from transformers import AutoModelForCausalLM
 
 from danlu import sdk
-from danlu.compress.load import load_judge
+from danlu.compress.load import load_judge, load_predictor
 from danlu.data.encode import Encoded
 from danlu.errors import DataError, ModelError
 from danlu.spec.train import TrainJob
 from danlu.tasks import pretrain
+from danlu.tasks.judge import DecoderJudge
 from danlu.tasks.tokenizer import load_tokenizer
 
 
@@ -77,11 +78,16 @@ def test_the_probes_of_its_bundle_come_out_again(tiny_decoder: Path, topic_files
     job = job_of(tiny_decoder, topic_files, tmp_path, max_steps=4)
     bundle = sdk.train(job).bundle
     judge = load_judge(bundle)
-    assert isinstance(judge, pretrain.Scorer)
+    assert isinstance(judge, DecoderJudge)
     probes = bundle.meta.probes
     assert judge.losses([probe.text for probe in probes]) == pytest.approx([probe.loss for probe in probes], abs=1e-5)
+    for probe in probes:
+        again = judge.continued(probe.text, probe.prompt_token_ids, 16)
+        assert list(again.token_ids) == probe.completion_token_ids
+        assert list(again.logprobs) == pytest.approx(probe.logprobs, abs=1e-5)
+    assert [answer.text for answer in sdk.predict(bundle, ["wheat"], storage=job.storage)] == ["wheat"]
     with pytest.raises(ModelError, match="was trained for pretrain: it gives no answers"):
-        sdk.predict(bundle, ["wheat"], storage=job.storage)
+        load_predictor(bundle)
 
 
 def test_whole_texts_are_held_out_for_dev(tiny_decoder: Path, topic_files: dict[str, str], tmp_path: Path) -> None:

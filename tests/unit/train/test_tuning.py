@@ -21,6 +21,7 @@ from danlu.compress.load import load_judge
 from danlu.compress.quantize import quantize
 from danlu.data.pack import Batches, pack_rows
 from danlu.errors import ModelError, SpecError
+from danlu.evaluate.score import evaluate
 from danlu.handover import Trained, make_bundle
 from danlu.sdk import prepare
 from danlu.spec.compress import Int8
@@ -28,6 +29,7 @@ from danlu.spec.train import TrainJob
 from danlu.spec.tuning import Adapter
 from danlu.tasks import pretrain
 from danlu.tasks.bottleneck import insert
+from danlu.tasks.judge import DecoderJudge
 from danlu.train import loop
 from danlu.train.model import build
 from danlu.train.optim import param_groups, set_learning_rate
@@ -124,9 +126,9 @@ def setting(tiny_model: Path, tiny_decoder: Path, topic_files: dict[str, str], t
 def assert_its_bundle_is_the_live_model(setting: Setting, live: Live) -> None:
     dev = prepare(live.job, calibrate=False).splits.dev
     judge = load_judge(live.trained.bundle)
-    np.testing.assert_allclose(judge.outputs(dev.encoded), live.outputs, rtol=BOUND, atol=BOUND)
+    np.testing.assert_allclose(evaluate(judge, dev).outputs, live.outputs, rtol=BOUND, atol=BOUND)
     probes = live.trained.bundle.meta.probes
-    if isinstance(judge, pretrain.Scorer):
+    if isinstance(judge, DecoderJudge):
         assert judge.losses([probe.text for probe in probes]) == pytest.approx([probe.loss for probe in probes], abs=1e-6)
     else:
         again = judge.predict([probe.text for probe in probes])

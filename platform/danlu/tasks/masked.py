@@ -1,0 +1,159 @@
+"""Masked language modelling on plain text: an encoder fills in what was masked. Rows, model, loss, metrics, prediction."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import AutoConfig, AutoModelForMaskedLM, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from danlu.data.columns import labelled
+from danlu.data.encode import NO_TARGET, Encoded, encoded_rows
+from danlu.data.pack import Corrupt
+from danlu.data.rendering import special_ids
+from danlu.data.report import data_report
+from danlu.data.split import random_split
+from danlu.errors import ModelError
+from danlu.spec.data import Data
+from danlu.spec.task import MaskedLm, Pretrain
+from danlu.tasks import chat
+from danlu.tasks.packed_masked import PackedMaskedLM
+from danlu.tasks.rows import Split, Splits, read_given, read_splits
+
+PER_TOKEN = False
+
+# rows
+
+
+def splits(data: Data, task: Pretrain, tokenizer: PreTrainedTokenizerBase, *, max_length: int, seed: int) -> Splits:
+    """Read, split and tokenise; each row is a text, or a piece of one. Training rows are masked anew each time, the others once."""
+    rows = read_splits(data)
+    texts = {name: labelled(table, data.columns, where=f"data.{name}", need_label=False) for name, table in rows.items()}
+    if "dev" not in texts:
+        train_rows, dev_rows = random_split(len(texts["train"].texts), data.dev_size, seed)
+        texts["dev"], texts["train"] = texts["train"].take(dev_rows), texts["train"].take(train_rows)
+        rows["dev"] = rows["train"]
+    made = {name: Split(pieces(split.texts, tokenizer, max_length), None, split) for name, split in texts.items()}
+    report = data_report({name: (split.texts, split.encoded) for name, split in made.items()}, rows, max_length=max_length)
+    mask = _masking(task, tokenizer)
+    made["train"] = replace(made["train"], corrupt=mask)
+    for name in ("dev", "test"):
+        if name in made:
+            made[name] = replace(made[name], encoded=masked_once(made[name].encoded, mask, seed))
+    return Splits(made["train"], made["dev"], made.get("test"), [], report)
+
+
+def given_split(
+    source: str | Sequence[str],
+    data: Data,
+    task: Pretrain,
+    tokenizer: PreTrainedTokenizerBase,
+    label_names: Sequence[str],
+    *,
+    max_length: int,
+) -> Split:
+    """Texts of other files than the job's, masked once."""
+    rows = read_given(source, data)
+    texts = labelled(rows, data.columns, where="--data", need_label=False)
+    return Split(masked_once(pieces(texts.texts, tokenizer, max_length), _masking(task, tokenizer), 0), None, texts)
+
+
+def pieces(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoded:
+    """Texts cut into rows of at most `max_length` tokens, each with the special tokens of a whole text."""
+    found: list[np.ndarray] = []
+    for text in texts:
+        encodings = tokenizer(text, truncation=True, max_length=max_length, return_overflowing_tokens=True).encodings or ()
+        found += [np.asarray(one.ids, dtype=np.int32) for one in encodings]
+    return encoded_rows(found, [False] * len(found))
+
+
+def masked_once(encoded: Encoded, mask: Corrupt, seed: int) -> Encoded:
+    """Every row masked, the same for every evaluation."""
+    drawn = [mask(encoded.row(i), np.random.default_rng((seed, i))) for i in range(len(encoded))]
+    return encoded_rows([ids for ids, _ in drawn], [False] * len(drawn), token_labels=[targets for _, targets in drawn])
+
+
+def _masking(task: Pretrain, tokenizer: PreTrainedTokenizerBase) -> Corrupt:
+    assert isinstance(task.objective, MaskedLm)
+    if tokenizer.mask_token_id is None:
+        raise ModelError(
+            "the tokenizer has no mask token", where="task.objective.kind", fix="an encoder's folder, or objective: {kind: causal}"
+        )
+    special = np.asarray(sorted(special_ids(tokenizer)))
+    share, mask_id, size = task.objective.mlm_probability, int(tokenizer.mask_token_id), len(tokenizer)
+    return partial(mask, special=special, share=share, mask_id=mask_id, vocabulary=size)
+
+
+def mask(
+    ids: np.ndarray, draw: np.random.Generator, *, special: np.ndarray, share: float, mask_id: int, vocabulary: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """BERT's masking (https://arxiv.org/abs/1810.04805): of the chosen `share` of a row 80 % become the mask, 10 % any token, 10 % stay.
+
+    At least one token is chosen, so that every row teaches something.
+    """
+    free = np.flatnonzero(~np.isin(ids, special))
+    chosen = free[draw.random(len(free)) < share]
+    if not len(chosen) and len(free):
+        chosen = draw.choice(free, 1)
+    targets = np.full(len(ids), NO_TARGET, dtype=np.int32)
+    targets[chosen] = ids[chosen]
+    masked = ids.copy()
+    fate = draw.random(len(chosen))
+    masked[chosen[fate < 0.8]] = mask_id
+    other = chosen[(fate >= 0.8) & (fate < 0.9)]
+    masked[other] = draw.integers(0, vocabulary, len(other))
+    return masked, targets
+
+
+# model
+
+
+def build_model(
+    folder: str | Path, label_names: Sequence[str] = (), *, dropout: float | None = None, quantization: BitsAndBytesConfig | None = None
+) -> PreTrainedModel:
+    """The pretrained encoder with its output layer, in float32; that layer starts from nothing where the folder has none."""
+    config = AutoConfig.from_pretrained(folder)
+    if dropout is not None:
+        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "dropout", "attention_dropout"):
+            if hasattr(config, name):
+                setattr(config, name, dropout)
+    fewer = {} if quantization is None else {"quantization_config": quantization}
+    model: PreTrainedModel
+    model, loaded = AutoModelForMaskedLM.from_pretrained(folder, config=config, dtype=torch.float32, output_loading_info=True, **fewer)
+    unloaded = {name for name in loaded["missing_keys"] if name.startswith(f"{model.base_model_prefix}.")}
+    if unloaded:
+        raise ModelError(
+            f"the weights in {folder} lack {len(unloaded)} of the encoder's parameters, such as {min(unloaded)}",
+            where="model.model_name_or_path",
+            fix="a folder whose config.json belongs to its weights",
+        )
+    return model
+
+
+def skeleton(folder: str | Path, num_labels: int = 0) -> PreTrainedModel:
+    """The model `build_model` builds, with shapes and no weights."""
+    try:
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForMaskedLM.from_config(AutoConfig.from_pretrained(folder))
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"{folder} is no masked language model: {error}", where="model.model_name_or_path") from error
+    return model
+
+
+def head_parameters(model: PreTrainedModel) -> set[str]:
+    """Names of the output layer's parameters, but for what it shares with the embeddings."""
+    return {name for name, _ in model.named_parameters() if not name.startswith(f"{model.base_model_prefix}.")}
+
+
+def wrap(model: PreTrainedModel, task: Pretrain) -> PackedMaskedLM:
+    """The model as the loop calls it."""
+    return PackedMaskedLM(model)
+
+
+# loss and metrics: of the learned tokens, as in chat
+
+loss, num_targets, row_outputs, scores = chat.loss, chat.num_targets, chat.row_outputs, chat.scores

@@ -1,0 +1,82 @@
+"""The language tasks on two workers, under DDP and ZeRO, give the losses and gradient norms they give in one process."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from language import preferences, talks, translations, write_chat_model, write_rows, write_t5
+from ranks import curve, job_of
+
+from danlu.train.run import LocalRun
+
+PARALLEL: dict[str, dict[str, Any]] = {"ddp": {"kind": "ddp"}, "zero3": {"kind": "deepspeed", "zero_stage": 3}}
+TASKS: dict[str, dict[str, Any]] = {
+    "chat": {"task": {"kind": "chat"}},
+    "dpo": {"task": {"kind": "preference", "loss": {"kind": "dpo", "beta": 0.5}}, "tuning": {"kind": "lora", "r": 4}},
+    "masked": {"task": {"kind": "pretrain", "objective": {"kind": "masked"}}},
+    "seq2seq": {"task": {"kind": "seq2seq"}},
+}
+Curve = list[tuple[float, float]]
+
+
+@pytest.fixture(scope="module")
+def jobs(tiny_model: Path, topic_files: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """What each task changes of the small job."""
+    folder = tmp_path_factory.mktemp("language")
+    chat, t5 = write_chat_model(folder / "chat"), write_t5(folder / "t5")
+    files = {
+        "chat": (chat, write_rows(folder / "talks.jsonl", talks(40))),
+        "dpo": (chat, write_rows(folder / "pairs.jsonl", preferences(40))),
+        "masked": (tiny_model, topic_files["train"]),
+        "seq2seq": (t5, write_rows(folder / "numbers.jsonl", translations(60))),
+    }
+    return {
+        name: {
+            **TASKS[name],
+            "model": {"model_name_or_path": str(model), "max_length": 64},
+            "data": {"train": rows, "cache_dir": str(folder / "cache")},
+            "evaluation": {"metric_for_best_model": "loss"},
+            "max_steps": 3,
+        }
+        for name, (model, rows) in files.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def two_ranks(jobs: dict[str, dict[str, Any]], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Curve]:
+    """All cases in one pair of processes."""
+    folder = tmp_path_factory.mktemp("two-ranks")
+    shape = {"workers": {"num_workers": 2}, "micro_batch_size": 4}
+    cases = {
+        f"{name}-{parallel}": shape | job | {"folder": job["model"]["model_name_or_path"], "parallel": PARALLEL[parallel]}
+        for name, job in jobs.items()
+        for parallel in PARALLEL
+    }
+    (folder / "cases.json").write_text(json.dumps(cases))
+    command = [sys.executable, str(Path(__file__).parent / "ranks.py"), "2", "unused", "unused.csv"]
+    done = subprocess.run([*command, str(folder / "out.json"), str(folder / "cases.json")], capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr[-4000:]
+    found: dict[str, Curve] = json.loads((folder / "out.json").read_text())
+    return found
+
+
+@pytest.mark.parametrize("parallel", PARALLEL)
+@pytest.mark.parametrize("name", TASKS)
+def test_two_workers_equal_one_process(
+    name: str, parallel: str, jobs: dict[str, dict[str, Any]], two_ranks: dict[str, Curve], tmp_path: Path
+) -> None:
+    torch.set_num_threads(1)
+    run = LocalRun(torch.device("cpu"))
+    job = job_of(jobs[name]["model"]["model_name_or_path"], "unused.csv", jobs[name] | {"micro_batch_size": 16})
+    expected = curve(job, run, run.records, str(tmp_path))
+    found = two_ranks[f"{name}-{parallel}"]
+    assert len(found) == len(expected) == 3
+    for (loss, norm), (their_loss, their_norm) in zip(found, expected, strict=True):
+        assert loss == pytest.approx(their_loss, abs=2e-5)
+        assert norm == pytest.approx(their_norm, rel=1e-3)

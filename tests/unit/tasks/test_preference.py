@@ -1,0 +1,207 @@
+"""Preference optimisation: each loss is its paper's formula on transformers' own logits, and the start model is what it is relative to."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from language import CAPITALS, preferences, write_chat_model, write_rows
+from pydantic import ValidationError
+from transformers import AutoModelForCausalLM
+
+from danlu import sdk
+from danlu.data.pack import pack_rows
+from danlu.errors import DataError
+from danlu.spec.data import Data
+from danlu.spec.task import Dpo, Ipo, Orpo, Preference
+from danlu.spec.train import TrainJob
+from danlu.tasks import preference
+from danlu.tasks.rows import Splits
+from danlu.tasks.tokenizer import load_tokenizer
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_chat_model(tmp_path_factory.mktemp("chat"))
+
+
+def read(rows: list[dict[str, Any]], model: Path, folder: Path) -> Splits:
+    folder.mkdir(exist_ok=True)
+    data = Data(
+        train=write_rows(folder / "train.jsonl", rows), dev=write_rows(folder / "dev.jsonl", rows[:1]), cache_dir=str(folder / "cache")
+    )
+    return preference.splits(data, Preference(), load_tokenizer(model), max_length=128, seed=1)
+
+
+def plain_logps(model: Path, row: dict[str, Any]) -> list[tuple[float, int]]:
+    """Sum of the answers' log probabilities and their numbers of tokens, by apply_chat_template and a forward each."""
+    tokenizer, plain = load_tokenizer(model), AutoModelForCausalLM.from_pretrained(model).eval()
+    found = []
+    for answer in (row["chosen"], row["rejected"]):
+        whole = [*row["prompt"], {"role": "assistant", "content": answer}]
+        ids = tokenizer.apply_chat_template(whole, return_dict=True)["input_ids"]
+        prompt = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=True)["input_ids"]
+        end = len(ids) - 1 - ids[::-1].index(tokenizer.convert_tokens_to_ids("<|im_end|>")) + 1
+        with torch.no_grad():
+            logps = plain(torch.tensor([ids])).logits[0].log_softmax(-1)
+        found.append((sum(float(logps[i - 1, ids[i]]) for i in range(len(prompt), end)), end - len(prompt)))
+    return found
+
+
+def sigmoid(x: float) -> float:
+    return 1 / (1 + math.exp(-x))
+
+
+@pytest.mark.parametrize("kind", [Dpo(beta=0.3), Dpo(beta=0.3, label_smoothing=0.2), Ipo(beta=0.2), Orpo(beta=0.5)])
+def test_a_batchs_loss_is_the_papers_formula_on_transformers_logits(kind: Dpo | Ipo | Orpo, model: Path, tmp_path: Path) -> None:
+    rows = preferences(5)
+    split = read(rows, model, tmp_path).train
+    reference = np.random.default_rng(0).normal(-9, 2, (5, 2)).astype(np.float32)
+    module = preference.wrap(preference.build_model(model), Preference())
+    assert module.packed
+    found = preference.loss(module, pack_rows(split.encoded, range(5), None, reference), Preference(loss=kind))
+    expected = 0.0
+    for row, (ref_chosen, ref_rejected) in zip(rows, reference.tolist(), strict=True):
+        (chosen, n_chosen), (rejected, n_rejected) = plain_logps(model, row)
+        match kind:
+            case Dpo():
+                margin = kind.beta * ((chosen - ref_chosen) - (rejected - ref_rejected))
+                smooth = kind.label_smoothing
+                expected += -(1 - smooth) * math.log(sigmoid(margin)) - smooth * math.log(sigmoid(-margin))
+            case Ipo():
+                margin = (chosen - ref_chosen) / n_chosen - (rejected - ref_rejected) / n_rejected
+                expected += (margin - 1 / (2 * kind.beta)) ** 2
+            case Orpo():
+                one, other = chosen / n_chosen, rejected / n_rejected
+                odds = [math.exp(p) / (1 - math.exp(p)) for p in (one, other)]
+                expected += -one - kind.beta * math.log(sigmoid(math.log(odds[0] / odds[1])))
+    assert found.item() == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        lambda row: {"prompt": row["prompt"][0]["content"], "chosen": row["chosen"], "rejected": row["rejected"]},
+        lambda row: {name: [*row["prompt"], {"role": "assistant", "content": row[name]}] for name in ("chosen", "rejected")},
+        lambda row: {
+            "input": {"messages": row["prompt"]},
+            "preferred_output": [{"role": "assistant", "content": row["chosen"]}],
+            "non_preferred_output": [{"role": "assistant", "content": row["rejected"]}],
+        },
+        lambda row: {
+            "conversations": [{"from": "human", "value": row["prompt"][0]["content"]}],
+            "chosen": {"from": "gpt", "value": row["chosen"]},
+            "rejected": {"from": "gpt", "value": row["rejected"]},
+        },
+        lambda row: {"instruction": row["prompt"][0]["content"], "chosen": row["chosen"], "rejected": row["rejected"]},
+    ],
+    ids=["texts", "implicit prompt", "openai", "sharegpt", "alpaca"],
+)
+def test_every_form_of_pairs_says_the_same(form: Any, model: Path, tmp_path: Path) -> None:
+    rows = preferences(3)
+    plain = read(rows, model, tmp_path / "a").train
+    other = read([form(row) for row in rows], model, tmp_path / "b").train
+    assert other.encoded.input_ids.tolist() == plain.encoded.input_ids.tolist()
+    assert other.encoded.row_labels(0).tolist() == plain.encoded.row_labels(0).tolist()
+    assert other.encoded.token_types(0).tolist() == plain.encoded.token_types(0).tolist()
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"prompt": "x", "chosen": "y", "rejected": "y"}, "chosen and rejected are the same"),
+        ({"prompt": "x", "chosen": "y"}, "chosen or rejected is missing"),
+        ({"prompt": "x", "chosen": " ", "rejected": "y"}, "an assistant turn is empty"),
+        ({"prompt": None, "chosen": "a", "rejected": "y"}, "a text or a list of messages is needed"),
+    ],
+)
+def test_a_broken_pair_is_dropped_with_its_reason(row: dict[str, Any], reason: str, model: Path, tmp_path: Path) -> None:
+    good = {"prompt": "x", "chosen": "y", "rejected": "z"}
+    found = read([good, good, row], model, tmp_path)
+    assert found.train.texts.row_numbers == [1, 2]
+    assert any(reason in note and "the first row 3" in note for note in found.report.notes)
+    with pytest.raises(DataError, match=reason):
+        read([good, row, row], model, tmp_path / "b")
+
+
+def job_of(model: Path, folder: Path, **overrides: Any) -> TrainJob:
+    fields: dict[str, Any] = {
+        "name": "taste",
+        "model": {"model_name_or_path": str(model), "max_length": 64},
+        "data": {
+            "train": write_rows(folder / "train.jsonl", preferences(32)),
+            "test": write_rows(folder / "test.jsonl", preferences(8, 1)),
+            "cache_dir": str(folder / "cache"),
+        },
+        "task": {"kind": "preference"},
+        "optim": {"learning_rate": 5e-3},
+        "precision": "fp32",
+        "global_batch_size": 8,
+        "micro_batch_size": 4,
+        "max_steps": 12,
+        "storage": str(folder / "storage"),
+    }
+    return TrainJob.model_validate(fields | overrides)
+
+
+@pytest.mark.parametrize("tuning", [{"kind": "full"}, {"kind": "lora", "r": 4, "init_lora_weights": "pissa"}])
+def test_it_learns_to_prefer_and_its_rewards_are_relative_to_the_start_model(tuning: dict[str, Any], model: Path, tmp_path: Path) -> None:
+    job = job_of(model, tmp_path, tuning=tuning)
+    trained = sdk.train(job)
+    records = trained.run.records()
+    first = next(record for record in records if record["kind"] == "step")
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-4), "before the first step nothing is preferred beyond the start model"
+    found = trained.evaluations["test"].scores.metrics()
+    assert found["loss"] < first["loss"]
+    assert found["reward_margin"] == pytest.approx(found["reward_chosen"] - found["reward_rejected"], abs=1e-6)
+    dev = [record["metrics"] for record in records if record["kind"] == "eval" and record["is_best"]][-1]
+    assert trained.evaluations["dev"].scores.metrics()["reward_margin"] == pytest.approx(dev["reward_margin"], abs=1e-3)
+    if tuning["kind"] == "full":
+        margins = []
+        for row in preferences(8, 1):
+            now, before = plain_logps(trained.bundle.path / "model", row), plain_logps(model, row)
+            margins.append(0.1 * ((now[0][0] - before[0][0]) - (now[1][0] - before[1][0])))
+        assert found["reward_margin"] == pytest.approx(np.mean(margins), abs=1e-3)
+        assert found["reward_accuracy"] == pytest.approx(np.mean(np.asarray(margins) > 0))
+    answer = sdk.predict(trained.reference, [f"What is the capital of {next(iter(CAPITALS))}?"], storage=job.storage)[0]
+    assert answer.to_dict()["tokens"] >= 1
+
+
+def test_a_resumed_run_is_still_relative_to_the_start(model: Path, tmp_path: Path) -> None:
+    from danlu.tasks.task import task_file
+    from danlu.train.loop import train
+    from danlu.train.run import LocalRun
+
+    class Stop(Exception):
+        pass
+
+    job = job_of(model, tmp_path, max_steps=6, checkpoint={"save_steps": 3})
+    tokenizer = load_tokenizer(model)
+    data = task_file(job.task).splits(job.data, job.task, tokenizer, max_length=64, seed=job.seed)
+
+    def losses(folder: str, stop_at: int | None = None) -> list[float]:
+        seen: list[float] = []
+
+        def listen(record: Any) -> None:
+            if record.kind == "step":
+                seen.append(record.loss)
+                if len(seen) == stop_at:
+                    raise Stop
+
+        with contextlib.suppress(Stop):
+            train(job, data, model, tokenizer, LocalRun(torch.device("cpu"), listen), str(tmp_path / folder))
+        return seen
+
+    whole = losses("whole")
+    losses("broken", stop_at=4)
+    assert losses("broken") == pytest.approx(whole[3:], abs=1e-6)
+
+
+def test_a_prompt_that_does_not_start_as_the_pretrained_model_is_refused(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValidationError, match=r"compares with the pretrained model.*tuning.kind=lora, or task.loss.kind=orpo"):
+        job_of(model, tmp_path, tuning={"kind": "prompt"})
