@@ -8,7 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 JOB = 'train_job="a"'
-RUNS = {f"ray_danlu_train_running{{{JOB}}}": "1x600"}
+ORDERED = {f"ray_danlu_train_running{{{JOB}}}": "1x600"}
+RUNS = ORDERED | {f"ray_danlu_train_num_steps{{{JOB}}}": "6000x600"}
 ALIVE = {'ray_node_cpu_utilization{ip="10.0.0.1"}': "20x800"}
 """Without it RayMetricsMissing fires everywhere."""
 MOVES = {f'ray_danlu_train_step{{{JOB}, WorkerId="1"}}': "0+10x600"}
@@ -66,10 +67,7 @@ CASES = [
           f'ray_danlu_train_restarts_total{{{JOB}, reason="started_again"}}': "0 1 2 3 4 5x100"}, quiet=(5, 90), fires=(40,)),
     case("TrainingSlow", training(mfu="0.4x200 0.2x60 0.4x60"), quiet=(150, 290), fires=(235,)),
     case("TrainingGoodputLow", training(goodput="0.9x10 0.3x120 0.9x60"), quiet=(60, 140), fires=(90,)),
-    case("WorkersNotScheduled",
-         {'ray_train_controller_state{ray_train_run_name="r", ray_train_run_id="1", ray_train_controller_state="SCHEDULING"}': "1x40 0x60",
-          'ray_train_controller_state{ray_train_run_name="r", ray_train_run_id="1", ray_train_controller_state="RUNNING"}': "0x40 1x60"},
-         quiet=(10, 50), fires=(30,)),
+    case("WorkersNotScheduled", ORDERED | {f"ray_danlu_train_num_steps{{{JOB}}}": "_x40 500x60"}, quiet=(10, 50), fires=(30,)),
     case("JobQueuedTooLong", {'kueue_pending_workloads{cluster_queue="q", status="active"}': "2x90 0x60"}, quiet=(50, 100), fires=(70,)),
     case("RayJobFailed", {'kuberay_job_deployment_status{name="j", namespace="n", deployment_status="Running"}': "1x20 _x100",
                           'kuberay_job_deployment_status{name="j", namespace="n", deployment_status="Failed"}': "_x20 1x20 _x60"},

@@ -181,6 +181,78 @@ def doctor(
 
 
 @app.command()
+def chat(
+    target: Annotated[str | None, typer.Argument(metavar="[MODEL|URL]", help="A model's name, or a service's URL.")] = None,
+    url: Annotated[str | None, typer.Option("--url", help="The service; unset: OPENAI_BASE_URL, or port 8000 here.")] = None,
+    system: Annotated[str | None, typer.Option("--system", help="The system message.")] = None,
+) -> None:
+    """Talk with a served language model. The key comes from DANLU_API_KEY or OPENAI_API_KEY."""
+    from danlu.client.chat import chat
+
+    chat(target, url, system)
+
+
+keys = typer.Typer(help="API keys of services: made, listed, revoked.", no_args_is_help=True)
+app.add_typer(keys, name="keys")
+KeysFile = Annotated[Path, typer.Option("--file", help="The file that `auth.keys_file` names.")]
+
+
+@keys.command("create")
+def keys_create(
+    name: Annotated[str, typer.Argument(help="Whose key it is.", show_default=False)],
+    file: KeysFile = Path("keys.json"),
+    expires: Annotated[str | None, typer.Option("--expires", metavar="DAYS", help="30d, 12h; unset: never.")] = None,
+    model: Annotated[
+        list[str] | None, typer.Option("--model", help="A model it may ask, or a pattern; may be repeated. Unset: all.")
+    ] = None,
+    max_ongoing: Annotated[int | None, typer.Option("--max-ongoing", min=1, help="Requests at once, in one replica.")] = None,
+) -> None:
+    """Make a key and print it. Only its hash is kept: it cannot be shown again."""
+    from danlu import walk
+
+    walk.create_key(file, name, expires, model or [], max_ongoing)
+
+
+@keys.command("list")
+def keys_list(file: KeysFile = Path("keys.json")) -> None:
+    """List keys: names, beginnings, dates, models."""
+    from danlu import walk
+
+    walk.list_keys(file)
+
+
+@keys.command("revoke")
+def keys_revoke(
+    name: Annotated[str, typer.Argument(help="The key's name or beginning.", show_default=False)], file: KeysFile = Path("keys.json")
+) -> None:
+    """Make a key invalid. Services that read the file notice within a second."""
+    from danlu import walk
+
+    walk.revoke_key(file, name)
+
+
+bench = typer.Typer(help="Measurements.", no_args_is_help=True)
+app.add_typer(bench, name="bench")
+
+
+@bench.command("serve")
+def bench_serve(
+    url: Annotated[str, typer.Argument(help="The service's URL.", show_default=False)],
+    model: Annotated[str | None, typer.Option("--model", help="Unset: the service's base model.")] = None,
+    requests: Annotated[int, typer.Option("--requests", min=1, help="How many, after the warm-up.")] = 200,
+    concurrency: Annotated[int, typer.Option("--concurrency", min=1, help="Clients that each wait for their answer.")] = 8,
+    rate: Annotated[float | None, typer.Option("--rate", min=0.001, help="Requests a second at random instead (Poisson).")] = None,
+    max_tokens: Annotated[int | None, typer.Option("--max-tokens", min=1, help="Of every answer; unset: 16 to 128, mixed.")] = None,
+    seed: Annotated[int, typer.Option("--seed", help="Of prompts and arrivals.")] = 0,
+    output: Annotated[Path | None, typer.Option("--output", help="Write this .json, and an .html beside it.")] = None,
+) -> None:
+    """Put a load on a language model's service. Times to first token, between tokens and end to end, as its clients see them."""
+    from danlu import walk
+
+    walk.bench_serve(url, model, requests, concurrency, rate, max_tokens, seed, output)
+
+
+@app.command()
 def schema(kind: Annotated[str, typer.Argument(help="train or serve.")]) -> None:
     """The JSON Schema of a spec, for editors and pipelines."""
     from danlu import walk

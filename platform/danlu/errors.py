@@ -85,7 +85,7 @@ class QualityError(DanluError):
 
 
 class RequestError(DanluError):
-    """A request an endpoint refuses. `status` is the HTTP status, `kind` and `param` are OpenAI's error `type` and `param`."""
+    """A request an endpoint refuses. `status` is the HTTP status; `kind`, `param` and `code` are OpenAI's error `type`, `param`, `code`."""
 
     def __init__(
         self,
@@ -94,9 +94,10 @@ class RequestError(DanluError):
         status: int = 400,
         kind: str = "invalid_request_error",
         param: str | None = None,
+        code: str | None = None,
         retry_after_s: int | None = None,
         where: str = "",
         fix: str = "",
     ) -> None:
         super().__init__(problem, where=where, fix=fix)
-        self.status, self.kind, self.param, self.retry_after_s = status, kind, param, retry_after_s
+        self.status, self.kind, self.param, self.code, self.retry_after_s = status, kind, param, code, retry_after_s

@@ -6,11 +6,12 @@ import json
 import sys
 import time
 from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from danlu import sdk
-from danlu.errors import DataError, SpecError
+from danlu.errors import DataError, ResourceError, SpecError
 from danlu.spec.base import Spec
 from danlu.spec.files import load, parse, read, which
 from danlu.spec.serve import Service
@@ -183,6 +184,65 @@ def monitor(*, port: int, alert_port: int, webhook: str | None) -> None:
             running.check()
 
 
+def create_key(file: Path, name: str, expires: str | None, models: Sequence[str], max_ongoing: int | None) -> None:
+    """Print a new key, alone on standard output."""
+    from danlu.serve import keys
+
+    secret = keys.create_key(file, name, lifetime=_lifetime(expires), models=models, max_ongoing_requests=max_ongoing)
+    print(f"kept as a hash in {file}; it cannot be shown again", file=sys.stderr)
+    show(secret)
+
+
+def list_keys(file: Path) -> None:
+    """Print a line a key."""
+    from danlu.serve import keys
+
+    for key in keys.read_keys(file):
+        expires = f"{key.expires:%Y-%m-%d %H:%M}" if key.expires else "never"
+        state = key.state(datetime.now(UTC))
+        show(f"{key.name:<20} {key.prefix}...  {state:<8} created {key.created:%Y-%m-%d}  expires {expires}  {', '.join(key.models)}")
+
+
+def revoke_key(file: Path, name: str) -> None:
+    """Make a key invalid."""
+    from danlu.serve import keys
+
+    show(f"revoked {keys.revoke_key(file, name).name}")
+
+
+def bench_serve(
+    url: str,
+    model: str | None,
+    num_requests: int,
+    concurrency: int,
+    rate: float | None,
+    max_tokens: int | None,
+    seed: int,
+    output: Path | None,
+) -> None:
+    """Print what clients see of a service under load."""
+    from dataclasses import asdict
+
+    import httpx
+
+    from danlu.client.endpoint import base_url, headers, only_model
+    from danlu.client.load import Load, measure
+    from danlu.client.page import page
+
+    with httpx.Client(base_url=base_url(url), headers=headers(), timeout=30) as client:
+        try:
+            model = model or only_model(client)
+        except httpx.TransportError as error:
+            raise ResourceError(f"nobody answers at {url}", where="url", fix="the URL of a service that runs") from error
+    report, seen = measure(Load(base_url(url), model, num_requests, concurrency, rate, max_tokens=max_tokens, seed=seed, headers=headers()))
+    show(report.text())
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.with_suffix(".json").write_text(json.dumps(asdict(report), indent=1) + "\n", encoding="utf-8")
+        output.with_suffix(".html").write_text(page(report, seen), encoding="utf-8")
+        show(f"  written: {output.with_suffix('.json')}, {output.with_suffix('.html')}")
+
+
 def schema(kind: str) -> None:
     """Print a spec's JSON Schema."""
     from danlu.spec.schema import schema as schema_of
@@ -228,6 +288,15 @@ def _asked(line: str, kind: str) -> str | dict[str, Any]:
             raise DataError(f"{line[:60]!r} is no JSON object", where="texts", fix='{"question": "...", ...}, as the endpoint takes it')
         return fields
     return fields if isinstance(fields, dict) and {"text", "tokens"} & set(fields) else line
+
+
+def _lifetime(text: str | None) -> timedelta | None:
+    if text is None:
+        return None
+    number, unit = text[:-1], text[-1:]
+    if not number.isdigit() or unit not in "dh" or not 0 < int(number) < 100_000:
+        raise SpecError(f"{text!r} is no lifetime", where="--expires", fix="a number of days or hours, as 30d or 12h")
+    return timedelta(days=int(number)) if unit == "d" else timedelta(hours=int(number))
 
 
 def _standard_input() -> list[str]:

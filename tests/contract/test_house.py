@@ -44,7 +44,14 @@ MAY_IMPORT = {
     "danlu.remote": set(),
     "danlu.serve.openai": set(),
     "danlu.serve.encoder_wire": set(),
+    "danlu.serve.openai.chat": set(),
+    "danlu.serve.openai.completions": set(),
+    "danlu.serve.gateway": set(),
+    "danlu.serve.keys": set(),
+    "danlu.client.chat": set(),
+    "danlu.client.load": set(),
     "danlu.serve.engine": set(),
+    "danlu.serve.generation": set(),
     "danlu.plan": set(),
     "danlu.generate": set(),
     "danlu.cli": set(),
@@ -56,6 +63,7 @@ MAY_IMPORT = {
     "danlu.tasks.exchange": set(),
     "danlu.tasks.classification": HEAVY - {"ray", "deepspeed", "bitsandbytes", "kubernetes"},
     "danlu.compress.load": HEAVY - {"ray", "deepspeed", "kubernetes"},
+    "danlu.serve.engines.torch.engine": HEAVY - {"ray", "deepspeed", "kubernetes"},
     "danlu.serve.engines.encoder": HEAVY - {"ray", "deepspeed", "bitsandbytes", "kubernetes"},
 }
 

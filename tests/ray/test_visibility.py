@@ -12,7 +12,7 @@ import pytest
 from danlu.metrics import catalog
 from danlu.metrics.catalog import Metric
 from danlu.serve import app
-from danlu.spec.serve import Http
+from danlu.spec.serve import Http, Service
 from danlu.spec.train import TrainJob
 from danlu.train import driver
 
@@ -42,6 +42,11 @@ def test_a_training_and_a_serving_run_show_every_metric_of_the_catalogue_and_no_
         endpoint = app.run(topics.service("topics@v1").model_copy(update={"http": Http(port=0)}))
         assert httpx.post(f"{endpoint.url}/v1/classify", json={"input": "wheat"}, timeout=60).status_code == 200
         assert httpx.post(f"{endpoint.url}/v1/classify", json={"input": []}, timeout=60).status_code == 400
+        metrics_port.samples()
+        wait_for("the batches", lambda: f"{catalog.SERVE_BATCH_ROWS.exported}_sum" in metrics_port.samples())
+        app.stop()
+        endpoint = app.run(Service.model_validate({"name": "text", "engine": {"kind": "echo_text"}, "http": {"port": 0}}))
+        assert httpx.post(f"{endpoint.url}/v1/completions", json={"prompt": "wheat"}, timeout=60).status_code == 200
     try:
         for layer in ("train", "serve"):
             wait_for(

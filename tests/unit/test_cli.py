@@ -25,7 +25,8 @@ from danlu.spec.serve import Service
 from danlu.spec.train import TrainJob
 
 DANLU = str(Path(sys.executable).parent / "danlu")
-COMMANDS = ("plan", "train", "evaluate", "quantize", "serve", "predict", "run", "render", "doctor", "jobs", "services", "schema")
+OF_A_SPEC = ("plan", "train", "evaluate", "quantize", "serve", "predict", "run")
+COMMANDS = (*OF_A_SPEC, "chat", "keys", "bench", "render", "doctor", "jobs", "services", "schema")
 
 
 def danlu(*arguments: str, stdin: bytes = b"", cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -113,7 +114,7 @@ def test_a_typo_is_a_message_on_stderr_and_exit_code_2(arguments: list[str], tol
     assert done.stdout == ""
 
 
-@pytest.mark.parametrize("command", [command for command in COMMANDS if command != "schema"])
+@pytest.mark.parametrize("command", OF_A_SPEC)
 def test_every_command_says_what_is_wrong_with_its_file(command: str, tmp_path: Path) -> None:
     for name, content, told in (
         ("open.yaml", b"data: [", "open.yaml, line 1, column 8: not YAML"),

@@ -181,10 +181,10 @@ ALERTS: tuple[Alert, ...] = (
     ),
     Alert(
         "WorkersNotScheduled", "train", "warning",
-        total(select(f.RAY_TRAIN_STATE, ray_train_controller_state=Matches("SCHEDULING|RESCHEDULING|INITIALIZING")),
-              "ray_train_run_name", "ray_train_run_id", "ray_train_controller_state").equals(1), "15m",
-        "Training waits for workers ({{ $labels.ray_train_controller_state }})",
-        "Ray Train has asked for workers and the cluster does not give them: too few CPUs or GPUs, or nodes that do not come.",
+        _job(select(c.TRAIN_RUNNING)).equals(1).unless(_job(select(c.TRAIN_NUM_STEPS))), "15m",
+        "{{ $labels.train_job }} has been ordered for 15 minutes and its workers have not begun",
+        "Ray Train has asked for workers and the cluster does not give them (too few CPUs or GPUs, nodes that do not come), or they take long "
+        "to load. Ray's own state of a training is no help: it is shown for seconds after it changed only.",
         ("`ray status` shows demand and nodes.", "On Kubernetes: `kubectl get pods`, `kubectl describe pod POD` (Pending: quota, taints).",
          "Ask for fewer: `danlu train SPEC --set workers.num_workers=...`."), _FLEET,
     ),

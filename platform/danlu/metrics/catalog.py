@@ -173,4 +173,36 @@ SERVE_TOKENS = Metric("danlu_serve_tokens", "counter", "tokens", "Tokens of the 
 SERVE_REFUSALS = Metric("danlu_serve_refusals", "counter", "requests", "Requests refused, by reason.", "serve", ("model", "reason"))
 SERVE_IN_FLIGHT = Metric("danlu_serve_in_flight", "gauge", "requests", "Requests being worked on in a replica.", "serve", ("model",))
 
+# Of language models: measured around every engine, from the request's arrival on (danlu.serve.sequences).
+SERVE_FIRST_TOKEN_SECONDS = Metric(
+    "danlu_serve_time_to_first_token_seconds", "histogram", "s", "From the request's arrival to an answer's first token.", "serve",
+    ("model",), SECONDS,
+)  # fmt: skip
+SERVE_INTER_TOKEN_SECONDS = Metric(
+    "danlu_serve_inter_token_seconds", "histogram", "s", "From one token of an answer to the next.", "serve", ("model",), SECONDS
+)
+SERVE_PROMPT_TOKENS = Metric(
+    "danlu_serve_prompt_tokens", "counter", "tokens", "Tokens of prompts; a prompt with n answers counts once.", "serve", ("model",)
+)
+SERVE_CACHED_TOKENS = Metric(
+    "danlu_serve_cached_tokens", "counter", "tokens", "Of the tokens of prompts, those found in the prefix cache.", "serve", ("model",)
+)
+SERVE_COMPLETION_TOKENS = Metric(
+    "danlu_serve_completion_tokens", "counter", "tokens", "Tokens made, those of cancelled answers included.", "serve", ("model",)
+)
+SERVE_SEQUENCES = Metric(
+    "danlu_serve_sequences", "counter", "sequences", "Answers ended, by how: stop, length, cancelled, error.", "serve",
+    ("model", "finish_reason"),
+)  # fmt: skip
+# Of language models: numbers of the engine's own (TextEngine.stats), read once a second.
+SERVE_RUNNING = Metric("danlu_serve_sequences_running", "gauge", "sequences", "Answers being made.", "serve", ("model",))
+SERVE_WAITING = Metric("danlu_serve_sequences_waiting", "gauge", "sequences", "Answers that wait for room.", "serve", ("model",))
+SERVE_CACHE_USE = Metric("danlu_serve_kv_cache_usage", "gauge", "ratio", "Share of the KV cache in use, 0 to 1.", "serve", ("model",))
+SERVE_PREFIX_QUERIED = Metric(
+    "danlu_serve_prefix_queried_tokens", "gauge", "tokens", "Tokens looked up in the prefix cache since the start.", "serve", ("model",)
+)
+SERVE_PREFIX_HIT = Metric(
+    "danlu_serve_prefix_hit_tokens", "gauge", "tokens", "Tokens found in the prefix cache since the start.", "serve", ("model",)
+)
+
 ALL: tuple[Metric, ...] = tuple(value for value in list(globals().values()) if isinstance(value, Metric))

@@ -192,8 +192,9 @@ TRAINING_FLEET = Dashboard(
               link="danlu-training-run"),
         Panel("Slowest over median rank", "Close to 1.", ((aggregate("max", select(c.TRAIN_STRAGGLING), ["train_job"]), "{{train_job}}"),),
               warn=1.3, bad=1.5, width=12),
-        Panel("Ray Train's controllers", "RUNNING, or FINISHED.",
-              ((total(select(f.RAY_TRAIN_STATE), "ray_train_controller_state"), "{{ray_train_controller_state}}"),), stacked=True, width=12)))),
+Panel("Jobs whose workers have not begun", "0 after a minute or two.",
+              ((aggregate("count", select(c.TRAIN_RUNNING).equals(1).unless(select(c.TRAIN_NUM_STEPS)))
+                | aggregate("count", select(c.TRAIN_RUNNING)) * 0, "jobs"),), width=12)))),
 )  # fmt: skip
 
 SERVING = Dashboard(

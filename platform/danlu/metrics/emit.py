@@ -18,6 +18,8 @@ from danlu.metrics.catalog import Metric
 from danlu.metrics.training import Sample, TrainingMeter
 
 FLUSH_S = 1.0
+REFRESH_S = 5.0
+"""Ray forgets a gauge that is not set again within seconds: a job that stands still would vanish instead of alarming somebody."""
 MAX_VALUES = 200
 """A label takes so many values in a process; later ones are counted together as `other`, so that sums stay right and series bounded."""
 OTHER = "other"
@@ -33,6 +35,8 @@ class _Emitter:
         self.sums: defaultdict[tuple[Metric, tuple[str, ...]], float] = defaultdict(float)
         self.last: dict[tuple[Metric, tuple[str, ...]], float] = {}
         self.observed: defaultdict[tuple[Metric, tuple[str, ...]], list[float]] = defaultdict(list)
+        self.current: dict[tuple[Metric, tuple[str, ...]], float] = {}
+        self.refreshed = 0.0
         self.live: dict[str, Any] = {}
         self.begun: set[tuple[Metric, tuple[str, ...]]] = set()
         self.values: defaultdict[tuple[str, str], set[str]] = defaultdict(set)
@@ -76,6 +80,9 @@ class _Emitter:
                 continue
             self.begun.add((metric, labels))
             self._live(metric).inc(value or ZERO, tags=dict(zip(metric.labels, labels, strict=True)))
+        self.current |= last
+        if time.monotonic() - self.refreshed > REFRESH_S:
+            self.refreshed, last = time.monotonic(), dict(self.current)
         for (metric, labels), value in last.items():
             self._live(metric).set(value, tags=dict(zip(metric.labels, labels, strict=True)))
         for (metric, labels), values in observed.items():

@@ -55,15 +55,6 @@ RAY_REPLICA_STARTUP = Foreign(
     "scraped",
     RAY,
 )
-RAY_TRAIN_STATE = Foreign(
-    "ray_train_controller_state",
-    "gauge",
-    "",
-    "1 for the state that a Ray Train controller is in.",
-    ("ray_train_run_name", "ray_train_run_id", "ray_train_controller_state"),
-    "scraped",
-    RAY,
-)
 RAY_RESOURCES = Foreign(
     "ray_resources",
     "gauge",

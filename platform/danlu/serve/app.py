@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import os
@@ -9,6 +10,7 @@ import socket
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -21,16 +23,20 @@ from danlu.artifact.store import Store
 from danlu.errors import ResourceError, SpecError
 from danlu.local_ray import start_ray
 from danlu.metrics import catalog, emit
+from danlu.serve.asgi import App
 from danlu.serve.encoder_wire import wire_of
 from danlu.serve.engine import make_engine
 from danlu.serve.engines.encoder import BatchRecord, EncoderEngine
 from danlu.serve.gateway import Gateway
+from danlu.serve.generation import TextEngine
+from danlu.serve.keys import Authenticated, KeyRing, read_keys
 from danlu.spec.files import dump, load, parse
-from danlu.spec.serve import Encoder, Service
+from danlu.spec.serve import Echo, EchoText, Service
 from danlu.spec.task import Classification, EncoderTask
 
 START_TIMEOUT_S = 180.0
 STOP_TIMEOUT_S = 30.0
+STATS_EVERY_S = 1.0
 PROXIES_TIMEOUT_S = 10.0
 
 
@@ -47,11 +53,17 @@ class Replica:
         engine = make_engine(service, bundle)
         if isinstance(engine, EncoderEngine):
             engine.on_batch = lambda batch: _meter_batch(service.name, batch)
-        self.gateway = Gateway(engine, service.name, service.limits, emit.emit, sends_request_id=False)
+        self.gateway = Gateway(
+            engine, service.name, service.limits, emit.emit, sends_request_id=False, lora_updates=service.allows_lora_updates
+        )
+        self.entrance: App = self.gateway  # `app` is a name of Serve's own
+        if service.auth is not None:
+            self.entrance = Authenticated(self.gateway, KeyRing(Path(service.auth.keys_file)), self.gateway.count)
         await self.gateway.start()
+        self.reading = asyncio.create_task(_meter_engine(engine, service.name)) if isinstance(engine, TextEngine) else None
 
-    def __serve_build_asgi_app__(self) -> Gateway:
-        return self.gateway
+    def __serve_build_asgi_app__(self) -> App:
+        return self.entrance
 
     def check_health(self) -> None:
         """Serve replaces a replica for which this raises."""
@@ -60,6 +72,8 @@ class Replica:
     async def __del__(self) -> None:
         if hasattr(self, "gateway"):  # not if the constructor failed
             await self.gateway.drain()
+            if self.reading is not None:
+                self.reading.cancel()
             emit.flush()
 
 
@@ -71,8 +85,8 @@ def build(spec: Service | Mapping[str, Any]) -> serve.Application:
     deployment = serve.deployment(
         name=service.name,
         ray_actor_options={
-            "num_cpus": engine.num_threads if isinstance(engine, Encoder) else 1,
-            "num_gpus": engine.num_gpus if isinstance(engine, Encoder) else 0,
+            "num_cpus": 1 if isinstance(engine, Echo | EchoText) else engine.num_threads,
+            "num_gpus": 0 if isinstance(engine, Echo | EchoText) else engine.num_gpus,
         },
         # The gateway queues and refuses, in OpenAI's shape and with a Retry-After that it has measured; Serve's bound is the net under it.
         max_ongoing_requests=room + 16,
@@ -124,10 +138,14 @@ def run(service: Service) -> Endpoint:
     # A bundle that is not there is the user's to hear of now, not a replica's to die of.
     task = None if service.bundle is None else read_bundle(Store(service.storage).resolve(service.bundle)).meta.task
     route = wire_of(task if isinstance(task, EncoderTask) else Classification()).path
+    if service.auth is not None:
+        read_keys(Path(service.auth.keys_file))
     start_ray()
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     host, port = address
-    serve.start(http_options=HTTPOptions(host=host, port=port, request_timeout_s=service.limits.request_timeout_s + 5))
+    # Of a language model's answer only the gateway knows whether it still moves: a long one is not a late one.
+    timeout_s = None if service.is_language_model else service.limits.request_timeout_s + 5
+    serve.start(http_options=HTTPOptions(host=host, port=port, request_timeout_s=timeout_s))
     was_there = service.name in serve.status().applications
     try:
         _deploy(service)
@@ -135,6 +153,8 @@ def run(service: Service) -> Endpoint:
         if not was_there:  # else what ran before runs on
             serve.delete(service.name)
         raise
+    if service.is_language_model:
+        route = "/v1/chat/completions"
     return Endpoint(f"http://{host}:{port}", service.name, route, _dashboard_url(), _metrics_url())
 
 
@@ -211,6 +231,14 @@ def _replicas_error(status: Any) -> str:
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     told = [line for line in lines if line.startswith(("danlu.errors.", "RuntimeError", "ValueError", "ImportError"))]
     return (told or lines or ["no message"])[-1]
+
+
+async def _meter_engine(engine: TextEngine, model: str) -> None:
+    metrics = {metric.name: metric for metric in catalog.ALL}
+    while True:
+        for name, value in engine.stats().items():
+            emit.emit(metrics[name], value, model=model)
+        await asyncio.sleep(STATS_EVERY_S)
 
 
 def _meter_batch(model: str, batch: BatchRecord) -> None:

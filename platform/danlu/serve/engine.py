@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from danlu.spec.serve import Echo, Encoder, Service
+from danlu.serve.generation import TextEngine
+from danlu.spec.serve import Echo, EchoText, Encoder, Service, Torch
 from danlu.spec.task import EncoderTask
 from danlu.tasks.exchange import Example, Prediction
 
@@ -57,7 +58,7 @@ class Engine(Protocol):
         ...
 
 
-def make_engine(service: Service, bundle: Bundle | None) -> Engine:
+def make_engine(service: Service, bundle: Bundle | None) -> Engine | TextEngine:
     """The engine of a service's `engine:`."""
     match service.engine:
         case Encoder():
@@ -69,3 +70,11 @@ def make_engine(service: Service, bundle: Bundle | None) -> Engine:
             from danlu.serve.engines.echo import EchoEngine
 
             return EchoEngine(service.engine)
+        case EchoText():
+            from danlu.serve.engines.echo import EchoTextEngine
+
+            return EchoTextEngine(service.engine)
+        case Torch():
+            from danlu.serve.engines.torch.engine import TorchEngine
+
+            return TorchEngine(service.engine, bundle)

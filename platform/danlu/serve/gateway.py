@@ -3,50 +3,67 @@
 from __future__ import annotations
 
 import asyncio
-import json
-import math
+import logging
 import time
 import uuid
-from collections.abc import Awaitable, Callable, MutableMapping
-from typing import Any
+from collections.abc import AsyncGenerator, Callable, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
 
 from danlu.errors import RequestError
 from danlu.metrics import catalog
 from danlu.metrics.catalog import Metric
-from danlu.serve.encoder_wire import Request, read_json, routes_of
+from danlu.serve.admission import Admission
+from danlu.serve.asgi import Call, ClientGone, Receive, Reply, Route, Routes, Scope, Send, Stream, read_body, send_reply, send_stream
 from danlu.serve.engine import Engine
-from danlu.serve.openai import error_response, models_response
+from danlu.serve.generation import TextEngine
+from danlu.serve.keys import Key
+from danlu.serve.openai.common import ModelCard, error_response, model_response, models_response
 from danlu.serve.openapi import docs_page, openapi
+from danlu.serve.routes.predict import PredictApi, check_model
+from danlu.serve.routes.text import TextApi, engine_failed
 from danlu.spec.serve import Limits
 
-Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
-Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 Meter = Callable[..., None]
 
-ROUTES = {
-    "/v1/models": "GET",
-    "/healthz": "GET",
-    "/readyz": "GET",
-    "/openapi.json": "GET",
-    "/docs": "GET",
-}
+logger = logging.getLogger("danlu.serve")
 
 
 class Gateway:
     """The ASGI application of a replica. `model` is the name it answers to; `meter(metric, value, **labels)` counts.
 
-    `sends_request_id` is False behind Ray Serve, which puts the x-request-id on every answer itself.
+    `sends_request_id` is False behind Ray Serve, which puts the x-request-id on every answer itself. `lora_updates` lets clients load
+    and unload adapters.
     """
 
-    def __init__(self, engine: Engine, model: str, limits: Limits, meter: Meter, *, sends_request_id: bool = True) -> None:
+    def __init__(
+        self,
+        engine: Engine | TextEngine,
+        model: str,
+        limits: Limits,
+        meter: Meter,
+        *,
+        sends_request_id: bool = True,
+        lora_updates: bool = False,
+    ) -> None:
         self.engine, self.model, self.limits, self.meter = engine, model, limits, meter
         self.sends_request_id = sends_request_id
-        self.in_flight, self.ready, self.draining = 0, False, False
-        self.recent_seconds = 0.05
+        self.ready = False
         self.created = int(time.time())
-        self.wires = routes_of(engine.task)
-        self.routes = dict.fromkeys(self.wires, "POST") | ROUTES
+        self.admission = Admission(limits, self.count)
+        self.api: TextApi | PredictApi
+        if isinstance(engine, TextEngine):
+            self.api = TextApi(engine, model, limits, self.admission, self.count, updates=lora_updates)
+        else:
+            self.api = PredictApi(engine, model, limits, self.admission, self.count)
+        self.routes: Routes = {
+            **self.api.routes(),
+            "/v1/models": Route("GET", self._models),
+            **({"/v1/models/": Route("GET", self._one_model)} if isinstance(self.api, TextApi) else {}),
+            "/healthz": Route("GET", self._healthz),
+            "/readyz": Route("GET", self._readyz),
+            "/openapi.json": Route("GET", self._openapi),
+            "/docs": Route("GET", self._docs),
+        }
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         match scope["type"]:
@@ -55,6 +72,15 @@ class Gateway:
             case "http":
                 await self._http(scope, receive, send)
 
+    @property
+    def in_flight(self) -> int:
+        """Answers that are being worked on or wait."""
+        return self.admission.in_flight
+
+    def count(self, metric: Metric, value: float, **labels: str) -> None:
+        """Meter under this model's name."""
+        self.meter(metric, value, model=self.model, **labels)
+
     async def start(self) -> None:
         """Start the engine; ready once it has answered its probes."""
         await self.engine.start()
@@ -62,12 +88,17 @@ class Gateway:
 
     async def drain(self) -> None:
         """Take nothing new, finish what has begun, stop the engine."""
-        self.draining = True
-        deadline = time.monotonic() + self.limits.drain_timeout_s
-        while self.in_flight and time.monotonic() < deadline:
-            await asyncio.sleep(0.02)
+        self.admission.draining = True
+        await self._until_idle(self.limits.drain_timeout_s)
+        self.api.cut(RequestError("the service is stopping", status=503, kind="server_error", fix="again: another replica answers"))
+        await self._until_idle(1.0)  # so that their last events get out
         await self.engine.stop()
         self.ready = False
+
+    async def _until_idle(self, timeout_s: float) -> None:
+        deadline = time.monotonic() + timeout_s
+        while self.in_flight and time.monotonic() < deadline:
+            await asyncio.sleep(0.02)
 
     async def _lifespan(self, receive: Receive, send: Send) -> None:
         while True:
@@ -80,123 +111,132 @@ class Gateway:
         began = time.perf_counter()
         headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
         path = scope["path"].rstrip("/") or "/"
-        extra: dict[str, str] = {}
-        content_type = "application/json"
-        body: object
+        found = next((known for known in self.routes if known == path or (known[-1] == "/" and path.startswith(known))), None)
+        extra = {"x-request-id": headers.get("x-request-id", "")[:128] or uuid.uuid4().hex} if self.sends_request_id else {}
+        reply: Reply | Stream
         try:
-            status, body, content_type = await self._answer(scope["method"], path, headers, receive)
-        except RequestError as error:
-            status, body = error.status, error_response(error)
-            if error.retry_after_s is not None:
-                extra["retry-after"] = str(error.retry_after_s)
-            if error.status == 405:
-                extra["allow"] = self.routes[path]
-            self._count(catalog.SERVE_REFUSALS, 1, reason=error.kind if error.status == 400 else str(error.status))
+            async with AsyncExitStack() as stack:
+                try:
+                    call = await self._call(scope, path, found, headers, receive, began, stack)
+                    route = self.routes[found or ""]
+                    async with _follow(receive if route.follows_client else None):
+                        reply = await route.answer(call)
+                        if isinstance(reply, Stream):
+                            await send_stream(send, reply, extra, silence_s=self.limits.request_timeout_s)
+                except RequestError as error:
+                    reply = self._refused(error, extra, found)
+                except ClientGone:
+                    raise
+                except Exception as error:
+                    # A client gets an answer whatever broke; health says the rest.
+                    logger.exception("%s %s", scope["method"], path)
+                    reply = self._refused(engine_failed(error), extra, found)
+        except ClientGone:
+            self.count(catalog.SERVE_REFUSALS, 1, reason="client_gone")
+            return
         except asyncio.CancelledError:
-            self._count(catalog.SERVE_REFUSALS, 1, reason="client_gone")
+            self.count(catalog.SERVE_REFUSALS, 1, reason="client_gone")
             raise
-        except Exception as error:  # noqa: BLE001  # a client gets an answer whatever broke; health says the rest
-            status, body = 500, error_response(RequestError(f"the engine failed: {type(error).__name__}", status=500, kind="server_error"))
-        route = path if path in self.routes else "other"
-        self._count(catalog.SERVE_REQUESTS, 1, route=route, status=str(status))
-        self._count(catalog.SERVE_SECONDS, time.perf_counter() - began, route=route)
-        raw = body if isinstance(body, bytes) else json.dumps(body, ensure_ascii=False).encode()
-        extra |= {"content-type": content_type, "content-length": str(len(raw))}
-        if self.sends_request_id:
-            extra["x-request-id"] = headers.get("x-request-id", "")[:128] or uuid.uuid4().hex
-        start = {
-            "type": "http.response.start",
-            "status": status,
-            "headers": [(k.encode(), v.encode("latin-1", "replace")) for k, v in extra.items()],
-        }
-        await send(start)
-        await send({"type": "http.response.body", "body": raw})
+        self.count(catalog.SERVE_REQUESTS, 1, route=found or "other", status=str(getattr(reply, "status", 200)))
+        self.count(catalog.SERVE_SECONDS, time.perf_counter() - began, route=found or "other")
+        if isinstance(reply, Stream):
+            await send({"type": "http.response.body", "body": b""})
+        else:
+            await send_reply(send, reply, extra)
 
-    async def _answer(self, method: str, path: str, headers: dict[str, str], receive: Receive) -> tuple[int, object, str]:
-        if path not in self.routes:
-            raise RequestError(f"there is no {path} here", status=404, kind="not_found_error", fix=", ".join(self.routes))
-        takes = self.routes[path]
-        if method != takes and not (method == "HEAD" and takes == "GET"):
-            raise RequestError(f"{path} takes {takes}, not {method}", status=405, fix=f"{takes} {path}")
-        if path in self.wires:
-            return 200, await self._predict(path, headers, receive), "application/json"
-        match path:
-            case "/v1/models":
-                return 200, models_response([self.model], self.created), "application/json"
-            case "/healthz":
-                self._check(self.engine.check_health)
-                return 200, {"status": "ok"}, "application/json"
-            case "/readyz":
-                if not self.ready or self.draining:
-                    raise RequestError("draining" if self.draining else "still starting", status=503, kind="server_error", retry_after_s=1)
-                self._check(self.engine.check_health)
-                return 200, {"status": "ready", "model": self.model}, "application/json"
-            case "/openapi.json":
-                return 200, openapi(self.model, self.wires, self.engine.labels, self.limits), "application/json"
-        return 200, docs_page(self.model, self.wires).encode(), "text/html; charset=utf-8"
+    async def _call(
+        self,
+        scope: Scope,
+        path: str,
+        found: str | None,
+        headers: Mapping[str, str],
+        receive: Receive,
+        began: float,
+        stack: AsyncExitStack,
+    ) -> Call:
+        """The request for its route; RequestError if there is none, or its body cannot be read."""
+        if found is None:
+            raise RequestError(f"there is no {path}", status=404, kind="not_found_error", fix=", ".join(self.routes))
+        method = self.routes[found].method
+        if scope["method"] != method and not (scope["method"] == "HEAD" and method == "GET"):
+            raise RequestError(f"{path} takes {method}, not {scope['method']}", status=405, fix=f"{method} {path}")
+        body = b""
+        if method == "POST":
+            content_type = headers.get("content-type", "").partition(";")[0].strip().lower()
+            if content_type != "application/json":
+                told = content_type or "not given"
+                raise RequestError(f"the content type is {told}", status=415, param="content-type", fix="content-type: application/json")
+            body = await read_body(headers, receive, limit=self.limits.max_body_bytes)
+        key: Key | None = scope.get("danlu.key")
+        return Call(body, began, key, path[len(found) :], stack)
 
-    async def _predict(self, path: str, headers: dict[str, str], receive: Receive) -> object:
-        content_type = headers.get("content-type", "").partition(";")[0].strip().lower()
-        if content_type != "application/json":
-            raise RequestError(
-                f"the content type is {content_type or 'not given'}", status=415, param="content-type", fix="content-type: application/json"
-            )
-        body = await self._body(headers, receive)
-        request: Request = self.wires[path].parse(read_json(body, self.wires[path].example), self.limits.max_inputs)
-        if request.model not in (None, self.model):
-            raise RequestError(
-                f"there is no model {request.model!r} here", status=404, kind="not_found_error", param="model", fix=repr(self.model)
-            )
-        room = self.limits.max_ongoing_requests + self.limits.max_queued_requests
-        if self.in_flight >= room or self.draining:
-            raise RequestError(
-                "draining" if self.draining else f"{self.in_flight} requests are being worked on and waiting, no more fit",
-                status=503,
-                kind="server_error",
-                retry_after_s=max(1, math.ceil(self.recent_seconds * self.in_flight / self.limits.max_ongoing_requests)),
-                fix="again after Retry-After seconds",
-            )
-        self.in_flight += 1
-        self._count(catalog.SERVE_IN_FLIGHT, self.in_flight)
-        began = time.perf_counter()
+    def _refused(self, error: RequestError, extra: dict[str, str], found: str | None) -> Reply:
+        if error.retry_after_s is not None:
+            extra["retry-after"] = str(error.retry_after_s)
+        if error.status == 405 and found:
+            extra["allow"] = self.routes[found].method
+        if error.status != 500:
+            self.count(catalog.SERVE_REFUSALS, 1, reason=error.kind if error.status == 400 else str(error.status))
+        return Reply(error_response(error), error.status)
+
+    async def _models(self, call: Call) -> Reply:
+        return Reply(models_response(self._cards(call.key), self.created))
+
+    async def _one_model(self, call: Call) -> Reply:
+        cards = self._cards(call.key)
+        check_model(call.rest, [card.name for card in cards], call.key)
+        return Reply(model_response(next(card for card in cards if card.name == call.rest), self.created))
+
+    def _cards(self, key: Key | None) -> list[ModelCard]:
+        return [card for card in self.api.models() if key is None or key.may_ask(card.name)]
+
+    async def _healthz(self, call: Call) -> Reply:
+        self._check_health()
+        return Reply({"status": "ok"})
+
+    async def _readyz(self, call: Call) -> Reply:
+        if not self.ready or self.admission.draining:
+            told = "draining" if self.admission.draining else "still starting"
+            raise RequestError(told, status=503, kind="server_error", retry_after_s=1)
+        self._check_health()
+        return Reply({"status": "ready", "model": self.model})
+
+    async def _openapi(self, call: Call) -> Reply:
+        return Reply(openapi(self.model, *self.api.paths()))
+
+    async def _docs(self, call: Call) -> Reply:
+        page = docs_page(self.model, [(route.method, path) for path, route in self.routes.items()], self.api.try_it())
+        return Reply(page.encode(), content_type="text/html; charset=utf-8")
+
+    def _check_health(self) -> None:
         try:
-            answers = await asyncio.wait_for(self.engine.predict(request.inputs), self.limits.request_timeout_s)
-        except TimeoutError as error:
-            raise RequestError(
-                f"no answer within {self.limits.request_timeout_s:g} s", status=504, kind="server_error", fix="fewer texts, or again later"
-            ) from error
-        finally:
-            self.in_flight -= 1
-            self._count(catalog.SERVE_IN_FLIGHT, self.in_flight)
-        self.recent_seconds = 0.9 * self.recent_seconds + 0.1 * (time.perf_counter() - began)
-        self._count(catalog.SERVE_INPUTS, len(answers))
-        self._count(catalog.SERVE_TOKENS, sum(answer.num_tokens for answer in answers))
-        return self.wires[path].respond(self.model, request, answers, self.engine.labels)
-
-    async def _body(self, headers: dict[str, str], receive: Receive) -> bytes:
-        limit = self.limits.max_body_bytes
-        length = headers.get("content-length", "")
-        parts: list[bytes] = []
-        size = 0
-        too_large = length.isdigit() and int(length) > limit
-        while not too_large:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                raise asyncio.CancelledError
-            parts.append(message.get("body", b""))
-            size += len(parts[-1])
-            too_large = size > limit
-            if not message.get("more_body"):
-                break
-        if too_large:
-            raise RequestError(f"the body is larger than {limit:,} bytes", status=413, fix="fewer or shorter texts in a request")
-        return b"".join(parts)
-
-    def _check(self, check_health: Callable[[], None]) -> None:
-        try:
-            check_health()
+            self.engine.check_health()
         except Exception as error:
             raise RequestError(str(error), status=503, kind="server_error") from error
 
-    def _count(self, metric: Metric, value: float, **labels: str) -> None:
-        self.meter(metric, value, model=self.model, **labels)
+
+@asynccontextmanager
+async def _follow(receive: Receive | None) -> AsyncGenerator[None]:
+    """Ends the block with ClientGone as soon as the client has; ASGI servers tell that only to who asks."""
+    if receive is None:
+        yield
+        return
+    task, gone = asyncio.current_task(), False
+    assert task is not None
+
+    async def watch() -> None:
+        nonlocal gone
+        while (await receive())["type"] != "http.disconnect":
+            continue
+        gone = True
+        task.cancel()
+
+    watcher = asyncio.create_task(watch())
+    try:
+        yield
+    except asyncio.CancelledError as error:
+        if gone and not task.uncancel():
+            raise ClientGone from error
+        raise
+    finally:
+        watcher.cancel()

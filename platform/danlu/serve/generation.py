@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 FinishReason = Literal["stop", "length"]
 """`stop`: an end-of-text token, a stop text or id, or a guide that is complete. `length`: max_tokens, or the model's last position."""
@@ -36,7 +36,7 @@ class Sampling:
     """How tokens are chosen; names and meanings are OpenAI's and vLLM's. Penalties count as they do there."""
 
     max_tokens: int | None = None
-    """New tokens at most; None is as many as the model has positions left."""
+    """New tokens at most; None is as many as the model has positions left. 0 only reads the prompt, for its log probabilities."""
     min_tokens: int = 0
     temperature: float = 1.0
     """0 is greedy."""
@@ -96,13 +96,16 @@ class Delta:
 
     text: str = ""
     token_ids: tuple[int, ...] = ()
+    """All that were made, also those without a text of their own (the end of the text, a stop); `completion_tokens` is their number."""
     logprobs: tuple[TokenLogprob, ...] = ()
+    """One for each of `token_ids`, if asked for."""
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
     """On the first delta, if asked for."""
     finish_reason: FinishReason | None = None
     usage: Usage | None = None
 
 
+@runtime_checkable
 class TextEngine(Protocol):
     """start once; generate from any number of coroutines at a time; stop once.
 
@@ -116,8 +119,8 @@ class TextEngine(Protocol):
         """Load, and answer the bundle's probes as the evaluation did; QualityError if the answers differ."""
         ...
 
-    def generate(self, generation: Generation) -> AsyncIterator[Delta]:
-        """The answer, piece by piece, as it is made; exactly one terminal delta, or an error."""
+    def generate(self, generation: Generation) -> AsyncGenerator[Delta]:
+        """The answer, piece by piece, as it is made; exactly one terminal delta, or an error. `aclose()` cancels."""
         ...
 
     def tokenize(self, prompt: Prompt) -> list[int]:

@@ -30,6 +30,72 @@ class Encoder(Spec):
     num_gpus: Annotated[Literal[0, 1], Number] = 0
 
 
+class Torch(Spec):
+    """Danlu's own language-model engine: continuous batching over any Hugging Face causal language model, on CPU or one GPU. Names are
+    vLLM's where vLLM has the field."""
+
+    kind: Literal["torch"] = "torch"
+
+    model_name_or_path: Annotated[str, Field(min_length=1)] | None = None
+    """A model as it is, in place of a bundle: a folder, a hub id, a storage URI or `pkg://package/folder`."""
+
+    revision: str | None = None
+    """Branch, tag or commit of a hub id."""
+
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"
+    """Of weights, computation and cache. `auto` is what a bundle was evaluated in, or bf16 where the hardware multiplies it."""
+
+    max_model_len: PositiveInt | None = None
+    """Longest prompt and answer together, in tokens. Unset: the model's positions, 4096 at most. Each running sequence has a slot of this
+    length in the cache."""
+
+    max_num_seqs: PositiveInt = 64
+    """Sequences that run at once, where the cache has room for as many."""
+
+    max_num_batched_tokens: PositiveInt = 1024
+    """Tokens of one step at most."""
+
+    prefill_chunk_tokens: PositiveInt = 128
+    """Tokens of prompts that a step reads while other sequences wait for their next token: more is a sooner first token for the new ones
+    and a longer wait for the others."""
+
+    kv_cache_memory_gb: PositiveFloat = 4.0
+    """Keys and values of all slots, in GiB."""
+
+    enable_prefix_caching: bool = True
+    """Keep what a finished sequence has left until its slot is needed, so that a prompt that begins alike is not read again."""
+
+    adapters: dict[str, str] = {}
+    """LoRA adapters that are there from the start: the name they answer to -> a PEFT folder or a bundle's."""
+
+    max_loras: PositiveInt = 8
+    """Adapters in memory at once; one more takes the place of the longest unused."""
+
+    allow_runtime_lora_updating: bool = False
+    """Serve `/v1/load_lora_adapter` and `/v1/unload_lora_adapter`."""
+
+    num_threads: PositiveInt = 1
+    """Compute threads of one replica on CPU; also the cores it asks Ray for."""
+
+    num_gpus: Annotated[Literal[0, 1], Number] = 0
+
+    step_timeout_s: PositiveFloat = 120.0
+    """A step that takes longer is stuck: all requests fail and the replica is replaced."""
+
+    @model_validator(mode="after")
+    def _a_step_holds_every_sequence(self) -> Self:
+        if self.max_num_batched_tokens <= self.max_num_seqs:
+            raise ValueError(
+                f"max_num_batched_tokens={self.max_num_batched_tokens} leaves no room for prompts beside max_num_seqs={self.max_num_seqs} "
+                f"running sequences; at least {self.max_num_seqs + 1}"
+            )
+        if len(self.adapters) > self.max_loras:
+            raise ValueError(f"{len(self.adapters)} adapters are more than max_loras={self.max_loras}; max_loras: {len(self.adapters)}")
+        if self.revision is not None and self.model_name_or_path is None:
+            raise ValueError("revision has no effect without model_name_or_path; leave it out")
+        return self
+
+
 class Echo(Spec):
     """A fake that answers without a model, at a settable speed: for load tests of everything around the engine."""
 
@@ -38,7 +104,21 @@ class Echo(Spec):
     latency_ms: Annotated[float, Field(ge=0)] = 0.0
 
 
-Engine = Annotated[Encoder | Echo, Field(discriminator="kind")]
+class EchoText(Spec):
+    """A fake language model that repeats what it is told, at a settable speed: for load tests of everything around the engine."""
+
+    kind: Literal["echo_text"] = "echo_text"
+    time_to_first_token_ms: Annotated[float, Field(ge=0)] = 0.0
+    time_per_output_token_ms: Annotated[float, Field(ge=0)] = 0.0
+    max_model_len: PositiveInt = 4096
+    """Prompt and answer together, in tokens. A token is a byte of UTF-8."""
+    adapters: dict[str, str] = {}
+    """LoRA adapters that are there from the start: the name they answer to -> a folder."""
+    allow_runtime_lora_updating: bool = False
+    """Serve `/v1/load_lora_adapter` and `/v1/unload_lora_adapter`."""
+
+
+Engine = Annotated[Encoder | Torch | Echo | EchoText, Field(discriminator="kind")]
 
 
 class Autoscaling(Spec):
@@ -65,9 +145,10 @@ class Limits(Spec):
     max_queued_requests: PositiveInt = 256
     """Requests that wait for a replica before new ones are told to come back later."""
     max_inputs: PositiveInt = 256
-    """Texts in one request."""
+    """Texts in one request; of a language model the answers, which are `n` for each prompt."""
     max_body_bytes: PositiveInt = 1_000_000
     request_timeout_s: PositiveFloat = 30.0
+    """How long a client may wait: for the answer; of a language model for the first token, and from one token to the next."""
     drain_timeout_s: PositiveFloat = 20.0
     """How long a replica that is told to stop may finish what it has begun."""
 
@@ -82,6 +163,13 @@ class Http(Spec):
     """Ray Serve's HAProxy ingress instead of its Python proxy: several times the requests per second, one such service per machine."""
 
 
+class Auth(Spec):
+    """Who may ask: holders of a key."""
+
+    keys_file: Annotated[str, Field(min_length=1)]
+    """What `danlu keys` writes: hashes, never keys. A Kubernetes secret that is mounted as a file will do. Read again when it changes."""
+
+
 class Service(Spec):
     """An endpoint: one bundle behind Ray Serve."""
 
@@ -89,15 +177,28 @@ class Service(Spec):
     name: DnsLabel
     """Also the RayService's name."""
     bundle: str | None = None
-    """A bundle: `name@alias`, `name@v3`, a folder or a URI. Not needed by the echo engine."""
+    """A bundle: `name@alias`, `name@v3`, a folder or a URI. Not needed by the echo engines, nor with `engine.model_name_or_path`."""
     storage: str = "runs"
     """The storage URI that `bundle` is looked up in."""
     engine: Engine = Encoder()
     autoscaling: Autoscaling = Autoscaling()
     limits: Limits = Limits()
     http: Http = Http()
+    auth: Auth | None = None
+    """None lets everybody in."""
+
     cluster: ServiceCluster | None = None
     """Where it runs with `--on k8s`."""
+
+    @property
+    def is_language_model(self) -> bool:
+        """Whether it answers chats, and not texts with labels."""
+        return isinstance(self.engine, Torch | EchoText)
+
+    @property
+    def allows_lora_updates(self) -> bool:
+        """Whether clients may load and unload adapters."""
+        return isinstance(self.engine, Torch | EchoText) and self.engine.allow_runtime_lora_updating
 
     @model_validator(mode="after")
     def _gpu_type_has_gpus(self) -> Self:
@@ -119,8 +220,10 @@ class Service(Spec):
     def _engine_has_a_model(self) -> Self:
         if isinstance(self.engine, Encoder) and self.bundle is None:
             raise ValueError("bundle is needed by engine.kind=encoder: name@alias, name@v1, a folder or a URI")
-        if isinstance(self.engine, Echo) and self.bundle is not None:
-            raise ValueError("bundle has no effect with engine.kind=echo; leave it out")
+        if isinstance(self.engine, Torch) and (self.bundle is None) == (self.engine.model_name_or_path is None):
+            raise ValueError("engine.kind=torch needs a model, and one only: bundle or engine.model_name_or_path")
+        if isinstance(self.engine, Echo | EchoText) and self.bundle is not None:
+            raise ValueError(f"bundle has no effect with engine.kind={self.engine.kind}; leave it out")
         return self
 
 

@@ -131,10 +131,27 @@ def test_a_mistake_is_said_with_its_field_its_line_and_what_would_work(name: str
 SERVICE_PROBLEMS = {
     "an encoder without a bundle": ("", "bundle is needed by engine.kind=encoder: name@alias, name@v1, a folder or a URI", ""),
     "an echo with one": ("engine: {kind: echo}\nbundle: a@v1", "bundle has no effect with engine.kind=echo; leave it out", ""),
+    "a language model without one": ("engine: {kind: torch}", "engine.kind=torch needs a model, and one only", ""),
+    "a language model with two": ("engine: {kind: torch, model_name_or_path: m}\nbundle: a@v1", "one only: bundle or engine.", ""),
+    "a step too small for its sequences": (
+        "engine: {kind: torch, model_name_or_path: m, max_num_seqs: 8, max_num_batched_tokens: 8}",
+        "leaves no room for prompts beside max_num_seqs=8 running sequences; at least 9",
+        "",
+    ),
+    "more adapters than fit": (
+        "bundle: a@v1\nengine: {kind: torch, adapters: {a: b, c: d}, max_loras: 1}",
+        "2 adapters are more than max_loras=1; max_loras: 2",
+        "",
+    ),
+    "a revision of a bundle": (
+        "engine: {kind: torch, revision: main}\nbundle: a@v1",
+        "revision has no effect without model_name_or_path",
+        "",
+    ),
     "the other engine's field": (
         "engine: {kind: echo, num_threads: 3}",
         "engine.num_threads (line 3)",
-        "only kind: encoder has it, and this is kind: echo",
+        "only kind: encoder",
     ),
     "a port at the top": ("bundle: a@v1\nport: 80", "port (line 4): there is no such field here", "it belongs at http.port"),
     "a model for a bundle": ("bundle: a@v1\nmodel: b", "model (line 4): there is no such field here", "here that is bundle"),

@@ -10,8 +10,6 @@ from transformers import (
     AutoModelForSequenceClassification,
     DistilBertConfig,
     DistilBertModel,
-    Gemma2Config,
-    Gemma2ForCausalLM,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
 )
@@ -62,12 +60,3 @@ def test_heads_that_workers_cannot_share_are_refused_with_all_numbers(tiny_decod
         share(decoder, Context(None, 0, 3))
     assert "num_attention_heads=4, num_key_value_heads=2" in raised.value.fix
     share(decoder, Context(None, 0, 4))  # the two key heads are repeated
-
-
-def test_rows_that_are_padded_are_not_shared() -> None:
-    """Gemma 2 caps its attention scores, which the packed attention does not."""
-    sizes = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = Gemma2Config(**sizes, num_key_value_heads=2, head_dim=8, attn_logit_softcapping=0.1, initializer_range=0.5)
-    decoder = PackedDecoder(Gemma2ForCausalLM(config))
-    with pytest.raises(ModelError, match=r"Gemma2ForCausalLM is fed padded batches.*context parallelism takes packed ones only"):
-        share(decoder, Context(None, 0, 2))

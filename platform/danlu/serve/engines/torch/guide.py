@@ -1,0 +1,82 @@
+"""Output that must match: a JSON Schema, a regular expression or a list of choices, as a mask over the vocabulary (llguidance)."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import llguidance
+import llguidance.hf
+import llguidance.numpy
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from danlu.errors import RequestError
+from danlu.serve.generation import Guide
+
+JSON: Any = {"whitespace_pattern": r"( |\n {0,16})?"}
+"""Between two parts of a document: a space, or a new line and its indentation. Without a limit a model can write spaces for ever."""
+
+
+class Guides:
+    """Compiles guides for one tokenizer. `vocab_size` is the model's, which may be more than the tokenizer's."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, vocab_size: int, end_ids: list[int]) -> None:
+        self.tokenizer = llguidance.hf.from_tokenizer(tokenizer, n_vocab=vocab_size, eos_token=end_ids)
+
+    def compile(self, guide: Guide) -> Matcher:
+        """A matcher at its beginning; RequestError says why a guide does not compile."""
+        try:
+            grammar = _grammar(guide)
+        except (ValueError, TypeError) as error:
+            raise _refusal(guide, str(error)) from error
+        matcher = llguidance.LLMatcher(self.tokenizer, grammar, log_level=0)
+        if matcher.is_error():
+            raise _refusal(guide, matcher.get_error().splitlines()[0])
+        return Matcher(matcher, self.tokenizer.vocab_size)
+
+
+class Matcher:
+    """How far one sequence has come in its guide."""
+
+    def __init__(self, matcher: llguidance.LLMatcher, vocab_size: int) -> None:
+        self.matcher = matcher
+        self.bits = np.zeros((1, (vocab_size + 31) // 32), dtype=np.int32)
+
+    def mask(self, logits: torch.Tensor) -> None:
+        """Take what may not follow out of logits [vocabulary], in place."""
+        llguidance.numpy.fill_next_token_bitmask(self.matcher, self.bits)
+        allowed = torch.from_numpy(np.unpackbits(self.bits.view(np.uint8), bitorder="little")[: len(logits)]).bool()
+        logits[: len(allowed)].masked_fill_(~allowed.to(logits.device), -torch.inf)
+        logits[len(allowed) :] = -torch.inf
+
+    def add(self, token_id: int) -> None:
+        """A token that was chosen. A RuntimeError means that the mask let one pass that it should not have."""
+        if not self.matcher.consume_token(token_id):
+            raise RuntimeError(f"the guide refused token {token_id}, which its mask had allowed: {self.matcher.get_error()}")
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether nothing more may follow."""
+        return bool(self.matcher.is_stopped())
+
+
+def _grammar(guide: Guide) -> str:
+    match guide.kind:
+        case "json_schema":
+            return str(llguidance.LLMatcher.grammar_from_json_schema(guide.pattern, JSON))
+        case "json_object":
+            return str(llguidance.LLMatcher.grammar_from_json_schema('{"type": "object"}', JSON))
+        case "regex":
+            return str(llguidance.LLMatcher.grammar_from_regex(guide.pattern))
+        case "choice":
+            choices = json.loads(guide.pattern)
+            if not isinstance(choices, list) or not choices or not all(isinstance(one, str) and one for one in choices):
+                raise ValueError("a JSON list of texts is needed, none of them empty")
+            quoted = " | ".join(json.dumps(one, ensure_ascii=False) for one in choices)
+            return str(llguidance.LLMatcher.grammar_from_lark(f"start: {quoted}"))
+
+
+def _refusal(guide: Guide, why: str) -> RequestError:
+    return RequestError(f"the {guide.kind} cannot be followed: {why}", param="guide", fix="a simpler one, or another kind")

@@ -1,0 +1,86 @@
+"""From a bundle or a model reference to a model, its tokenizer and the ids that end a text."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from danlu.artifact.bundle import Bundle
+from danlu.artifact.pretrained import model_folder
+from danlu.compress.load import load_model
+from danlu.errors import ModelError
+from danlu.spec.model import Model
+from danlu.spec.serve import Torch
+from danlu.spec.task import Pretrain
+from danlu.tasks.device import has_native_bf16, pick_device
+from danlu.tasks.tokenizer import load_tokenizer
+
+DEFAULT_MODEL_LEN = 4096
+"""Where max_model_len is not given: a slot is as long as this, and few texts are longer."""
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model ready to run, in the dtype and on the device it will run in."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    end_ids: list[int]
+    max_model_len: int
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self.model.config.get_text_config().vocab_size)
+
+
+def load(spec: Torch, bundle: Bundle | None) -> Loaded:
+    """ModelError if there is no causal language model, or if it has fewer positions than max_model_len."""
+    device = pick_device(spec.num_gpus)
+    if bundle is not None:
+        if not isinstance(bundle.meta.task, Pretrain):
+            problem = f"{bundle.meta.name} was trained for {bundle.meta.task.kind}: it writes no text"
+            raise ModelError(problem, where="bundle", fix="a language model's bundle, or engine.kind: encoder")
+        folder = bundle.path / "model"
+        wanted = bundle.meta.precision if spec.dtype == "auto" else spec.dtype
+        model = load_model(bundle)
+        if bundle.meta.quantization is None:
+            model = model.to(_dtype(wanted, device))
+    else:
+        assert spec.model_name_or_path is not None, "the spec asks for a bundle or a model"
+        folder = model_folder(Model(model_name_or_path=spec.model_name_or_path, revision=spec.revision))
+        try:
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=_dtype(spec.dtype, device), attn_implementation="eager")
+        except (OSError, ValueError, KeyError) as error:
+            raise ModelError(f"{folder} is no causal language model: {error}", where="engine.model_name_or_path") from error
+    # The reference that the engine's answers are compared with: the one implementation that every model has, with all its details.
+    model.set_attn_implementation("eager")
+    model = model.to(device).eval().requires_grad_(False)
+    tokenizer = load_tokenizer(folder)
+    return Loaded(model, tokenizer, _end_ids(model, tokenizer), _max_model_len(spec, model))
+
+
+def _dtype(wanted: str, device: torch.device) -> torch.dtype:
+    if wanted == "auto":
+        wanted = "bf16" if has_native_bf16(device) else "fp32"
+    return torch.bfloat16 if wanted == "bf16" else torch.float32
+
+
+def _end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    said = getattr(model.generation_config, "eos_token_id", None)
+    ids = {tokenizer.eos_token_id, *(said if isinstance(said, list) else [said])}
+    return sorted(int(one) for one in ids if one is not None)
+
+
+def _max_model_len(spec: Torch, model: PreTrainedModel) -> int:
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if spec.max_model_len is None:
+        return min(int(positions or DEFAULT_MODEL_LEN), DEFAULT_MODEL_LEN)
+    if positions is not None and spec.max_model_len > positions:
+        raise ModelError(
+            f"max_model_len={spec.max_model_len} is more than the {positions} positions that the model has",
+            where="engine.max_model_len",
+            fix=f"max_model_len: {positions}",
+        )
+    return spec.max_model_len

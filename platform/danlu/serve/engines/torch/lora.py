@@ -1,0 +1,169 @@
+"""Several LoRA adapters in one batch: their A and B side by side in one product, and a mask that says whose token it is."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import load_file
+
+from danlu.artifact.bundle import FILE, read_bundle
+from danlu.errors import ModelError, ResourceError
+from danlu.serve.engines.torch.sequence import Key
+
+if TYPE_CHECKING:
+    from danlu.serve.engines.torch.linear import Linear
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """Of each linear layer that it changes: A [r, in] and B [out, r], the scaling already in B."""
+
+    weights: Mapping[str, tuple[torch.Tensor, torch.Tensor]]
+
+
+@dataclass
+class Mask:
+    """Of the step that runs: which adapter each token belongs to. `by_owner` holds what the sites have made of it."""
+
+    of_tokens: torch.Tensor | None = None
+    """[tokens, adapters], 1 or 0; None where no token has one."""
+    by_owner: dict[tuple[int, ...], torch.Tensor] = field(default_factory=dict)
+
+
+class LoraSite:
+    """What the adapters add to one product."""
+
+    def __init__(self, down: torch.Tensor, up: torch.Tensor, owners: tuple[int, ...], mask: Mask) -> None:
+        self.down, self.up, self.owners, self.mask = down, up, owners, mask
+
+    def add(self, x: torch.Tensor, y: torch.Tensor) -> None:
+        """x: [tokens, in]; added to y [tokens, out] in place."""
+        if self.mask.of_tokens is None:
+            return
+        mask = self.mask.by_owner.get(self.owners)
+        if mask is None:
+            mask = self.mask.by_owner[self.owners] = self.mask.of_tokens[:, list(self.owners)]
+        y.addmm_((x @ self.down).mul_(mask), self.up)
+
+
+class Adapters:
+    """The adapters that are loaded. Those that are not used for longest make room for new ones."""
+
+    def __init__(self, linears: Sequence[Linear], *, max_loras: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.linears, self.max_loras, self.dtype, self.device = linears, max_loras, dtype, device
+        self.loaded: dict[Key, Adapter] = {}
+        self.last_used: dict[Key, int] = {}
+        self.step = 0
+        self.mask = Mask()
+
+    def check(self, adapter: Adapter, name: str) -> None:
+        """ModelError if it is for another model."""
+        shapes = {part.name: (part.stop - part.start, linear.shape[1]) for linear in self.linears for part in linear.parts}
+        for layer, (down, up) in adapter.weights.items():
+            if shapes.get(layer) != (up.shape[0], down.shape[1]):
+                here = f"has {shapes[layer]}" if layer in shapes else "has no such layer"
+                raise ModelError(
+                    f"the adapter changes {layer} {(up.shape[0], down.shape[1])}, and the model {here}",
+                    where=name,
+                    fix="an adapter that was trained on this model",
+                )
+
+    def add(self, key: Key, adapter: Adapter, busy: set[Key]) -> list[Key]:
+        """Load; what had to go for it, the longest unused of those that are not `busy`. ResourceError if all are."""
+        gone: list[Key] = []
+        while len(self.loaded) - len(gone) >= self.max_loras:
+            idle = [other for other in self.loaded if other not in busy and other not in gone]
+            if not idle:
+                raise ResourceError(
+                    f"max_loras={self.max_loras} adapters are all in use", where="engine.max_loras", fix="a larger max_loras, or later"
+                )
+            gone.append(min(idle, key=self.last_used.__getitem__))
+        for other in gone:
+            del self.loaded[other]
+        self.loaded[key], self.last_used[key] = adapter, self.step
+        self._build()
+        return gone
+
+    def remove(self, key: Key) -> None:
+        del self.loaded[key]
+        self._build()
+
+    def begin(self, keys: Sequence[tuple[Key, int]]) -> None:
+        """Before a step: whose its tokens are, as (key, number of tokens) in their order."""
+        self.step += 1
+        self.mask.by_owner.clear()
+        self.mask.of_tokens = None
+        used = {key for key, _ in keys if key is not None}
+        if not used:
+            return
+        self.last_used |= dict.fromkeys(used, self.step)
+        places = {key: i for i, key in enumerate(self.loaded)}
+        owners = torch.tensor([-1 if key is None else places[key] for key, number in keys for _ in range(number)])
+        self.mask.of_tokens = (owners[:, None] == torch.arange(len(places))).to(self.device, self.dtype)
+
+    def _build(self) -> None:
+        for linear in self.linears:
+            downs: list[torch.Tensor] = []
+            ups: list[torch.Tensor] = []
+            owners: list[int] = []
+            for place, adapter in enumerate(self.loaded.values()):
+                for part in linear.parts:
+                    if part.name not in adapter.weights:
+                        continue
+                    down, up = adapter.weights[part.name]
+                    wide = torch.zeros(down.shape[0], linear.shape[0])
+                    wide[:, part.start : part.stop] = up.t()
+                    downs.append(down.t())
+                    ups.append(wide)
+                    owners += [place] * down.shape[0]
+            if not downs:
+                linear.lora = None
+                continue
+            down, up = torch.cat(downs, dim=1).contiguous(), torch.cat(ups)
+            linear.lora = LoraSite(down.to(self.device, self.dtype), up.to(self.device, self.dtype), tuple(owners), self.mask)
+
+
+def read_adapter(source: str, name: str) -> Adapter:
+    """A LoRA adapter of a PEFT folder or a bundle; ModelError names what cannot be served beside others."""
+    folder = Path(source).expanduser()
+    if (folder / FILE).exists():
+        folder = read_bundle(folder).path / "model"
+    try:
+        config: dict[str, Any] = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        tensors = load_file(folder / WEIGHTS)
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"{source} holds no adapter: {error}", where=name, fix=f"a folder with {CONFIG} and {WEIGHTS}, or a bundle"
+        ) from error
+    if config.get("peft_type") != "LORA":
+        raise ModelError(f"{source} is {config.get('peft_type')}, and only LoRA can be loaded beside others", where=name, fix="merge it")
+    for field_name, why in (("use_dora", "DoRA"), ("modules_to_save", "whole modules"), ("fan_in_fan_out", "transposed weights")):
+        if config.get(field_name):
+            raise ModelError(f"{source} has {field_name}: {why} cannot be loaded beside others", where=name, fix="merge it into the model")
+    weights: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+    for key, down in tensors.items():
+        layer = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+        if not key.endswith((".lora_A.weight", ".lora_B.weight")):
+            raise ModelError(f"{source} has {key}, which is no part of a plain LoRA", where=name, fix="merge it into the model")
+        if key.endswith(".lora_A.weight"):
+            up = tensors[key.replace(".lora_A.", ".lora_B.")].float() * _scaling(config, layer, down.shape[0])
+            weights[layer] = (down.float(), up)
+    if not weights:
+        raise ModelError(f"{source} changes nothing", where=name, fix="an adapter with lora_A and lora_B weights")
+    return Adapter(weights)
+
+
+def _scaling(config: Mapping[str, Any], layer: str, r: int) -> float:
+    """PEFT's: lora_alpha / r, or / sqrt(r) with rsLoRA; a pattern's key is the end of a layer's name."""
+    patterns: Mapping[str, float] = config.get("alpha_pattern") or {}
+    own = [value for key, value in patterns.items() if layer == key or layer.endswith(f".{key}")]
+    alpha = float(own[0] if own else config["lora_alpha"])
+    return alpha / (r**0.5 if config.get("use_rslora") else r)

@@ -1,0 +1,85 @@
+"""Which tokens of which sequences the next step reads. Pure: no tensors, no threads."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+from danlu.serve.engines.torch.sequence import Sequence
+from danlu.serve.engines.torch.slots import Copy, Slots
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Tokens [start, stop) of a sequence."""
+
+    sequence: Sequence
+    start: int
+    stop: int
+
+    @property
+    def is_last(self) -> bool:
+        """Whether a new token is made behind it."""
+        return self.stop == len(self.sequence.tokens)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A step: copies first, then the pieces. Those of sequences that go on token by token come first, in the order of their slots."""
+
+    copies: list[Copy]
+    pieces: list[Piece]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(piece.stop - piece.start for piece in self.pieces)
+
+
+class Scheduler:
+    """First come, first served. Every running sequence that has read its prompt makes a token in every step; the rest of the token
+    budget goes to prompts in the order they came. A slot is as long as the longest sequence, so whoever got one can finish: nobody is
+    ever put back, and nobody overtakes."""
+
+    def __init__(self, slots: Slots, *, max_num_batched_tokens: int, prefill_chunk_tokens: int) -> None:
+        assert max_num_batched_tokens > slots.num_slots, "each running sequence must find room for its token, and a prompt for one of its"
+        self.slots = slots
+        self.max_num_batched_tokens, self.prefill_chunk_tokens = max_num_batched_tokens, prefill_chunk_tokens
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
+
+    def add(self, sequence: Sequence) -> None:
+        self.waiting.append(sequence)
+
+    def remove(self, sequence: Sequence) -> None:
+        """A sequence that has ended, however: what it held is free at once. One that is not here is no mistake."""
+        if sequence.slot is not None:
+            self.running.remove(sequence)
+            self.slots.give_back(sequence)
+        elif sequence in self.waiting:
+            self.waiting.remove(sequence)
+
+    def plan(self) -> Plan:
+        """The next step; no pieces if there is nothing to do. The caller makes the copies and then reads all pieces."""
+        copies: list[Copy] = []
+        while self.waiting and self.slots.free:
+            sequence = self.waiting.popleft()
+            self.running.append(sequence)
+            if (copy := self.slots.take(sequence)) is not None:
+                copies.append(copy)
+        decoding = sorted((one for one in self.running if one.is_decoding), key=lambda one: one.slot or 0)
+        pieces = [Piece(one, one.num_computed, len(one.tokens)) for one in decoding]
+        # While others wait for their next token, prompts are read in small bites: a step lasts as long as its tokens.
+        budget = self.max_num_batched_tokens - sum(piece.stop - piece.start for piece in pieces)
+        budget = min(budget, self.prefill_chunk_tokens) if pieces else budget
+        for one in self.running:
+            if budget and not one.is_decoding:
+                # Prompt probabilities need a row of logits for each token, and each is as long as the vocabulary.
+                most = min(budget, self.prefill_chunk_tokens) if one.generation.sampling.prompt_logprobs else budget
+                stop = min(one.prompt_length, one.num_computed + most)
+                pieces.append(Piece(one, one.num_computed, stop))
+                budget -= stop - one.num_computed
+        return Plan(copies, pieces)
+
+    @property
+    def is_idle(self) -> bool:
+        return not self.running and not self.waiting

@@ -1,0 +1,292 @@
+"""The torch engine: whatever is batched, chunked and cached together, each answer is the model's own; and nobody waits for ever."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from lm import FAMILIES, ask, engine, greedy, ids_of, prompts, reference, text_of, with_engine, write_family
+from transformers import AutoTokenizer
+
+from danlu.artifact.bundle import BundleMeta, Lineage, Probe, write_bundle
+from danlu.errors import ModelError, QualityError, RequestError, ResourceError
+from danlu.serve.engine import make_engine
+from danlu.serve.engines.torch import attention, forward, fused
+from danlu.serve.engines.torch.engine import TorchEngine
+from danlu.serve.generation import Chat, Delta, Generation, Sampling, TextEngine
+from danlu.spec.serve import Service, Torch
+from danlu.spec.task import Pretrain
+
+GREEDY = Sampling(max_tokens=24, temperature=0.0, ignore_eos=True)
+CROWDED = {"max_num_seqs": 4, "max_num_batched_tokens": 12, "prefill_chunk_tokens": 5}
+
+
+@pytest.fixture(scope="module")
+def qwen3(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_family(tmp_path_factory.mktemp("qwen3"), "qwen3")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_answers_in_a_crowd_are_those_of_generate(family: str, tmp_path: Path) -> None:
+    folder = write_family(tmp_path, family)
+    asked = prompts(10, 60)
+
+    async def body(made: TorchEngine) -> list[list[Delta]]:
+        begun = []
+        for i, prompt in enumerate(asked):
+            begun.append(asyncio.create_task(ask(made, prompt, GREEDY)))
+            if i % 3 == 2:  # staggered: the next ones arrive while these are on their way
+                await begun[i - 2]
+        return list(await asyncio.gather(*begun))
+
+    answers = with_engine(engine(folder, **CROWDED), body)
+    model = reference(folder)
+    for prompt, deltas in zip(asked, answers, strict=True):
+        assert ids_of(deltas) == greedy(model, prompt, 24)
+        usage = deltas[-1].usage
+        assert usage is not None
+        assert (usage.prompt_tokens, usage.completion_tokens, deltas[-1].finish_reason) == (len(prompt), 24, "length")
+
+
+@pytest.mark.parametrize("family", ["qwen2", "gemma3"])
+def test_in_bf16_too_the_answers_are_checked_against_the_models_own(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_family(tmp_path, family)
+
+    async def body(made: TorchEngine) -> None:
+        assert made.cache.layers[0][0].dtype == torch.bfloat16
+        assert len(ids_of(await ask(made, (7, 8, 9), GREEDY))) == 24
+
+    with_engine(engine(folder, dtype="bf16"), body)
+    plain = attention.attend
+    wrong = lambda layer, batch, query, *others, **more: plain(layer, batch, query.flip(0), *others, **more)  # noqa: E731
+    monkeypatch.setattr(forward, "attend", wrong)
+    monkeypatch.setattr(fused, "attend", wrong)
+    with pytest.raises(ModelError, match="other logits than by itself"):
+        asyncio.run(engine(folder, dtype="bf16").start())
+
+
+@pytest.mark.parametrize("change", [0.0, 0.1])
+def test_a_bundle_is_served_only_if_its_probes_come_out_again(change: float, qwen3: Path, tmp_path: Path) -> None:
+    model = reference(qwen3)
+    text = "the market price 小麦"
+    ids = torch.tensor([AutoTokenizer.from_pretrained(qwen3)(text)["input_ids"]])
+    with torch.no_grad():
+        loss = float(model(ids, labels=ids).loss)
+    lineage = Lineage(spec={}, spec_digest="", data_digests={}, code_version="", library_versions={}, seed=0, created="")
+    probes = [Probe(text=text, loss=loss + change)]
+    meta = BundleMeta(name="w", task=Pretrain(), labels=[], max_length=64, precision="fp32", probes=probes, lineage=lineage)
+    shutil.copytree(qwen3, tmp_path / "model")
+    service = Service(name="w", bundle="w@v1", engine=Torch(kv_cache_memory_gb=0.1))
+    made = make_engine(service, write_bundle(tmp_path, meta))
+    assert isinstance(made, TextEngine)
+
+    async def life() -> list[int]:
+        await made.start()
+        found = ids_of([delta async for delta in made.generate(Generation("a", (7, 8, 9), GREEDY))])
+        await made.stop()
+        return found
+
+    if change:
+        with pytest.raises(QualityError, match="where the bundle's evaluation found"):
+            asyncio.run(life())
+    else:
+        assert asyncio.run(life()) == greedy(model, (7, 8, 9), 24)
+
+
+def test_a_text_a_chat_and_ids_are_read_alike(qwen3: Path) -> None:
+    chat = Chat([{"role": "user", "content": "小麦 🌾 rose"}])
+
+    async def body(made: TorchEngine) -> None:
+        for prompt in ("the market 上涨", chat):
+            ids = tuple(made.tokenize(prompt))
+            assert ids_of(await ask(made, prompt, GREEDY)) == ids_of(await ask(made, ids, GREEDY))
+        assert made.detokenize(made.tokenize("the market 上涨 🚢")) == "the market 上涨 🚢"
+        assert made.detokenize(made.tokenize(chat)) == "<|user|>小麦 🌾 rose<eos><|assistant|>"
+
+    with_engine(engine(qwen3), body)
+
+
+def test_the_model_ends_its_text_unless_told_otherwise(qwen3: Path) -> None:
+    model = reference(qwen3)
+
+    async def body(made: TorchEngine) -> None:
+        made.reader.end_ids = [greedy(model, (7, 8, 9), 6)[5]]
+        deltas = await ask(made, (7, 8, 9), Sampling(max_tokens=24, temperature=0.0))
+        assert deltas[-1].finish_reason == "stop"
+        assert ids_of(deltas) == greedy(model, (7, 8, 9), 6)
+        longer = await ask(made, (7, 8, 9), Sampling(max_tokens=24, temperature=0.0, min_tokens=10))
+        assert len(ids_of(longer)) >= 10
+        assert ids_of(await ask(made, (7, 8, 9), GREEDY)) == greedy(model, (7, 8, 9), 24)
+
+    with_engine(engine(qwen3), body)
+
+
+def test_what_can_never_be_answered_is_refused_at_once_and_the_rest_is_answered(qwen3: Path) -> None:
+    async def body(made: TorchEngine) -> None:
+        for prompt, sampling, told in (
+            (tuple(range(5, 133)), GREEDY, "128 tokens of the model's context"),
+            (tuple(range(5, 113)), GREEDY, "max_tokens of 20 at most"),
+            ((), GREEDY, "no tokens"),
+            ((5, 10**6), GREEDY, "no token 1000000"),
+            ((5,), Sampling(top_p=0.0), "top_p=0.0"),
+            ((5,), Sampling(logit_bias={10**6: 1.0}), "logit_bias"),
+            ((5,), Sampling(stop=("",)), "stop"),
+            (Chat([{"content": "no role"}], template_arguments={"messages": 3}), GREEDY, "chat template"),
+        ):
+            with pytest.raises(RequestError) as refused:
+                await ask(made, prompt, sampling)
+            assert told in str(refused.value)
+        with pytest.raises(RequestError, match="no adapter 'nosuch'"):
+            await ask(made, (5,), GREEDY, adapter="nosuch")
+        assert len(ids_of(await ask(made, (5,), GREEDY))) == 24
+
+    with_engine(engine(qwen3), body)
+
+
+def test_an_answer_that_nobody_reads_any_more_frees_its_slot(qwen3: Path) -> None:
+    async def body(made: TorchEngine) -> None:
+        hold = asyncio.Event()
+        answers = [made.generate(Generation(str(i), (7, i + 5), Sampling(max_tokens=120, ignore_eos=True))) for i in range(3)]
+        for answer in answers[:2]:
+            await anext(answer)
+        third = asyncio.create_task(anext(answers[2]))  # waits: there are two slots
+        for answer in answers[:2]:
+            await answer.aclose()
+        await third
+        await answers[2].aclose()
+        hold.set()
+        assert len(ids_of(await ask(made, (5,), GREEDY))) == 24
+        assert made.stats()["danlu_serve_sequences_running"] == made.stats()["danlu_serve_sequences_waiting"] == 0
+
+    with_engine(engine(qwen3, max_num_seqs=2), body)
+
+
+def test_a_step_that_fails_fails_every_request_and_health(qwen3: Path) -> None:
+    async def life() -> None:
+        made = engine(qwen3, max_num_seqs=2)
+        await made.start()
+        forward = made.runner.forward
+        calls = 0
+
+        def failing(batch: object, cache: object) -> torch.Tensor:
+            nonlocal calls
+            calls += 1
+            if calls == 5:
+                raise RuntimeError("a broken kernel")
+            return forward(batch, cache)  # type: ignore[arg-type]
+
+        object.__setattr__(made.runner, "forward", failing)
+        made_of = [asyncio.create_task(ask(made, (7, i + 5), GREEDY)) for i in range(5)]
+        for error in await asyncio.gather(*made_of, return_exceptions=True):
+            assert isinstance(error, ResourceError)
+            assert "a broken kernel" in str(error)
+        with pytest.raises(ResourceError, match="a broken kernel"):
+            made.check_health()
+        with pytest.raises(ResourceError, match="a broken kernel"):
+            await ask(made, (5,), GREEDY)
+        await made.stop()
+
+    asyncio.run(life())
+
+
+def test_a_step_that_never_ends_fails_every_request_and_health(qwen3: Path) -> None:
+    release = threading.Event()
+
+    async def life() -> None:
+        made = engine(qwen3, step_timeout_s=0.3)
+        await made.start()
+
+        def stuck(batch: object, cache: object) -> torch.Tensor:
+            release.wait()
+            raise RuntimeError("too late")
+
+        object.__setattr__(made.runner, "forward", stuck)
+        for error in await asyncio.gather(*(ask(made, (7, i), GREEDY) for i in (5, 6)), return_exceptions=True):
+            assert isinstance(error, ResourceError)
+            assert "step_timeout_s=0.3" in str(error)
+        with pytest.raises(ResourceError, match="step_timeout_s"):
+            made.check_health()
+        await made.stop()
+
+    try:
+        asyncio.run(life())
+    finally:
+        release.set()
+
+
+def test_stopping_finishes_what_has_begun_and_takes_nothing_new(qwen3: Path) -> None:
+    async def life() -> None:
+        made = engine(qwen3, max_num_seqs=1)
+        await made.start()
+        begun = [asyncio.create_task(ask(made, (7, i + 5), GREEDY)) for i in range(3)]
+        await asyncio.sleep(0)
+        stopping = asyncio.create_task(made.stop())
+        await asyncio.sleep(0)
+        with pytest.raises(ResourceError):
+            await ask(made, (5,), GREEDY)
+        assert [len(ids_of(deltas)) for deltas in await asyncio.gather(*begun)] == [24] * 3
+        await stopping
+        with pytest.raises(ResourceError, match="not running"):
+            made.check_health()
+
+    asyncio.run(life())
+
+
+def test_a_slow_reader_gets_larger_pieces_and_nothing_less(qwen3: Path) -> None:
+    async def body(made: TorchEngine) -> None:
+        answer = made.generate(Generation("a", (7, 8), GREEDY))
+        deltas = [await anext(answer)]
+        while made.stats()["danlu_serve_sequences_running"]:
+            await asyncio.sleep(0.001)
+        deltas += [delta async for delta in answer]
+        assert len(deltas) < 24
+        assert ids_of(deltas) == greedy(reference(qwen3), (7, 8), 24)
+        assert text_of(deltas) == made.detokenize([7, 8, *ids_of(deltas)])[len(made.detokenize([7, 8])) :]
+
+    with_engine(engine(qwen3), body)
+
+
+def test_a_cache_that_is_too_small_says_what_fits(qwen3: Path) -> None:
+    async def life() -> None:
+        with pytest.raises(ResourceError, match=r"kv_cache_memory_gb: .* or max_model_len: "):
+            await engine(qwen3, kv_cache_memory_gb=1e-6).start()
+        with pytest.raises(ModelError, match="128 positions"):
+            await engine(qwen3, max_model_len=129).start()
+
+    asyncio.run(life())
+
+
+def test_a_common_prefix_is_read_once_and_changes_no_answer(qwen3: Path) -> None:
+    shared = prompts(1, 60, seed=3)[0][:1] * 3 + tuple(range(20, 60))
+    asked = [(*shared, *tail) for tail in prompts(8, 12, seed=4)]
+    model = reference(qwen3)
+
+    async def body(made: TorchEngine) -> None:
+        for round_of in (asked[:1], asked[1:5], asked[5:]):
+            answers = await asyncio.gather(*(ask(made, prompt, GREEDY) for prompt in round_of))
+            for prompt, deltas in zip(round_of, answers, strict=True):
+                assert ids_of(deltas) == greedy(model, prompt, 24)
+                usage = deltas[-1].usage
+                assert usage is not None
+                assert (usage.cached_tokens >= len(shared)) == (round_of is not asked[:1] and prompt != asked[0])
+        again = await ask(made, asked[0], GREEDY)
+        assert ids_of(again) == greedy(model, asked[0], 24)
+        stats = made.stats()
+        assert 0 < stats["danlu_serve_prefix_hit_tokens"] < stats["danlu_serve_prefix_queried_tokens"]
+
+    with_engine(engine(qwen3, max_num_seqs=4), body)
+
+
+def test_answers_are_the_same_with_and_without_the_prefix_cache(qwen3: Path) -> None:
+    asked = [prompt * 3 for prompt in prompts(4, 8, seed=5)] * 3
+
+    async def body(made: TorchEngine) -> list[list[int]]:
+        return [ids_of(await ask(made, prompt[: 8 + i], GREEDY)) for i, prompt in enumerate(asked)]
+
+    with_cache = with_engine(engine(qwen3, max_num_seqs=2), body)
+    without = with_engine(engine(qwen3, max_num_seqs=2, enable_prefix_caching=False), body)
+    assert with_cache == without

@@ -1,0 +1,130 @@
+"""Several adapters in one batch: each answer is PEFT's with that adapter, whoever stands beside it, and whatever is loaded meanwhile."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from lm import ask, engine, greedy, ids_of, prompts, reference, with_engine, write_family
+from torch import nn
+
+from danlu.errors import ModelError, RequestError, ResourceError
+from danlu.serve.engines.torch.engine import TorchEngine
+from danlu.serve.generation import Generation, Sampling
+
+GREEDY = Sampling(max_tokens=16, temperature=0.0, ignore_eos=True)
+ADAPTERS: dict[str, dict[str, Any]] = {
+    "qv": {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]},
+    "all": {"r": 3, "lora_alpha": 6, "target_modules": "all-linear", "use_rslora": True},
+    "patterned": {
+        "r": 2,
+        "lora_alpha": 4,
+        "target_modules": ["gate_proj", "o_proj"],
+        "rank_pattern": {"o_proj": 5},
+        "alpha_pattern": {"o_proj": 3},
+    },
+}
+
+
+def write_adapter(model_folder: Path, folder: Path, seed: int, **config: Any) -> Path:
+    torch.manual_seed(seed)
+    model = peft.get_peft_model(reference(model_folder), peft.LoraConfig(task_type="CAUSAL_LM", **config))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:  # zeros would change nothing
+            nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module", params=["qwen3", "gemma2"])
+def folders(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A model of each of the two forwards, and its adapters."""
+    root = tmp_path_factory.mktemp(request.param)
+    base = write_family(root / "base", request.param)
+    return {"base": base} | {name: write_adapter(base, root / name, i, **config) for i, (name, config) in enumerate(ADAPTERS.items())}
+
+
+def expected(folders: dict[str, Path], adapter: str | None, prompt: tuple[int, ...]) -> list[int]:
+    model = reference(folders["base"])
+    return greedy(model if adapter is None else peft.PeftModel.from_pretrained(model, folders[adapter]).eval(), prompt, 16)
+
+
+def test_each_answer_of_a_mixed_batch_is_pefts(folders: dict[str, Path]) -> None:
+    asked = [(name, prompt) for prompt in prompts(2, 30, seed=6) for name in (None, *ADAPTERS)]
+
+    async def body(made: TorchEngine) -> None:
+        for name in ADAPTERS:
+            await made.load_adapter(name, str(folders[name]))
+        assert made.adapters() == list(ADAPTERS)
+        answers = await asyncio.gather(*(ask(made, prompt, GREEDY, adapter=name) for name, prompt in asked))
+        found = [ids_of(deltas) for deltas in answers]
+        assert found == [expected(folders, name, prompt) for name, prompt in asked]
+        assert len({tuple(ids) for ids in found[:4]}) == 4, "the adapters do something"
+
+    with_engine(engine(folders["base"], max_num_seqs=6, max_num_batched_tokens=20, prefill_chunk_tokens=7), body)
+
+
+def test_adapters_come_and_go_while_others_are_answered(folders: dict[str, Path]) -> None:
+    prompt = prompts(1, 30, seed=7)[0]
+
+    async def body(made: TorchEngine) -> None:
+        assert made.adapters() == ["qv"]
+        long = asyncio.create_task(ask(made, prompt, Sampling(max_tokens=80, temperature=0.0, ignore_eos=True), adapter="qv"))
+        await made.load_adapter("all", str(folders["all"]))
+        going = asyncio.create_task(made.unload_adapter("qv"))
+        await asyncio.sleep(0)
+        with pytest.raises(RequestError, match="no adapter 'qv'"):
+            await ask(made, prompt, GREEDY, adapter="qv")
+        assert ids_of(await ask(made, prompt, GREEDY, adapter="all")) == expected(folders, "all", prompt)
+        await going
+        assert long.done(), "sequences that use it finish first"
+        assert ids_of(await long)[:16] == expected(folders, "qv", prompt)
+        await made.load_adapter("qv", str(folders["patterned"]))
+        assert ids_of(await ask(made, prompt, GREEDY, adapter="qv")) == expected(folders, "patterned", prompt), "not the old one's cache"
+
+    with_engine(engine(folders["base"], adapters={"qv": str(folders["qv"])}), body)
+
+
+def test_the_longest_unused_adapter_makes_room_unless_all_are_in_use(folders: dict[str, Path]) -> None:
+    async def body(made: TorchEngine) -> None:
+        for name in ("qv", "all"):
+            await made.load_adapter(name, str(folders[name]))
+            await ask(made, (7, 8), GREEDY, adapter=name)
+        await ask(made, (7, 8), GREEDY, adapter="qv")
+        await made.load_adapter("patterned", str(folders["patterned"]))
+        assert made.adapters() == ["qv", "patterned"]
+        answers = [
+            made.generate(Generation(name, (7, 8), Sampling(max_tokens=100, ignore_eos=True), adapter=name)) for name in made.adapters()
+        ]
+        for answer in answers:
+            await anext(answer)
+        with pytest.raises(ResourceError, match="max_loras=2 adapters are all in use"):
+            await made.load_adapter("all", str(folders["all"]))
+        for answer in answers:
+            await answer.aclose()
+
+    with_engine(engine(folders["base"], max_loras=2), body)
+
+
+def test_an_adapter_that_cannot_be_served_says_why_and_nobody_notices(folders: dict[str, Path], tmp_path: Path) -> None:
+    dora = write_adapter(folders["base"], tmp_path / "dora", 1, r=2, target_modules=["q_proj"], use_dora=True)
+    other = write_family(tmp_path / "other", "llama")
+    foreign = write_adapter(other, tmp_path / "foreign", 1, r=2, target_modules=["o_proj", "k_proj"])
+
+    async def body(made: TorchEngine) -> None:
+        for source, told in ((dora, "use_dora"), (foreign, "and the model has"), (tmp_path, "holds no adapter")):
+            with pytest.raises(ModelError, match=told):
+                await made.load_adapter("a", str(source))
+        with pytest.raises(ModelError, match="no adapter 'a'"):
+            await made.unload_adapter("a")
+        await made.load_adapter("a", str(folders["qv"]))
+        with pytest.raises(ModelError, match="loaded already"):
+            await made.load_adapter("a", str(folders["qv"]))
+        assert ids_of(await ask(made, (7, 8), GREEDY)) == expected(folders, None, (7, 8))
+
+    if "qwen3" in str(folders["base"]):
+        with_engine(engine(folders["base"]), body)

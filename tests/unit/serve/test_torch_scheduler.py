@@ -1,0 +1,156 @@
+"""The scheduler: whatever arrives, is cancelled and fails, no slot is lost, nobody starves, every token is read once."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+
+from danlu.serve.engines.torch.scheduler import Plan, Scheduler
+from danlu.serve.engines.torch.sequence import Sequence
+from danlu.serve.engines.torch.slots import Slots
+from danlu.serve.generation import Generation
+
+
+def sequence(name: str, tokens: list[int], max_tokens: int) -> Sequence:
+    return Sequence(Generation(name, tuple(tokens)), list(tokens), max_tokens)
+
+
+def scheduler(num_slots: int, budget: int, chunk: int, *, caching: bool = True) -> Scheduler:
+    return Scheduler(Slots(num_slots, enable_prefix_caching=caching), max_num_batched_tokens=budget, prefill_chunk_tokens=chunk)
+
+
+class Memory:
+    """What a cache would hold: the tokens of each slot, as copies and steps write them."""
+
+    def __init__(self, num_slots: int) -> None:
+        self.rows: list[dict[int, int]] = [{} for _ in range(num_slots)]
+
+    def run(self, plan: Plan) -> None:
+        for copy in plan.copies:
+            for position in range(copy.length):
+                self.rows[copy.target][position] = self.rows[copy.source][position]
+        for piece in plan.pieces:
+            one = piece.sequence
+            assert one.slot is not None
+            assert piece.start == one.num_computed < piece.stop <= len(one.tokens)
+            for position in range(piece.start, piece.stop):
+                self.rows[one.slot][position] = one.tokens[position]
+            # What attention will see: all of it, right up to the token itself.
+            assert [self.rows[one.slot].get(i) for i in range(piece.stop)] == one.tokens[: piece.stop]
+            one.num_computed = piece.stop
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_random_arrivals_and_cancellations_lose_no_slot_and_starve_nobody(seed: int) -> None:
+    draw = random.Random(seed)
+    num_slots, chunk = draw.randint(1, 6), draw.randint(1, 9)
+    budget = num_slots + draw.randint(1, 20)
+    made = scheduler(num_slots, budget, chunk, caching=draw.random() < 0.8)
+    memory = Memory(num_slots)
+    arriving = [
+        sequence(str(i), [draw.randint(0, 1) for _ in range(draw.randint(1, 50))], draw.randint(1, 12)) for i in range(draw.randint(1, 40))
+    ]
+    admitted: list[Sequence] = []
+    added: list[Sequence] = []
+    ended: list[Sequence] = []
+    steps = 0
+    while arriving or not made.is_idle:
+        while arriving and draw.random() < 0.5:
+            added.append(arriving.pop())
+            made.add(added[-1])
+        for one in [*made.running, *made.waiting]:
+            if draw.random() < 0.02:
+                made.remove(one)
+                ended.append(one)
+        before = set(made.running)
+        plan = made.plan()
+        admitted += [one for one in made.running if one not in before]
+        assert plan.num_tokens <= budget
+        assert not made.running or plan.pieces, "there is always progress"
+        decoding = [piece for piece in plan.pieces if piece.start >= piece.sequence.prompt_length]
+        assert {id(p.sequence) for p in decoding} == {id(one) for one in made.running if one.is_decoding}, "everybody makes a token"
+        if decoding:
+            assert plan.num_tokens - len(decoding) <= chunk
+        memory.run(plan)
+        for piece in plan.pieces:
+            one = piece.sequence
+            if piece.is_last:
+                one.tokens.append(draw.randint(0, 1))
+                if one.num_made >= one.max_tokens:
+                    made.remove(one)
+                    ended.append(one)
+        held = [one.slot for one in made.running]
+        assert None not in held
+        assert len(set(held)) == len(held)
+        assert len(held) + len(made.slots.free) == num_slots
+        steps += 1
+        assert steps < 20_000
+    assert len(made.slots.free) == num_slots
+    assert len({id(one) for one in ended}) == len(ended) == len(added), "each ended once"
+    order = {id(one): i for i, one in enumerate(added)}
+    assert [order[id(one)] for one in admitted] == sorted(order[id(one)] for one in admitted), "first come, first served"
+
+
+def test_removing_what_is_gone_is_no_mistake() -> None:
+    made, one = scheduler(1, 4, 4), sequence("a", [1, 2], 1)
+    made.add(one)
+    made.remove(one)
+    made.remove(one)
+    assert made.is_idle
+    assert not made.plan().pieces
+
+
+def test_a_prompt_that_asks_for_its_probabilities_is_read_in_bites_and_never_from_the_cache() -> None:
+    from danlu.serve.generation import Sampling
+
+    made = scheduler(2, 100, 8)
+    for name in "ab":
+        made.add(Sequence(Generation(name, (1,) * 40, Sampling(prompt_logprobs=True)), [1] * 40, 1))
+        seen = []
+        while (plan := made.plan()).pieces:
+            seen += [(piece.start, piece.stop) for piece in plan.pieces]
+            for piece in plan.pieces:
+                piece.sequence.num_computed = piece.stop
+            if seen[-1][1] == 40:
+                made.remove(plan.pieces[0].sequence)
+        assert seen == [(i, i + 8) for i in range(0, 40, 8)]
+
+
+def test_the_longest_unused_slot_goes_first_and_the_longest_prefix_wins() -> None:
+    slots = Slots(3, enable_prefix_caching=True)
+    first, second, third = (sequence(str(i), [i] * 20 + list(range(40)), 1) for i in range(3))
+    for one in (first, second, third):
+        slots.take(one)
+        one.num_computed = 60
+    for one in (second, first, third):
+        slots.give_back(one)
+    kept = sequence("kept", [0] * 20 + list(range(30)), 1)
+    assert slots.take(kept) is None, "most of what lay there goes on: taken as it is"
+    assert (kept.slot, kept.num_cached) == (0, 49), "the last token is always read"
+    other = sequence("other", [2] * 18 + [7], 1)
+    copy = slots.take(other)
+    assert copy is not None
+    assert (copy.source, copy.target, copy.length) == (2, 1, 18), "a small part is copied, into the slot that nobody used for longest"
+
+
+def test_another_adapters_prefix_is_another_prefix() -> None:
+    slots = Slots(2, enable_prefix_caching=True)
+    base, tuned = sequence("base", [1] * 40, 1), sequence("tuned", [1] * 40, 1)
+    tuned.key = ("lora", 1)
+    slots.take(base)
+    base.num_computed = 40
+    slots.give_back(base)
+    slots.take(tuned)
+    assert tuned.num_cached == 0
+    tuned.num_computed = 40
+    slots.give_back(tuned)
+    again = sequence("again", [1] * 40, 1)
+    again.key = ("lora", 1)
+    slots.take(again)
+    assert again.num_cached == 39
+    slots.give_back(again)
+    slots.forget(("lora", 1))
+    assert all(key != ("lora", 1) for key, _ in slots.left.values())
+    assert np.array_equal(again.prompt, np.ones(40))
