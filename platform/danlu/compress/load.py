@@ -74,7 +74,7 @@ def load_judge(bundle: Bundle) -> Predictor | LanguageJudge:
 
 
 class _Judged(TypedDict):
-    module: PackedModel
+    model: PackedModel
     tokenizer: PreTrainedTokenizerBase
     max_length: int
     bf16: bool
@@ -82,7 +82,7 @@ class _Judged(TypedDict):
 
 def _judged(bundle: Bundle) -> _Judged:
     return {
-        "module": _wrapped(bundle),
+        "model": _wrapped(bundle),
         "tokenizer": load_tokenizer(bundle.path / "model"),
         "max_length": bundle.meta.max_length,
         "bf16": bundle.meta.precision == "bf16",

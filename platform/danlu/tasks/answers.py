@@ -56,11 +56,11 @@ class MaskedJudge(LanguageJudge):
     @torch.inference_mode()
     def filled(self, text: str, ids: Sequence[int]) -> Completion:
         """The most probable token at each mask of a row."""
-        assert isinstance(self.module, PackedMaskedLM)
+        assert isinstance(self.model, PackedMaskedLM)
         batch = pack([np.asarray(ids)]).to(self.device)
         chosen = batch.input_ids == self.tokenizer.mask_token_id
         with self.autocast():
-            logits = self.module.logits(batch.input_ids, batch.position_ids, batch.cu_seqlens, chosen)
+            logits = self.model.logits(batch.input_ids, batch.position_ids, batch.cu_seqlens, chosen)
         logprobs, tokens = logits.float().log_softmax(-1).max(-1)
         return Completion(text, self.tokenizer.decode(tokens), tuple(tokens.tolist()), tuple(logprobs.tolist()))
 
@@ -109,7 +109,7 @@ class Seq2SeqJudge(LanguageJudge):
     @torch.inference_mode()
     def written(self, rows: Sequence[np.ndarray], max_new_tokens: int, num_beams: int | None = None) -> list[Completion]:
         """What the model writes for rows of token ids; log probabilities are of a forward over what was written."""
-        model, pad = self.model, int(self.tokenizer.pad_token_id or 0)
+        model, pad = self.pretrained, int(self.tokenizer.pad_token_id or 0)
         length = max(len(row) for row in rows)
         ids = torch.full((len(rows), length), pad, dtype=torch.int64)
         mask = torch.zeros_like(ids)

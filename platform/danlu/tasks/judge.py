@@ -47,17 +47,17 @@ class LanguageJudge:
     """What every language task's judge has: outputs and scores of a split, as training made them."""
 
     def __init__(
-        self, module: PackedModel, tokenizer: PreTrainedTokenizerBase, *, max_length: int, task: LanguageTask, bf16: bool = False
+        self, model: PackedModel, tokenizer: PreTrainedTokenizerBase, *, max_length: int, task: LanguageTask, bf16: bool = False
     ) -> None:
-        self.module, self.tokenizer = module.eval(), tokenizer
+        self.model, self.tokenizer = model.eval(), tokenizer
         self.max_length, self.bf16 = max_length, bf16
         self.task, self.file = task, task_file(task)
-        self.device = next(module.parameters()).device
+        self.device = next(model.parameters()).device
 
     @property
-    def model(self) -> PreTrainedModel:
+    def pretrained(self) -> PreTrainedModel:
         """The Hugging Face model."""
-        return self.module.model
+        return self.model.model
 
     def outputs(self, split: Split, *, batch_tokens: int = 2048) -> np.ndarray:
         """`row_outputs` of all rows in their order, float32 [rows, width]."""
@@ -65,7 +65,7 @@ class LanguageJudge:
         for rows in by_length(split.encoded.lengths, batch_tokens):
             batch = pack_rows(split.encoded, rows, reference=split.reference).to(self.device)
             with torch.inference_mode(), self.autocast():
-                out = self.file.row_outputs(self.module, batch).float().cpu().numpy()
+                out = self.file.row_outputs(self.model, batch).float().cpu().numpy()
             if found is None:
                 found = np.empty((len(split), out.shape[1]), dtype=np.float32)
             found[rows] = out
@@ -94,7 +94,7 @@ class DecoderJudge(LanguageJudge):
 
     def __init__(
         self,
-        module: PackedModel,
+        model: PackedModel,
         tokenizer: PreTrainedTokenizerBase,
         *,
         max_length: int,
@@ -102,7 +102,7 @@ class DecoderJudge(LanguageJudge):
         end_ids: Sequence[int],
         bf16: bool = False,
     ) -> None:
-        super().__init__(module, tokenizer, max_length=max_length, task=task, bf16=bf16)
+        super().__init__(model, tokenizer, max_length=max_length, task=task, bf16=bf16)
         self.chats, self.end_ids = not isinstance(task, Pretrain), list(end_ids)
 
     def losses(self, texts: Sequence[str]) -> list[float]:
@@ -158,7 +158,7 @@ class DecoderJudge(LanguageJudge):
     @torch.inference_mode()
     def continued(self, text: str, ids: Sequence[int], max_new_tokens: int) -> Completion:
         """`ids` with the most probable tokens behind them, until an end or `max_new_tokens`."""
-        room = int(getattr(self.model.config, "max_position_embeddings", 0) or 1 << 30)
+        room = int(getattr(self.pretrained.config, "max_position_embeddings", 0) or 1 << 30)
         ids = list(ids)[-(room - 1) :]
         new = min(max_new_tokens, room - len(ids))
         prompt = torch.tensor([ids], device=self.device)
@@ -166,7 +166,7 @@ class DecoderJudge(LanguageJudge):
             do_sample=False, max_new_tokens=new, eos_token_id=self.end_ids or None, pad_token_id=self.tokenizer.pad_token_id or 0
         )
         with self.plain_attention(), self.autocast():
-            whole = self.model.generate(
+            whole = self.pretrained.generate(
                 input_ids=prompt, attention_mask=torch.ones_like(prompt), generation_config=settings, output_logits=True,
                 return_dict_in_generate=True,
             )  # fmt: skip
@@ -176,17 +176,17 @@ class DecoderJudge(LanguageJudge):
 
     @property
     def max_new_tokens(self) -> int:
-        return int(getattr(self.model.generation_config, "max_new_tokens", None) or NEW_TOKENS)
+        return int(getattr(self.pretrained.generation_config, "max_new_tokens", None) or NEW_TOKENS)
 
     @contextmanager
     def plain_attention(self) -> Iterator[None]:
         """The packed attention knows no cache."""
-        before = self.model.config._attn_implementation
-        self.model.set_attn_implementation("sdpa")
+        before = self.pretrained.config._attn_implementation
+        self.pretrained.set_attn_implementation("sdpa")
         try:
             yield
         finally:
-            self.model.set_attn_implementation(before)
+            self.pretrained.set_attn_implementation(before)
 
 
 class PreferenceJudge(DecoderJudge):
