@@ -181,7 +181,7 @@ def predict(
     set_: Set = None,
     bundle: ProductionOf = None,
 ) -> None:
-    """Answer in this process, without a server. Texts, or the JSON that the task's endpoint takes; one JSON object a line."""
+    """Answer in this process, without a server. Takes texts, or JSON as the task's endpoint does; prints one JSON object a line."""
     from danlu import walk
 
     walk.predict(spec, set_ or [], text or [], bundle=bundle)

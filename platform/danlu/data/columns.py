@@ -196,7 +196,7 @@ def as_label(value: object) -> str:
 
 def _one_label(where: str) -> Callable[[object, int], str]:
     def read(value: object, row: int) -> str:
-        if isinstance(value, list | tuple | dict):
+        if isinstance(value, list | tuple):
             raise DataError(
                 f"row {row} has {type(value).__name__} {str(value)[:60]} for a label; task.kind=classification takes one label a row",
                 where=where,

@@ -55,7 +55,9 @@ def test_the_metrics_from_counts_are_the_tasks_own() -> None:
     logits, labels = made(200, 0)
     rows = np.random.default_rng(1).integers(0, 200, 200)
     for some in (np.arange(200), rows, rows[labels[rows] != 1]):
-        assert label_score(logits, labels)(some) == pytest.approx(scores(logits[some], labels[some], NAMES).metrics())
+        assert label_score(logits, labels)(some) == pytest.approx(
+            scores(logits[some], split_of(labels[some]), NAMES, Classification()).metrics()
+        )
 
 
 def test_intervals_are_scipys_percentile_bootstrap() -> None:
@@ -91,8 +93,9 @@ def test_an_interval_holds_the_truth_about_as_often_as_it_says() -> None:
 
 def test_a_tasks_own_scores_are_resampled_too() -> None:
     outputs = np.stack([np.random.default_rng(0).gamma(4, 2, 50), np.full(50, 7.0)], axis=1).astype(np.float32)
-    found = intervals(score_of(Pretrain(), outputs, None, []), 50, number=200)
-    assert found["loss"].value == pytest.approx(language_scores(outputs).loss)
+    split = split_of(np.zeros(50, dtype=np.int64))
+    found = intervals(score_of(Pretrain(), outputs, split, []), 50, number=200)
+    assert found["loss"].value == pytest.approx(language_scores(outputs, split, [], Pretrain()).loss)
     assert found["loss"].low < found["loss"].value < found["loss"].high
 
 
@@ -275,8 +278,10 @@ def test_an_endpoints_answers_have_the_metrics_of_the_model_behind_it(endpoint: 
     Endpoint.chances = probabilities(logits)
     split = split_of(labels)
     outputs, seconds = classify(endpoint, split.texts, NAMES, batch=16)
-    assert scores(outputs, labels, NAMES).metrics() == pytest.approx(scores(logits, labels, NAMES).metrics(), abs=1e-5)
-    assert scores(outputs, labels, NAMES).confusion == scores(logits, labels, NAMES).confusion
+    assert scores(outputs, split, NAMES, Classification()).metrics() == pytest.approx(
+        scores(logits, split, NAMES, Classification()).metrics(), abs=1e-5
+    )
+    assert scores(outputs, split, NAMES, Classification()).confusion == scores(logits, split, NAMES, Classification()).confusion
     assert seconds > 0
     with pytest.raises(RequestError, match="answers 401"):
         classify(endpoint, split.texts, NAMES, api_key="wrong")
