@@ -131,6 +131,15 @@ def raw_loop(given: Work, rank: int = 0, world: int = 1) -> Curve:
     return Curve(losses, [batches.num_tokens(step) for step in range(job.max_steps)], seconds)
 
 
+def raw_on_half(given: Work) -> Curve:
+    """`raw_loop` with the threads of a worker that leaves Ray's own processes the other cores."""
+    torch.set_num_threads(given.job.workers.cpus_per_worker)
+    try:
+        return raw_loop(given)
+    finally:
+        torch.set_num_threads(cores())
+
+
 def _batches(given: Work, rank: int, world: int) -> Batches:
     job, train = given.job, given.splits.train
     sizes = {"global_batch_size": job.global_batch_size, "micro_batch_size": job.micro_batch_size}
@@ -291,6 +300,7 @@ def main() -> None:
                 "raw PyTorch DDP": lambda: raw_ddp(two["ddp"], folder),
                 "Danlu ZeRO-2": lambda: danlu_on_ray(two["zero2"], folder),
                 "Danlu, one such worker": lambda: danlu_on_ray(half, folder),
+                "raw PyTorch loop, half the threads": lambda: raw_on_half(load_work(half)),
             }
             pairs = interleave(contestants, max(1, given.rounds - 1))
     finish("train", given, _rows(curves, pairs), _notes(curves, pairs, one))
@@ -308,6 +318,8 @@ def _rows(curves: dict[str, list[Curve]], pairs: dict[str, list[Curve]]) -> list
     rows = [compare(f"training, {name}", "tokens/s", rates[name], rates[other], other) for name, other in against]
     if pairs:
         twice = [2 * rate for rate in rates["Danlu, one such worker"]]
+        name, other = "Danlu, one such worker", "raw PyTorch loop, half the threads"
+        rows.append(compare("training, Danlu on Ray Train on half the cores", "tokens/s", rates[name], rates[other], other))
         rows.append(compare("training, Danlu DDP on 2 workers", "tokens/s", rates["Danlu DDP"], twice, "twice one worker of that size"))
     return rows
 
