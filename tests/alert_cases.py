@@ -77,6 +77,9 @@ CASES = [
     # XID 31 is a program's own page fault.
     Case("GpuFaulty", {'DCGM_FI_DEV_XID_ERRORS{Hostname="h", gpu="0"}': "0x10 31x60"}, {40: set()}),
     case("GpuHot", {'DCGM_FI_DEV_GPU_TEMP{Hostname="h", gpu="0"}': "70x10 91x30 70x60"}, quiet=(15, 50), fires=(30,)),
+    # A language model's long answers burn no budget.
+    Case("ServingLatencyBudgetFast", {series.replace("/v1/classify", "/v1/chat/completions"): values
+                                      for series, values in seconds("0+100x400", "0x400").items()}, {200: set()}),
     # A tenth fails for an hour and a half. The short window ends the alert minutes after the errors end.
     case("ServingErrorBudgetFast", requests("0+100x120 12000+90x90 20100+100x180", "0x120 0+10x90 900x180"), quiet=(110, 270), fires=(200,),
          also={"ServingErrors", "ServingErrorBudgetSlow"}),
@@ -93,10 +96,15 @@ CASES = [
     case("RequestsWaiting", {'ray_danlu_serve_queue_seconds_bucket{model="m", le="0.5"}': "0+10x30 300x40 300+10x60",
                              'ray_danlu_serve_queue_seconds_bucket{model="m", le="1.0"}': "0+10x200",
                              'ray_danlu_serve_queue_seconds_bucket{model="m", le="+Inf"}': "0+10x200"}, quiet=(25, 90), fires=(60,)),
-    case("TimeToFirstTokenHigh", {'ray_vllm_time_to_first_token_seconds_bucket{model_name="m", le="2.0"}': "0+10x30 300x40 300+10x60",
-                                  'ray_vllm_time_to_first_token_seconds_bucket{model_name="m", le="5.0"}': "0+10x200",
-                                  'ray_vllm_time_to_first_token_seconds_bucket{model_name="m", le="+Inf"}': "0+10x200"}, quiet=(25, 90), fires=(60,)),
-    case("KvCacheFull", {'ray_vllm_kv_cache_usage_perc{model_name="m"}': "0.5x10 0.99x30 0.5x60"}, quiet=(15, 50), fires=(30,)),
+    case("TimeToFirstTokenHigh", {'ray_danlu_serve_time_to_first_token_seconds_bucket{model="m", le="1.0"}': "0+10x30 300x40 300+10x60",
+                                  'ray_danlu_serve_time_to_first_token_seconds_bucket{model="m", le="2.5"}': "0+10x200",
+                                  'ray_danlu_serve_time_to_first_token_seconds_bucket{model="m", le="+Inf"}': "0+10x200"}, quiet=(25, 90), fires=(60,)),
+    case("KvCacheFull", {'ray_danlu_serve_kv_cache_usage{model="m", replica="1"}': "0.5x10 1x30 0.5x60",
+                         'ray_danlu_serve_sequences_waiting{model="m", replica="1"}': "0x10 3x30 0x60"}, quiet=(15, 50), fires=(30,)),
+    # Full, and nobody waits.
+    Case("KvCacheFull", {'ray_danlu_serve_kv_cache_usage{model="m"}': "1x100", 'ray_danlu_serve_sequences_waiting{model="m"}': "0x100"}, {50: set()}),
+    case("AdapterLoadFailed", {'ray_danlu_serve_adapter_loads_total{model="m", outcome="failed"}': "0x20 1x60",
+                               'ray_danlu_serve_adapter_loads_total{model="m", outcome="loaded"}': "0+1x80"}, quiet=(15, 50), fires=(25,)),
     case("ReplicasStuck", {'ray_serve_autoscaling_target_replicas{application="m", deployment="m"}': "2x200",
                            'ray_serve_deployment_replica_healthy{application="m", deployment="m", replica="1"}': "1x200",
                            'ray_serve_deployment_replica_healthy{application="m", deployment="m", replica="2"}': "1x10 0x40 1x100"},

@@ -8,8 +8,10 @@ from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any
 
+import peft
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
@@ -90,6 +92,17 @@ def reference(folder: Path) -> PreTrainedModel:
     """The model by itself; eager, which alone has every family's details."""
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32)
     return model.eval()
+
+
+def write_adapter(model_folder: Path, folder: Path, seed: int, **config: Any) -> Path:
+    """A LoRA adapter that changes something, as PEFT writes it."""
+    torch.manual_seed(seed)
+    model = peft.get_peft_model(reference(model_folder), peft.LoraConfig(task_type="CAUSAL_LM", **config))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:  # zeros would change nothing
+            nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(folder)
+    return folder
 
 
 def greedy(model: PreTrainedModel, prompt: Sequence[int], number: int) -> list[int]:

@@ -1,6 +1,6 @@
 """What somebody should hear of: recording rules and alerts, each declared once. Rule files and runbooks are made from this.
 
-Not here, because nothing counts them yet: an expiring key, budget or certificate, and an endpoint's time to the first token outside vLLM.
+Not here, because nothing counts them yet: an expiring key, budget or certificate.
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ from danlu.metrics.promql import (
 
 USER_ROUTES = Matches("/v1/.+")
 """What clients ask; health and readiness are asked by machines."""
+WHOLE_ANSWERS = Matches("/v1/(answer|choose|classify|embeddings|rerank|tag)")
+"""Of these a client waits for all of the answer. A language model's may well take minutes: there the first token counts."""
 ERROR_BUDGET = 0.005
 """The objective: of a month's requests at most one in 200 ends with a 5xx."""
 SLOW_BUDGET = 0.01
@@ -45,8 +47,8 @@ def _error_ratio(window: str) -> Expr:
 
 
 def _slow_ratio(window: str) -> Expr:
-    requests = total(count_rate(c.SERVE_SECONDS, window, route=USER_ROUTES), "model")
-    return (requests - total(bucket_rate(c.SERVE_SECONDS, window, route=USER_ROUTES, le=SLOW_S), "model")) / requests
+    requests = total(count_rate(c.SERVE_SECONDS, window, route=WHOLE_ANSWERS), "model")
+    return (requests - total(bucket_rate(c.SERVE_SECONDS, window, route=WHOLE_ANSWERS, le=SLOW_S), "model")) / requests
 
 
 ERROR_RATIO = {w: Recorded(f"model:danlu_serve_errors:ratio_rate{w}", _error_ratio(w), "Share of requests with a 5xx.") for w in WINDOWS}
@@ -276,17 +278,31 @@ ALERTS: tuple[Alert, ...] = (
     ),
     Alert(
         "TimeToFirstTokenHigh", "serve", "warning",
-        quantile(0.95, f.VLLM_TTFT, "5m", "model_name") > 2, "10m",
-        "{{ $labels.model_name }} takes over 2 s to the first token",
-        "Prompts wait for room in the batch, or are long.",
-        ("See `Requests running and waiting`: waiting means more replicas.", "`ray status`"), _SERVING,
+        quantile(0.95, c.SERVE_FIRST_TOKEN_SECONDS, "5m", "model") > 2, "10m",
+        "One in twenty answers of {{ $labels.model }} takes over 2 s to its first token",
+        "Prompts wait for room among the running answers, or are long and read in small bites beside them.",
+        ("Waiting? See `Answers running and waiting`: more replicas, `danlu serve SPEC --set autoscaling.max_replicas=8`.",
+         "Reading? `danlu serve SPEC --set engine.prefill_chunk_tokens=512`: sooner first tokens, at the cost of the time between tokens.",
+         "Prompts that begin alike are read once: see `Prompt tokens found in the cache`."), _SERVING,
     ),
     Alert(
         "KvCacheFull", "serve", "warning",
-        aggregate("max", select(f.VLLM_KV_USAGE), ["model_name"]) > 0.95, "10m",
-        "The KV cache of {{ $labels.model_name }} is full",
-        "Requests are preempted and computed again, and new ones wait.",
-        ("More replicas, a smaller max_model_len, or a larger share of the GPU's memory.", "`ray status`"), _SERVING,
+        (aggregate("max", select(c.SERVE_CACHE_USE), ["model"]) > 0.95) & (total(select(c.SERVE_WAITING), "model") > 0), "10m",
+        "The KV cache of {{ $labels.model }} is full, and answers wait for it",
+        "A running answer keeps its place in the cache to its end: those that wait begin when one ends. A full cache alone is full use.",
+        ("More room: `danlu serve SPEC --set engine.kv_cache_memory_gb=8`, up to `engine.max_num_seqs` answers at once.",
+         "Smaller places: `danlu serve SPEC --set engine.max_model_len=2048`.",
+         "More replicas: `danlu serve SPEC --set autoscaling.max_replicas=8`; `ray status` shows whether there is room."), _SERVING,
+    ),
+    Alert(
+        "AdapterLoadFailed", "serve", "warning",
+        total(increase(c.SERVE_ADAPTER_LOADS, "15m", outcome="failed"), "model") > 0, "0m",
+        "An adapter could not be loaded into {{ $labels.model }}",
+        "Its folder or bundle is not there, it was trained on another model, or all adapters in memory are in use. Whoever asked was told "
+        "which; requests for it get a 404.",
+        ("The replica's log names it: `ray list actors --filter class_name=ServeReplica`, then `ray logs actor --id ACTOR_ID`.",
+         "All in use: `danlu serve SPEC --set engine.max_loras=16`.",
+         "With several replicas each has adapters of its own: put it into the spec's `engine.adapters`."), _SERVING,
     ),
     Alert(
         "ReplicasStuck", "serve", "critical",

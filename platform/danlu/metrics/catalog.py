@@ -199,10 +199,13 @@ SERVE_RUNNING = Metric("danlu_serve_sequences_running", "gauge", "sequences", "A
 SERVE_WAITING = Metric("danlu_serve_sequences_waiting", "gauge", "sequences", "Answers that wait for room.", "serve", ("model",))
 SERVE_CACHE_USE = Metric("danlu_serve_kv_cache_usage", "gauge", "ratio", "Share of the KV cache in use, 0 to 1.", "serve", ("model",))
 SERVE_PREFIX_QUERIED = Metric(
-    "danlu_serve_prefix_queried_tokens", "gauge", "tokens", "Tokens looked up in the prefix cache since the start.", "serve", ("model",)
+    "danlu_serve_prefix_queried_tokens", "counter", "tokens", "Tokens looked up in the prefix cache.", "serve", ("model",)
 )
-SERVE_PREFIX_HIT = Metric(
-    "danlu_serve_prefix_hit_tokens", "gauge", "tokens", "Tokens found in the prefix cache since the start.", "serve", ("model",)
-)
+SERVE_PREFIX_HIT = Metric("danlu_serve_prefix_hit_tokens", "counter", "tokens", "Tokens found in the prefix cache.", "serve", ("model",))
+SERVE_ADAPTERS = Metric("danlu_serve_adapters", "gauge", "adapters", "LoRA adapters in a replica's memory.", "serve", ("model",))
+SERVE_ADAPTER_LOADS = Metric(
+    "danlu_serve_adapter_loads", "counter", "", "LoRA adapters asked for at run time, by what came of it: loaded, failed.", "serve",
+    ("model", "outcome"),
+)  # fmt: skip
 
 ALL: tuple[Metric, ...] = tuple(value for value in list(globals().values()) if isinstance(value, Metric))

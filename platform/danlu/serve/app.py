@@ -23,6 +23,7 @@ from danlu.artifact.store import Store
 from danlu.errors import ResourceError, SpecError
 from danlu.local_ray import start_ray
 from danlu.metrics import catalog, emit
+from danlu.metrics.catalog import Metric
 from danlu.serve.asgi import App
 from danlu.serve.encoder_wire import wire_of
 from danlu.serve.engine import make_engine
@@ -234,10 +235,14 @@ def _replicas_error(status: Any) -> str:
 
 
 async def _meter_engine(engine: TextEngine, model: str) -> None:
-    metrics = {metric.name: metric for metric in catalog.ALL}
+    before: dict[Metric, float] = {}
     while True:
-        for name, value in engine.stats().items():
-            emit.emit(metrics[name], value, model=model)
+        now = dict(engine.stats())
+        for metric, value in now.items():
+            # The engine tells totals; a counter is told what came since.
+            emit.emit(metric, value - before.get(metric, 0) if metric.kind == "counter" else value, model=model)
+        before = now
+        emit.emit(catalog.SERVE_ADAPTERS, len(engine.adapters()), model=model)
         await asyncio.sleep(STATS_EVERY_S)
 
 

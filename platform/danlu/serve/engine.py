@@ -77,4 +77,4 @@ def make_engine(service: Service, bundle: Bundle | None) -> Engine | TextEngine:
         case Torch():
             from danlu.serve.engines.torch.engine import TorchEngine
 
-            return TorchEngine(service.engine, bundle)
+            return TorchEngine(service.engine, bundle, storage=service.storage)

@@ -6,6 +6,8 @@ from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, runtime_checkable
 
+from danlu.metrics.catalog import Metric
+
 FinishReason = Literal["stop", "length"]
 """`stop`: an end-of-text token, a stop text or id, or a guide that is complete. `length`: max_tokens, or the model's last position."""
 
@@ -29,6 +31,8 @@ class Guide:
     kind: Literal["json_schema", "json_object", "regex", "choice"]
     pattern: str = ""
     """The JSON Schema as JSON, the regular expression, or the choices as a JSON list; empty for json_object."""
+    param: str = "guide"
+    """The request's field that asks for it, which an error names."""
 
 
 @dataclass(frozen=True)
@@ -132,7 +136,8 @@ class TextEngine(Protocol):
         ...
 
     async def load_adapter(self, name: str, source: str) -> None:
-        """Make a LoRA adapter (a PEFT folder or a bundle) answer to `name`, while others generate; ModelError names why it cannot."""
+        """Make a LoRA adapter (a PEFT folder, or a bundle, also of the store) answer to `name`, while others generate; ModelError names why
+        it cannot."""
         ...
 
     async def unload_adapter(self, name: str) -> None:
@@ -143,8 +148,8 @@ class TextEngine(Protocol):
         """Names of the loaded adapters."""
         ...
 
-    def stats(self) -> Mapping[str, float]:
-        """Running, waiting, cache use (0-1), prefix tokens queried and hit: numbers of now, by the names of the metric catalogue."""
+    def stats(self) -> Mapping[Metric, float]:
+        """Running, waiting, cache use (0-1): numbers of now; prefix tokens queried and hit: totals since the start."""
         ...
 
     def check_health(self) -> None:

@@ -66,7 +66,7 @@ class Torch(Spec):
     """Keep what a finished sequence has left until its slot is needed, so that a prompt that begins alike is not read again."""
 
     adapters: dict[str, str] = {}
-    """LoRA adapters that are there from the start: the name they answer to -> a PEFT folder or a bundle's."""
+    """LoRA adapters that are there from the start: the name they answer to -> a PEFT folder, or a bundle: `name@alias`, a folder, a URI."""
 
     max_loras: PositiveInt = 8
     """Adapters in memory at once; one more takes the place of the longest unused."""

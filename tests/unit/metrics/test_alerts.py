@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import typer.main
@@ -15,8 +16,10 @@ from alert_cases import ALIVE, CASES
 
 from danlu import cli
 from danlu.metrics import rules
-from danlu.metrics.alerts import ALERTS
+from danlu.metrics.alerts import ALERTS, WHOLE_ANSWERS
 from danlu.metrics.dashboards import DASHBOARDS
+from danlu.serve.encoder_wire import routes_of
+from danlu.spec.task import EncoderTask
 
 ROOT = Path(__file__).parents[3]
 OPS = ROOT / "ops/prometheus"
@@ -80,6 +83,12 @@ def test_critical_alerts_page_and_others_are_told() -> None:
     for severity, receiver in (("critical", "page"), ("warning", "tell")):
         found = run("amtool", "config", "routes", "test", f"--config.file={OPS / 'alertmanager.yaml'}", f"severity={severity}")
         assert found.strip() == receiver
+
+
+def test_the_routes_whose_whole_answers_must_be_fast_are_the_encoders() -> None:
+    routes = {path for task in get_args(EncoderTask) for path in routes_of(task())}
+    assert len(routes) == 6
+    assert {route for route in (*routes, "/v1/chat/completions", "/v1/models") if re.fullmatch(WHOLE_ANSWERS.pattern, route)} == routes
 
 
 def test_what_is_silenced_and_what_silences_are_alerts_with_the_labels_it_goes_by() -> None:

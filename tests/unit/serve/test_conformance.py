@@ -8,24 +8,28 @@ import math
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import httpx
 import jsonschema
 import openai
 import pytest
+from lm import write_family
 
 from danlu.errors import ModelError, RequestError
 from danlu.metrics import catalog
 from danlu.serve.engines.echo import EchoTextEngine
+from danlu.serve.engines.torch.engine import TorchEngine
 from danlu.serve.gateway import Gateway
 from danlu.serve.generation import Chat, Delta, Generation, Guide, Prompt, Sampling, TextEngine
-from danlu.spec.serve import EchoText, Limits
+from danlu.spec.serve import EchoText, Limits, Torch
 
-ENGINES: dict[str, Callable[[], TextEngine]] = {
-    "echo": lambda: EchoTextEngine(EchoText(max_model_len=512)),
+ENGINES: dict[str, Callable[[Path], TextEngine]] = {
+    "echo": lambda _: EchoTextEngine(EchoText(max_model_len=512)),
+    "torch": lambda decoder: TorchEngine(Torch(model_name_or_path=str(decoder), dtype="fp32", kv_cache_memory_gb=0.1)),
 }
-"""Name -> an engine that has not been started, with room for 128 tokens or more."""
+"""Name -> an engine that has not been started, with room for 128 tokens or more; from the folder of a tiny decoder."""
 
 PROMPT = "the market price rose on the new report"
 GREEDY = Sampling(max_tokens=24, temperature=0.0, ignore_eos=True)
@@ -37,9 +41,14 @@ SCHEMA = {
 }
 
 
+@pytest.fixture(scope="module")
+def decoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_family(tmp_path_factory.mktemp("decoder"), "qwen3")
+
+
 @pytest.fixture(params=ENGINES)
-def make_engine(request: pytest.FixtureRequest) -> Callable[[], TextEngine]:
-    return ENGINES[request.param]
+def make_engine(request: pytest.FixtureRequest, decoder: Path) -> Callable[[], TextEngine]:
+    return lambda: ENGINES[request.param](decoder)
 
 
 def with_engine(make: Callable[[], TextEngine], body: Callable[[TextEngine], Coroutine[Any, Any, Any]]) -> Any:
@@ -212,17 +221,17 @@ def test_closing_an_answer_frees_what_it_held(make_engine: Callable[[], TextEngi
         ]
         for answer in answers:
             await anext(answer)
-        assert engine.stats()[catalog.SERVE_RUNNING.name] > 0
+        assert engine.stats()[catalog.SERVE_RUNNING] > 0
         for answer in answers:
             await answer.aclose()
         for _ in range(500):
-            if engine.stats()[catalog.SERVE_RUNNING.name] == 0:
+            if engine.stats()[catalog.SERVE_RUNNING] == 0:
                 break
             await asyncio.sleep(0.01)
         after = engine.stats()
-        assert after.keys() <= {metric.name for metric in catalog.ALL}
-        for name in (catalog.SERVE_RUNNING.name, catalog.SERVE_WAITING.name):
-            assert after[name] == before[name] == 0
+        assert after.keys() <= set(catalog.ALL)
+        for metric in (catalog.SERVE_RUNNING, catalog.SERVE_WAITING):
+            assert after[metric] == before[metric] == 0
 
     with_engine(make_engine, body)
 
@@ -246,8 +255,8 @@ def test_health_follows_the_engines_life(make_engine: Callable[[], TextEngine]) 
 
 
 @pytest.fixture(scope="module", params=ENGINES)
-def url(request: pytest.FixtureRequest, served: Callable[..., AbstractContextManager[str]]) -> Iterator[str]:
-    gateway = Gateway(ENGINES[request.param](), "model", Limits(), lambda *_, **__: None)
+def url(request: pytest.FixtureRequest, decoder: Path, served: Callable[..., AbstractContextManager[str]]) -> Iterator[str]:
+    gateway = Gateway(ENGINES[request.param](decoder), "model", Limits(), lambda *_, **__: None)
     with served(gateway) as found:
         yield found
 

@@ -6,14 +6,18 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from lm import write_family
 
 from danlu.serve.engines.echo import EchoTextEngine
+from danlu.serve.engines.torch.engine import TorchEngine
 from danlu.serve.gateway import Gateway
-from danlu.spec.serve import EchoText, Limits
+from danlu.serve.generation import TextEngine
+from danlu.spec.serve import EchoText, Limits, Torch
 
 CHAT, COMPLETION = "/v1/chat/completions", "/v1/completions"
 GOOD = {
@@ -91,9 +95,20 @@ WRONG: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-@pytest.fixture(scope="module")
-def client(served: Callable[..., AbstractContextManager[str]]) -> Iterator[httpx.Client]:
-    gateway = Gateway(EchoTextEngine(EchoText()), "echo", Limits(), lambda *_, **__: None, lora_updates=True)
+def make_engine(kind: str, folder: Path) -> TextEngine:
+    if kind == "echo":
+        return EchoTextEngine(EchoText())
+    # Short: hundreds of answers go to the model's last position.
+    return TorchEngine(Torch(model_name_or_path=str(write_family(folder, "qwen3")), dtype="fp32", max_model_len=24, kv_cache_memory_gb=0.1))
+
+
+@pytest.fixture(scope="module", params=["echo", "torch"])
+def client(
+    request: pytest.FixtureRequest, served: Callable[..., AbstractContextManager[str]], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[httpx.Client]:
+    gateway = Gateway(
+        make_engine(request.param, tmp_path_factory.mktemp("decoder")), "echo", Limits(), lambda *_, **__: None, lora_updates=True
+    )
     with served(gateway) as url, httpx.Client(base_url=url, timeout=10) as found:
         yield found
         assert gateway.in_flight == 0

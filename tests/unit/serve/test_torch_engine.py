@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import shutil
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from transformers import AutoTokenizer
 
 from danlu.artifact.bundle import BundleMeta, Lineage, Probe, write_bundle
 from danlu.errors import ModelError, QualityError, RequestError, ResourceError
+from danlu.metrics import catalog
 from danlu.serve.engine import make_engine
 from danlu.serve.engines.torch import attention, forward, fused
 from danlu.serve.engines.torch.engine import TorchEngine
@@ -67,6 +69,19 @@ def test_in_bf16_too_the_answers_are_checked_against_the_models_own(family: str,
     monkeypatch.setattr(fused, "attend", wrong)
     with pytest.raises(ModelError, match="other logits than by itself"):
         asyncio.run(engine(folder, dtype="bf16").start())
+
+
+def test_a_model_that_the_fused_forward_does_not_fit_is_answered_by_its_own_classes(
+    qwen3: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    plain = attention.attend
+    monkeypatch.setattr(fused, "attend", lambda layer, batch, query, *others, **more: plain(layer, batch, query.flip(0), *others, **more))
+
+    async def body(made: TorchEngine) -> list[int]:
+        return ids_of(await ask(made, (7, 8, 9), GREEDY))
+
+    assert with_engine(engine(qwen3), body) == greedy(reference(qwen3), (7, 8, 9), 24)
+    assert "the fused forward does not fit this model" in caplog.text
 
 
 @pytest.mark.parametrize("change", [0.0, 0.1])
@@ -160,7 +175,7 @@ def test_an_answer_that_nobody_reads_any_more_frees_its_slot(qwen3: Path) -> Non
         await answers[2].aclose()
         hold.set()
         assert len(ids_of(await ask(made, (5,), GREEDY))) == 24
-        assert made.stats()["danlu_serve_sequences_running"] == made.stats()["danlu_serve_sequences_waiting"] == 0
+        assert made.stats()[catalog.SERVE_RUNNING] == made.stats()[catalog.SERVE_WAITING] == 0
 
     with_engine(engine(qwen3, max_num_seqs=2), body)
 
@@ -240,7 +255,7 @@ def test_a_slow_reader_gets_larger_pieces_and_nothing_less(qwen3: Path) -> None:
     async def body(made: TorchEngine) -> None:
         answer = made.generate(Generation("a", (7, 8), GREEDY))
         deltas = [await anext(answer)]
-        while made.stats()["danlu_serve_sequences_running"]:
+        while made.stats()[catalog.SERVE_RUNNING]:
             await asyncio.sleep(0.001)
         deltas += [delta async for delta in answer]
         assert len(deltas) < 24
@@ -276,9 +291,25 @@ def test_a_common_prefix_is_read_once_and_changes_no_answer(qwen3: Path) -> None
         again = await ask(made, asked[0], GREEDY)
         assert ids_of(again) == greedy(model, asked[0], 24)
         stats = made.stats()
-        assert 0 < stats["danlu_serve_prefix_hit_tokens"] < stats["danlu_serve_prefix_queried_tokens"]
+        assert 0 < stats[catalog.SERVE_PREFIX_HIT] < stats[catalog.SERVE_PREFIX_QUERIED]
 
     with_engine(engine(qwen3, max_num_seqs=4), body)
+
+
+def test_several_answers_to_one_prompt_read_it_once(qwen3: Path) -> None:
+    prompt = tuple(range(20, 80))
+
+    async def body(made: TorchEngine) -> None:
+        how = [replace(GREEDY, max_tokens=8, temperature=1.0, seed=seed) for seed in range(4)]
+        together = await asyncio.gather(*(ask(made, prompt, one) for one in how))
+        cached = [usage.cached_tokens for deltas in together if (usage := deltas[-1].usage)]
+        assert cached == [0, 59, 59, 59], "all but the token whose logits are needed"
+        alone = [ids_of(await ask(made, prompt, replace(one, prompt_logprobs=True))) for one in how]  # which never looks into the cache
+        assert [ids_of(deltas) for deltas in together] == alone
+        assert len({tuple(ids) for ids in alone}) == 4
+
+    # In bites of ten: the others wait until the last is read.
+    with_engine(engine(qwen3, prefill_chunk_tokens=10, max_num_batched_tokens=10, max_num_seqs=6), body)
 
 
 def test_answers_are_the_same_with_and_without_the_prefix_cache(qwen3: Path) -> None:

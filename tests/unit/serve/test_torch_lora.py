@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
-import torch
-from lm import ask, engine, greedy, ids_of, prompts, reference, with_engine, write_family
-from torch import nn
+from lm import ask, engine, greedy, ids_of, prompts, reference, with_engine, write_adapter, write_family
 
+from danlu.artifact.bundle import BundleMeta, Lineage, write_bundle
+from danlu.artifact.store import Store
 from danlu.errors import ModelError, RequestError, ResourceError
 from danlu.serve.engines.torch.engine import TorchEngine
 from danlu.serve.generation import Generation, Sampling
+from danlu.spec.serve import Torch
+from danlu.spec.task import Pretrain
 
 GREEDY = Sampling(max_tokens=16, temperature=0.0, ignore_eos=True)
 ADAPTERS: dict[str, dict[str, Any]] = {
@@ -28,16 +31,6 @@ ADAPTERS: dict[str, dict[str, Any]] = {
         "alpha_pattern": {"o_proj": 3},
     },
 }
-
-
-def write_adapter(model_folder: Path, folder: Path, seed: int, **config: Any) -> Path:
-    torch.manual_seed(seed)
-    model = peft.get_peft_model(reference(model_folder), peft.LoraConfig(task_type="CAUSAL_LM", **config))
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:  # zeros would change nothing
-            nn.init.normal_(parameter, std=0.3)
-    model.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module", params=["qwen3", "gemma2"])
@@ -108,6 +101,24 @@ def test_the_longest_unused_adapter_makes_room_unless_all_are_in_use(folders: di
             await answer.aclose()
 
     with_engine(engine(folders["base"], max_loras=2), body)
+
+
+def test_an_adapter_of_the_store_is_loaded_by_its_alias(folders: dict[str, Path], tmp_path: Path) -> None:
+    lineage = Lineage(spec={}, spec_digest="", data_digests={}, code_version="", library_versions={}, seed=0, created="")
+    meta = BundleMeta(name="qv", task=Pretrain(), labels=[], max_length=64, precision="fp32", probes=[], lineage=lineage)
+    shutil.copytree(folders["qv"], tmp_path / "bundle/model")
+    store = Store(str(tmp_path / "runs"))
+    store.set_alias("qv", "best", store.put(write_bundle(tmp_path / "bundle", meta).path, "qv").version)
+    spec = Torch(model_name_or_path=str(folders["base"]), dtype="fp32", kv_cache_memory_gb=0.1, adapters={"first": "qv@v1"})
+
+    async def body(made: TorchEngine) -> None:
+        await made.load_adapter("second", "qv@best")
+        for name in ("first", "second"):
+            assert ids_of(await ask(made, (7, 8, 9), GREEDY, adapter=name)) == expected(folders, "qv", (7, 8, 9))
+        with pytest.raises(ModelError, match="has no 'worst'"):
+            await made.load_adapter("third", "qv@worst")
+
+    with_engine(TorchEngine(spec, storage=str(tmp_path / "runs")), body)
 
 
 def test_an_adapter_that_cannot_be_served_says_why_and_nobody_notices(folders: dict[str, Path], tmp_path: Path) -> None:

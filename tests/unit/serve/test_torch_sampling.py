@@ -242,6 +242,22 @@ def test_an_answer_matches_its_guide_beside_others_that_have_none(folder: Path, 
     with_engine(engine(folder), body)
 
 
+def test_json_objects_of_every_shape_are_json_objects(folder: Path) -> None:
+    """A random model seldom closes what it has opened: biased towards the marks of JSON it does, in many ways."""
+    marks = AutoTokenizer.from_pretrained(folder)('"}]:,[{')["input_ids"]
+
+    async def body(made: TorchEngine) -> None:
+        how = [Sampling(max_tokens=100, logit_bias=dict.fromkeys(marks, 5.0), seed=seed) for seed in range(24)]
+        answers = await asyncio.gather(*(ask(made, (7, 8, 9), one, guide=Guide("json_object")) for one in how))
+        found = [json.loads(text_of(deltas)) for deltas in answers if deltas[-1].finish_reason == "stop"]
+        assert all(isinstance(one, dict) for one in found)
+        assert len({json.dumps(one) for one in found}) > 5
+        assert any(isinstance(value, dict | list) and value for one in found for value in one.values()), "nested ones too"
+        assert all(text_of(deltas).startswith("{") for deltas in answers)
+
+    with_engine(engine(folder), body)
+
+
 def test_a_guide_that_does_not_compile_is_refused(folder: Path) -> None:
     async def body(made: TorchEngine) -> None:
         for guide in (Guide("json_schema", '{"type": "nosuch"}'), Guide("json_schema", "{"), Guide("regex", "("), Guide("choice", "[]")):

@@ -12,6 +12,7 @@ from typing import Any
 
 from danlu.errors import ModelError, RequestError, ResourceError
 from danlu.metrics import catalog
+from danlu.metrics.catalog import Metric
 from danlu.serve.engine import Answer
 from danlu.serve.generation import Chat, Delta, FinishReason, Generation, Guide, Prompt, TokenLogprob, Usage
 from danlu.spec.serve import Echo, EchoText
@@ -140,13 +141,13 @@ class EchoTextEngine:
     def adapters(self) -> list[str]:
         return list(self.loaded)
 
-    def stats(self) -> Mapping[str, float]:
+    def stats(self) -> Mapping[Metric, float]:
         return {
-            catalog.SERVE_RUNNING.name: self.active,
-            catalog.SERVE_WAITING.name: 0,
-            catalog.SERVE_CACHE_USE.name: 0,
-            catalog.SERVE_PREFIX_QUERIED.name: self.queried,
-            catalog.SERVE_PREFIX_HIT.name: self.hit,
+            catalog.SERVE_RUNNING: self.active,
+            catalog.SERVE_WAITING: 0,
+            catalog.SERVE_CACHE_USE: 0,
+            catalog.SERVE_PREFIX_QUERIED: self.queried,
+            catalog.SERVE_PREFIX_HIT: self.hit,
         }
 
     def check_health(self) -> None:
@@ -252,8 +253,8 @@ def _guided(guide: Guide) -> str:
                 schema = json.loads(guide.pattern)
                 return json.dumps(_instance(schema, schema), ensure_ascii=False)
             except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-                raise RequestError(f"the JSON Schema cannot be followed: {error}", param="response_format", fix="a simpler one") from error
-    raise RequestError("the echo engine follows no regular expression", param="guided_regex", fix="a JSON Schema or choices")
+                raise RequestError(f"the JSON Schema cannot be followed: {error}", param=guide.param, fix="a simpler one") from error
+    raise RequestError("the echo engine follows no regular expression", param=guide.param, fix="a JSON Schema or choices")
 
 
 def _instance(schema: Mapping[str, Any], root: Mapping[str, Any]) -> Any:

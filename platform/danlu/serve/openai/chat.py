@@ -150,7 +150,7 @@ def forced_call(request: ChatRequest) -> Guide | None:
     schemas = {tool.function.name: tool.function.parameters or {"type": "object"} for tool in request.tools or ()}
     match request.tool_choice:
         case NamedTool(function=function):
-            return Guide("json_schema", json.dumps(schemas[function.name]))
+            return Guide("json_schema", json.dumps(schemas[function.name]), "tool_choice")
         case "required":
             calls = [
                 {
@@ -161,7 +161,7 @@ def forced_call(request: ChatRequest) -> Guide | None:
                 }
                 for name, schema in schemas.items()
             ]
-            return Guide("json_schema", json.dumps(calls[0] if len(calls) == 1 else {"anyOf": calls}))
+            return Guide("json_schema", json.dumps(calls[0] if len(calls) == 1 else {"anyOf": calls}), "tool_choice")
     return None
 
 

@@ -135,15 +135,15 @@ def guide(request: SamplingFields, forced: Guide | None = None) -> Guide | None:
     asked: list[tuple[str, Guide]] = [("tool_choice", forced)] if forced else []
     match request.response_format:
         case JsonObject():
-            asked.append(("response_format", Guide("json_object")))
+            asked.append(("response_format", Guide("json_object", param="response_format")))
         case JsonSchema(json_schema=given):
-            asked.append(("response_format", Guide("json_schema", json.dumps(given.schema_))))
+            asked.append(("response_format", Guide("json_schema", json.dumps(given.schema_), "response_format")))
     if request.guided_json is not None:
-        asked.append(("guided_json", Guide("json_schema", _schema_text(request.guided_json))))
+        asked.append(("guided_json", Guide("json_schema", _schema_text(request.guided_json), "guided_json")))
     if request.guided_regex is not None:
-        asked.append(("guided_regex", Guide("regex", request.guided_regex)))
+        asked.append(("guided_regex", Guide("regex", request.guided_regex, "guided_regex")))
     if request.guided_choice is not None:
-        asked.append(("guided_choice", Guide("choice", json.dumps(request.guided_choice))))
+        asked.append(("guided_choice", Guide("choice", json.dumps(request.guided_choice), "guided_choice")))
     if len(asked) > 1:
         names = [name for name, _ in asked]
         raise RequestError(f"{' and '.join(names)} cannot both hold", param=names[-1], fix="one of them")

@@ -7,7 +7,8 @@ import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Any, Protocol
 
-from danlu.errors import ModelError, RequestError, ResourceError
+from danlu.errors import DanluError, ModelError, RequestError, ResourceError, StorageError
+from danlu.metrics import catalog
 from danlu.serve.admission import Admission
 from danlu.serve.asgi import Call, Reply, Route, Routes, Stream
 from danlu.serve.generation import Chat, Delta, Generation, TextEngine, Usage
@@ -48,6 +49,9 @@ class TextApi:
         self.engine, self.model, self.limits, self.admission, self.count = engine, model, limits, admission, count
         self.updates = updates
         self.open: set[Sequences] = set()
+        for outcome in ("loaded", "failed"):
+            # A counter that begins with its first event shows no increase.
+            self.count(catalog.SERVE_ADAPTER_LOADS, 0, outcome=outcome)
 
     def routes(self) -> Routes:
         found = {
@@ -128,8 +132,12 @@ class TextApi:
             if there:
                 await self.engine.unload_adapter(request.lora_name)
             await self.engine.load_adapter(request.lora_name, request.lora_path)
-        except ModelError as error:
-            raise RequestError(error.problem, param="lora_path", fix=error.fix) from error
+        except DanluError as error:
+            self.count(catalog.SERVE_ADAPTER_LOADS, 1, outcome="failed")
+            if isinstance(error, ModelError | StorageError):
+                raise RequestError(error.problem, param="lora_path", fix=error.fix) from error
+            raise
+        self.count(catalog.SERVE_ADAPTER_LOADS, 1, outcome="loaded")
         return _told(f"Success: LoRA adapter '{request.lora_name}' added successfully.")
 
     async def _unload_adapter(self, call: Call) -> Reply:

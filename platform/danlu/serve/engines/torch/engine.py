@@ -15,6 +15,8 @@ import torch
 
 from danlu.artifact.bundle import Bundle
 from danlu.errors import DanluError, ModelError, RequestError, ResourceError
+from danlu.metrics import catalog
+from danlu.metrics.catalog import Metric
 from danlu.serve.engines.torch.attention import make_batch, num_wanted
 from danlu.serve.engines.torch.lora import Adapter, read_adapter
 from danlu.serve.engines.torch.requests import Reader
@@ -38,8 +40,8 @@ class TorchEngine:
     """A TextEngine. What belongs to the engine's thread: `scheduler`, `runner`, and every sequence from its arrival on. What both sides
     touch (`arrivals`, `commands`, `ended`, `failure`) belongs to whoever holds `wake`."""
 
-    def __init__(self, spec: Torch, bundle: Bundle | None = None) -> None:
-        self.spec, self.bundle = spec, bundle
+    def __init__(self, spec: Torch, bundle: Bundle | None = None, *, storage: str = "runs") -> None:
+        self.spec, self.bundle, self.storage = spec, bundle, storage
         self.max_model_len = 0
         self.arrivals: deque[Sequence] = deque()
         self.wake = threading.Condition()
@@ -94,7 +96,7 @@ class TorchEngine:
 
     async def load_adapter(self, name: str, source: str) -> None:
         self.check_health()
-        adapter = await asyncio.to_thread(read_adapter, source, name)
+        adapter = await asyncio.to_thread(read_adapter, source, name, self.storage)
         await self._on_engine(lambda: self._install(name, adapter))
 
     async def unload_adapter(self, name: str) -> None:
@@ -107,16 +109,16 @@ class TorchEngine:
     def adapters(self) -> list[str]:
         return list(self.keys)
 
-    def stats(self) -> Mapping[str, float]:
+    def stats(self) -> Mapping[Metric, float]:
         if not hasattr(self, "scheduler"):
             return {}
         slots = self.scheduler.slots
         return {
-            "danlu_serve_sequences_running": len(self.scheduler.running),
-            "danlu_serve_sequences_waiting": len(self.scheduler.waiting) + len(self.arrivals),
-            "danlu_serve_kv_cache_usage": slots.usage,
-            "danlu_serve_prefix_queried_tokens": slots.queried,
-            "danlu_serve_prefix_hit_tokens": slots.hit,
+            catalog.SERVE_RUNNING: len(self.scheduler.running),
+            catalog.SERVE_WAITING: len(self.scheduler.waiting) + len(self.arrivals),
+            catalog.SERVE_CACHE_USE: slots.usage,
+            catalog.SERVE_PREFIX_QUERIED: slots.queried,
+            catalog.SERVE_PREFIX_HIT: slots.hit,
         }
 
     def check_health(self) -> None:
@@ -204,7 +206,7 @@ class TorchEngine:
             slots, max_num_batched_tokens=self.spec.max_num_batched_tokens, prefill_chunk_tokens=self.spec.prefill_chunk_tokens
         )
         for name, source in self.spec.adapters.items():
-            self._install(name, read_adapter(source, name))
+            self._install(name, read_adapter(source, name, self.storage))
 
     def _serve(self) -> None:
         while self._wait_for_work():

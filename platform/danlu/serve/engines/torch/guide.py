@@ -79,4 +79,4 @@ def _grammar(guide: Guide) -> str:
 
 
 def _refusal(guide: Guide, why: str) -> RequestError:
-    return RequestError(f"the {guide.kind} cannot be followed: {why}", param="guide", fix="a simpler one, or another kind")
+    return RequestError(f"the {guide.kind} cannot be followed: {why}", param=guide.param, fix="a simpler one, or another kind")

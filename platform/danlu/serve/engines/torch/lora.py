@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from danlu.artifact.bundle import FILE, read_bundle
+from danlu.artifact.store import Store
 from danlu.errors import ModelError, ResourceError
 from danlu.serve.engines.torch.sequence import Key
 
@@ -131,9 +132,12 @@ class Adapters:
             linear.lora = LoraSite(down.to(self.device, self.dtype), up.to(self.device, self.dtype), tuple(owners), self.mask)
 
 
-def read_adapter(source: str, name: str) -> Adapter:
-    """A LoRA adapter of a PEFT folder or a bundle; ModelError names what cannot be served beside others."""
+def read_adapter(source: str, name: str, storage: str) -> Adapter:
+    """A LoRA adapter of a PEFT folder or a bundle: a folder, a URI, or a `name@alias` of the storage. ModelError names what cannot be
+    served beside others."""
     folder = Path(source).expanduser()
+    if "://" in source or ("@" in source and not folder.exists()):
+        folder = Store(storage).resolve(source)
     if (folder / FILE).exists():
         folder = read_bundle(folder).path / "model"
     try:

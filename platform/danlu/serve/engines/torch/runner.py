@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import dataclass
 
 import torch
 
 from danlu.artifact.bundle import Bundle
-from danlu.errors import QualityError
+from danlu.errors import ModelError, QualityError
 from danlu.serve.engines.torch.attention import make_batch
 from danlu.serve.engines.torch.cache import Cache, num_slots
 from danlu.serve.engines.torch.forward import Forward, HuggingFaceForward, check_answers, own_logits, trial_row
@@ -21,6 +22,8 @@ from danlu.serve.engines.torch.scheduler import Piece
 from danlu.serve.engines.torch.sequence import Sequence
 from danlu.serve.generation import Generation
 from danlu.spec.serve import Torch
+
+log = logging.getLogger(__name__)
 
 TOLERANCE = {"fp32": 1e-3, "bf16": 3e-2}
 """How far a probe's loss (nats a token) may be from the evaluation's: kernels differ between CPUs, and the evaluation computes in bf16
@@ -41,13 +44,28 @@ class Runner:
 def make_runner(spec: Torch, bundle: Bundle | None) -> Runner:
     """Load, check that packed and cached answers are the model's own, and that a bundle's probes come out as its evaluation had them."""
     loaded = load(spec, bundle)
+    runner = None
+    if can_be_fused(loaded.model):
+        try:
+            runner = _assemble(spec, loaded, fuses=True)
+        except ModelError as error:
+            log.warning("the fused forward does not fit this model (%s): its own classes answer, more slowly", error.problem)
+            loaded = load(spec, bundle)  # the fused forward has taken the other one's weights
+    runner = runner or _assemble(spec, loaded, fuses=False)
+    if bundle is not None:
+        check_probes(runner, loaded, bundle, spec.max_num_batched_tokens)
+    return runner
+
+
+def _assemble(spec: Torch, loaded: Loaded, *, fuses: bool) -> Runner:
+    """ModelError if its answers are not the model's own."""
     model = loaded.model
     ids = trial_row(model)[: loaded.max_model_len]
     reference = own_logits(model, ids)
     plain = HuggingFaceForward(model)
     shapes = plain.shapes()
     forward: Forward = plain
-    if can_be_fused(model):
+    if fuses:
         forward = fused = FusedForward(model, loaded.max_model_len)
         linears = fused.linears
     else:
@@ -57,10 +75,7 @@ def make_runner(spec: Torch, bundle: Bundle | None) -> Runner:
     check_answers(forward, reference, ids, cache, model)
     reader = Reader(loaded.tokenizer, loaded.vocab_size, loaded.max_model_len, loaded.end_ids)
     adapters = Adapters(linears, max_loras=spec.max_loras, dtype=model.dtype, device=model.device)
-    runner = Runner(forward, cache, reader, adapters, model.device)
-    if bundle is not None:
-        check_probes(runner, loaded, bundle, spec.max_num_batched_tokens)
-    return runner
+    return Runner(forward, cache, reader, adapters, model.device)
 
 
 def check_probes(runner: Runner, loaded: Loaded, bundle: Bundle, chunk: int) -> None:

@@ -61,7 +61,8 @@ class Scheduler:
     def plan(self) -> Plan:
         """The next step; no pieces if there is nothing to do. The caller makes the copies and then reads all pieces."""
         copies: list[Copy] = []
-        while self.waiting and self.slots.free:
+        # A prompt that is just being read for another waits for it, and who came later with it: a few steps at most.
+        while self.waiting and self.slots.free and not self.slots.is_being_read(self.waiting[0]):
             sequence = self.waiting.popleft()
             self.running.append(sequence)
             if (copy := self.slots.take(sequence)) is not None:

@@ -67,6 +67,17 @@ class Slots:
         else:
             self.free.move_to_end(slot, last=False)
 
+    def is_being_read(self, sequence: Sequence) -> bool:
+        """Whether most of its prompt is just being read for another sequence, as where one prompt has `n` answers: a copy costs less."""
+        if not self._looks_up(sequence):
+            return False
+        wanted = sequence.prompt[:-1]
+        best: tuple[int | None, int] = (None, 0)
+        for slot, holder in self.holders.items():
+            if not holder.is_decoding and holder.key == sequence.key:
+                best = _longer(best, slot, holder.prompt, wanted)
+        return 2 * best[1] >= len(wanted) and best[1] > self._longest_prefix(sequence)[1]
+
     def forget(self, key: Key) -> None:
         """Drop what an adapter that is gone has left."""
         self.left = {slot: (owner, tokens) for slot, (owner, tokens) in self.left.items() if owner != key}
@@ -76,9 +87,12 @@ class Slots:
         """Share of the slots that are held, 0 to 1."""
         return len(self.holders) / self.num_slots
 
-    def _longest_prefix(self, sequence: Sequence) -> tuple[int | None, int]:
+    def _looks_up(self, sequence: Sequence) -> bool:
         # Prompt probabilities need the prompt's logits, and so its forward.
-        if not self.enable_prefix_caching or sequence.generation.sampling.prompt_logprobs:
+        return self.enable_prefix_caching and not sequence.generation.sampling.prompt_logprobs
+
+    def _longest_prefix(self, sequence: Sequence) -> tuple[int | None, int]:
+        if not self._looks_up(sequence):
             return None, 0
         wanted = sequence.prompt[:-1]  # the last token's logits are needed: it is always read
         best: tuple[int | None, int] = (None, 0)

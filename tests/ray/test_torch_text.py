@@ -1,0 +1,103 @@
+"""The torch engine on a real Ray Serve, asked by OpenAI's client: what comes out is `model.generate`'s and PEFT's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import peft
+import pytest
+import torch
+from lm import greedy, reference, write_adapter, write_family
+from transformers import AutoTokenizer, PreTrainedModel
+
+from danlu.artifact.bundle import BundleMeta, Lineage, Probe, write_bundle
+from danlu.errors import ResourceError
+from danlu.metrics import catalog
+from danlu.serve import app
+from danlu.serve.keys import create_key
+from danlu.spec.serve import Service
+from danlu.spec.task import Pretrain
+
+pytestmark = pytest.mark.usefixtures("ray_local")
+
+MESSAGES: Any = [{"role": "user", "content": "the market price rose, 价格上涨"}]
+
+
+def service(**fields: Any) -> Service:
+    engine = {"kind": "torch", "dtype": "fp32", "kv_cache_memory_gb": 0.1} | fields.pop("engine", {})
+    return Service.model_validate({"name": "tiny", "engine": engine, "http": {"port": 0}} | fields)
+
+
+def test_a_model_and_its_adapter_answer_a_clients_chat_as_by_themselves(
+    tmp_path: Path, metrics_port: Any, wait_for: Callable[..., Any]
+) -> None:
+    base = write_family(tmp_path / "base", "qwen3")
+    tuned = write_adapter(base, tmp_path / "tuned", 1, r=4, target_modules="all-linear")
+    secret = create_key(tmp_path / "keys.json", "ada")
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    prompt = tokenizer.apply_chat_template(MESSAGES, add_generation_prompt=True)["input_ids"]
+
+    def expected(model: PreTrainedModel) -> str:
+        return tokenizer.decode(greedy(model, prompt, 24), skip_special_tokens=True)
+
+    endpoint = app.run(
+        service(
+            engine={"model_name_or_path": str(base), "adapters": {"tuned": str(tuned)}, "allow_runtime_lora_updating": True},
+            auth={"keys_file": str(tmp_path / "keys.json")},
+        )
+    )
+    try:
+        with openai.OpenAI(base_url=f"{endpoint.url}/v1", api_key=secret, max_retries=0, timeout=60) as client:
+            for name, model in (
+                ("tiny", reference(base)),
+                ("tuned", peft.PeftModel.from_pretrained(reference(base), tuned).eval()),
+            ):
+                stream = client.chat.completions.create(
+                    model=name,
+                    messages=MESSAGES,
+                    temperature=0,
+                    max_tokens=24,
+                    stream=True,
+                    stream_options={"include_usage": True},
+                    extra_body={"ignore_eos": True},
+                )
+                *chunks, last = list(stream)
+                assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == expected(model)
+                assert chunks[-1].choices[0].finish_reason == "length"
+                assert last.usage is not None
+                assert (last.usage.prompt_tokens, last.usage.completion_tokens) == (len(prompt), 24)
+            assert [model.id for model in client.models.list()] == ["tiny", "tuned"]
+            with pytest.raises(openai.AuthenticationError):
+                client.with_options(api_key="another").chat.completions.create(model="tiny", messages=MESSAGES)
+            with pytest.raises(openai.BadRequestError, match="128 positions"):
+                client.chat.completions.create(model="tiny", messages=MESSAGES, max_tokens=1000, stream=True)
+        load = {"json": {"lora_name": "more", "lora_path": "/nosuch"}, "headers": {"authorization": f"Bearer {secret}"}}
+        assert httpx.post(f"{endpoint.url}/v1/load_lora_adapter", **load).status_code == 400
+        total = lambda metric, **labels: metrics_port.total(metric.exported, model="tiny", **labels)  # noqa: E731
+        wait_for("the engine's own numbers", lambda: total(catalog.SERVE_PREFIX_QUERIED) == pytest.approx(2 * len(prompt)))
+        wait_for("the adapters", lambda: total(catalog.SERVE_ADAPTERS) == 1)
+        wait_for("the failed one", lambda: total(catalog.SERVE_ADAPTER_LOADS, outcome="failed") == pytest.approx(1))
+    finally:
+        app.stop()
+
+
+@pytest.mark.soak
+def test_a_bundle_that_does_not_answer_its_probes_is_not_served(tmp_path: Path) -> None:
+    write_family(tmp_path / "model", "qwen3")
+    text = "the market price"
+    ids = torch.tensor([AutoTokenizer.from_pretrained(tmp_path / "model")(text)["input_ids"]])
+    with torch.no_grad():
+        loss = float(reference(tmp_path / "model")(ids, labels=ids).loss)
+    lineage = Lineage(spec={}, spec_digest="", data_digests={}, code_version="", library_versions={}, seed=0, created="")
+    probes = [Probe(text=text, loss=loss + 0.1)]
+    meta = BundleMeta(name="w", task=Pretrain(), labels=[], max_length=64, precision="fp32", probes=probes, lineage=lineage)
+    write_bundle(tmp_path, meta)
+    try:
+        with pytest.raises(ResourceError, match=r"QualityError.*where the bundle's evaluation found"):
+            app.run(service(bundle=str(tmp_path)))
+    finally:
+        app.stop()
