@@ -1,4 +1,4 @@
-"""The language tasks on two workers, under DDP and ZeRO, give the losses and gradient norms they give in one process."""
+"""The language tasks on two workers, however these share the work, give the losses and gradient norms they give in one process."""
 
 from __future__ import annotations
 
@@ -15,13 +15,32 @@ from ranks import curve, job_of
 
 from danlu.train.run import LocalRun
 
-PARALLEL: dict[str, dict[str, Any]] = {"ddp": {"kind": "ddp"}, "zero3": {"kind": "deepspeed", "zero_stage": 3}}
+PARALLEL: dict[str, dict[str, Any]] = {
+    "ddp": {"kind": "ddp"},
+    "zero3": {"kind": "deepspeed", "zero_stage": 3},
+    "fsdp": {"kind": "fsdp"},
+    "context": {"kind": "ddp", "context_parallel_size": 2},
+    "tensor": {"kind": "tensor", "tensor_parallel_size": 2},
+    "pipeline": {"kind": "pipeline", "pipeline_parallel_size": 2},
+}
 TASKS: dict[str, dict[str, Any]] = {
     "chat": {"task": {"kind": "chat"}},
     "dpo": {"task": {"kind": "preference", "loss": {"kind": "dpo", "beta": 0.5}}, "tuning": {"kind": "lora", "r": 4}},
+    "dpo-full": {"task": {"kind": "preference", "loss": {"kind": "dpo", "beta": 0.5}}},
     "masked": {"task": {"kind": "pretrain", "objective": {"kind": "masked"}}},
     "seq2seq": {"task": {"kind": "seq2seq"}},
 }
+CASES = [
+    *((name, parallel) for name in ("chat", "dpo", "masked", "seq2seq") for parallel in ("ddp", "zero3")),
+    ("seq2seq", "fsdp"),
+    ("chat", "context"),
+    ("chat", "pipeline"),
+    ("dpo-full", "context"),
+    ("dpo-full", "tensor"),
+    ("dpo-full", "pipeline"),
+    ("masked", "tensor"),
+    ("masked", "pipeline"),
+]
 Curve = list[tuple[float, float]]
 
 
@@ -33,6 +52,7 @@ def jobs(tiny_model: Path, topic_files: dict[str, str], tmp_path_factory: pytest
     files = {
         "chat": (chat, write_rows(folder / "talks.jsonl", talks(40))),
         "dpo": (chat, write_rows(folder / "pairs.jsonl", preferences(40))),
+        "dpo-full": (chat, str(folder / "pairs.jsonl")),
         "masked": (tiny_model, topic_files["train"]),
         "seq2seq": (t5, write_rows(folder / "numbers.jsonl", translations(60))),
     }
@@ -54,9 +74,8 @@ def two_ranks(jobs: dict[str, dict[str, Any]], tmp_path_factory: pytest.TempPath
     folder = tmp_path_factory.mktemp("two-ranks")
     shape = {"workers": {"num_workers": 2}, "micro_batch_size": 4}
     cases = {
-        f"{name}-{parallel}": shape | job | {"folder": job["model"]["model_name_or_path"], "parallel": PARALLEL[parallel]}
-        for name, job in jobs.items()
-        for parallel in PARALLEL
+        f"{name}-{parallel}": shape | jobs[name] | {"folder": jobs[name]["model"]["model_name_or_path"], "parallel": PARALLEL[parallel]}
+        for name, parallel in CASES
     }
     (folder / "cases.json").write_text(json.dumps(cases))
     command = [sys.executable, str(Path(__file__).parent / "ranks.py"), "2", "unused", "unused.csv"]
@@ -66,8 +85,7 @@ def two_ranks(jobs: dict[str, dict[str, Any]], tmp_path_factory: pytest.TempPath
     return found
 
 
-@pytest.mark.parametrize("parallel", PARALLEL)
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize(("name", "parallel"), CASES)
 def test_two_workers_equal_one_process(
     name: str, parallel: str, jobs: dict[str, dict[str, Any]], two_ranks: dict[str, Curve], tmp_path: Path
 ) -> None:

@@ -75,6 +75,17 @@ def test_adapters_are_not_split() -> None:
         ),
         ({"parallel": {"kind": "ddp", "context_parallel_size": 2}}, "context_parallel_size .* task.kind=classification reads whole rows"),
         (
+            {"parallel": {"kind": "ddp", "context_parallel_size": 2}, "task": {"kind": "pretrain", "objective": {"kind": "masked"}}},
+            "context_parallel_size .* task.kind=pretrain with task.objective.kind=masked reads whole rows",
+        ),
+        *(
+            (
+                {"parallel": {"kind": kind}, "task": {"kind": "seq2seq"}},
+                f"parallel.kind={kind} .* task.kind=seq2seq trains an encoder's and",
+            )
+            for kind in ("tensor", "pipeline")
+        ),
+        (
             {"parallel": {"kind": "ddp", "context_parallel_size": 2}, "task": {"kind": "pretrain"}, "tuning": {"kind": "prefix"}},
             "tuning.kind=prefix pads them; use tuning.kind=lora",
         ),

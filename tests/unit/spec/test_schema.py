@@ -509,6 +509,16 @@ SPANNING = {
         JOB | {"task": {"kind": "extractive_qa", "null_score_diff_threshold": 1}},
     ),
     "puts a prompt in front of a text": (TrainJob, JOB | {"task": {"kind": "multiple_choice"}, "tuning": {"kind": "prefix"}}),
+    "with task.objective.kind=masked does not take": (
+        TrainJob,
+        JOB | {"task": {"kind": "pretrain", "objective": {"kind": "masked"}}, "tuning": {"kind": "prefix"}},
+    ),
+    "does not start as; tuning.kind=lora, or task.loss.kind=orpo": (
+        TrainJob,
+        JOB | {"task": {"kind": "preference"}, "tuning": {"kind": "prefix"}},
+    ),
+    "leaves nothing to tune by": (TrainJob, JOB | {"task": {"kind": "pretrain", "from_scratch": {}}, "tuning": {"kind": "lora"}}),
+    "reads: rows of known forms": (TrainJob, JOB | {"task": {"kind": "chat"}, "data": {"train": "a.csv", "columns": {"text": "t"}}}),
     "is not a multiple of cluster.workers_per_pod": (TrainJob, JOB | {"cluster": {"image": "i", "workers_per_pod": 2}}),
     "is part of a pod's memory": (TrainJob, JOB | {"cluster": {"image": "i", "shared_memory": "8Gi"}}),
     "cuts a tensor-parallel group": (

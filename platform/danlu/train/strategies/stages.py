@@ -118,7 +118,8 @@ def cut(model: nn.Module, anatomy: Anatomy, layers: range, handed: Handed) -> nn
             stack[number] = Earlier(handed) if number < layers.start else Later()
     for names, kept in ((anatomy.before, layers.start == 0), (anatomy.behind, layers.stop == anatomy.num_layers)):
         for name in () if kept else names:
-            stage.set_submodule(name, Earlier(handed))
+            if not any(name.startswith(f"{outer}.") for outer in names):  # a head may have a weight of its own beside its layers
+                stage.set_submodule(name, Earlier(handed))
     return stage
 
 
