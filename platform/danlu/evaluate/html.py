@@ -38,6 +38,8 @@ class ReportData:
 def render(data: ReportData) -> str:
     """The page."""
     parts = [f"<h1>{escape(data.title)}</h1>", _subtitle(data), _tiles(data), _curves(data.records)]
+    if ranks := _adapter_ranks(data.records):
+        parts.append(f"<h2>Ranks that AdaLoRA gave</h2>{_table(('step', 'in all', 'smallest', 'largest', 'each module'), ranks)}")
     for split, found in data.scores.items():
         if not isinstance(found, Scores):
             rows = [(name, f"{value:.4f}") for name, value in found.metrics().items()]
@@ -69,6 +71,17 @@ def render(data: ReportData) -> str:
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">'
         f"<title>{escape(data.title)} · Danlu</title><style>{STYLE}</style></head><body><main>{body}</main></body></html>\n"
     )
+
+
+def _adapter_ranks(records: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
+    """The first decision on ranks, the middle one and the last."""
+    decided = [record for record in records if record["kind"] == "event" and record["event"] == "ranks"]
+    rows = []
+    for index in sorted({0, len(decided) // 2, len(decided) - 1} if decided else ()):
+        total, _, modules = decided[index]["detail"].partition(" in all: ")
+        found = [int(module.rpartition(" ")[2]) for module in modules.split(", ")]
+        rows.append((str(decided[index]["step"]), total, str(min(found)), str(max(found)), modules))
+    return rows
 
 
 def _subtitle(data: ReportData) -> str:

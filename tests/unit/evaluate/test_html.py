@@ -93,6 +93,18 @@ def data() -> ReportData:
     )
 
 
+def test_the_ranks_that_adalora_gave_stand_in_the_report() -> None:
+    events = [
+        {"kind": "event", "step": at, "event": "ranks", "detail": f"{2 * at} in all: layers.0.q_proj {at}, layers.1.q_proj {at}"}
+        for at in (9, 7, 5, 3)
+    ]
+    page = render(ReportData("adalora", [step(1), *events]))
+    table = page.split("Ranks that AdaLoRA gave")[1].split("</table>")[0]
+    assert [row.split("</td>")[0] for row in table.split("<tr><td>")[1:]] == ["9", "5", "3"]
+    assert "<td>6</td><td>3</td><td>3</td><td>layers.0.q_proj 3, layers.1.q_proj 3</td>" in table
+    assert "Ranks that" not in render(ReportData("lora", [step(1)]))
+
+
 def test_it_is_whole_and_needs_nothing_from_elsewhere(data: ReportData) -> None:
     html = render(data)
     page = Page(html)
