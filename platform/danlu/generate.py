@@ -17,6 +17,9 @@ from danlu.spec.serve import Service
 from danlu.spec.train import TrainJob
 
 ROOT = Path(__file__).parents[2]
+# The chart's own copies: Helm reads no file outside a chart.
+RULE_FILES = ("ops/prometheus/rules/danlu.yaml", "charts/danlu/files/rules/danlu.yaml")
+DASHBOARD_FOLDERS = ("ops/grafana/dashboards", "charts/danlu/files/dashboards")
 
 
 def derived() -> Mapping[str, str]:
@@ -25,13 +28,13 @@ def derived() -> Mapping[str, str]:
         "k8s/schemas/train.schema.json": _json(schema(TrainJob)),
         "k8s/schemas/service.schema.json": _json(schema(Service)),
         "ops/METRICS.md": _metrics_page(),
-        "ops/prometheus/rules/danlu.yaml": rules.rule_file(),
+        **{path: rules.rule_file() for path in RULE_FILES},
         "ops/prometheus/prometheus.yaml": rules.prometheus_config(
             targets={"file_sd_configs": [{"files": [rules.RAY_TARGETS]}]}, rules=["rules/*.yaml"], alertmanager="127.0.0.1:9093"
         ),
         "ops/prometheus/alertmanager.yaml": rules.alertmanager_config(page="http://127.0.0.1:9095/page", tell="http://127.0.0.1:9095/tell"),
         **{alert.runbook: rules.runbook(alert) for alert in ALERTS},
-        **{f"ops/grafana/dashboards/{page.uid}.json": grafana.dashboard_json(page) for page in DASHBOARDS},
+        **{f"{folder}/{page.uid}.json": grafana.dashboard_json(page) for page in DASHBOARDS for folder in DASHBOARD_FOLDERS},
         **{f"ops/grafana/{name}": text for name, text in grafana.provisioning().items()},
         "charts/danlu/values.yaml": chart.values(),
         "charts/danlu/values.schema.json": _json(chart.values_schema()),

@@ -20,7 +20,8 @@ from danlu.spec.serve import Service
 from danlu.spec.train import TrainJob
 
 Object = dict[str, Any]
-CHART = Path(__file__).parents[3] / "charts" / "danlu"
+ROOT = Path(__file__).parents[3]
+CHART = ROOT / "charts" / "danlu"
 GATEWAY = {"service": "topics", "host": "topics.example.com"}
 
 VALUES: dict[str, Object] = {
@@ -118,6 +119,12 @@ def test_the_chart_makes_of_every_spec_what_the_renderer_makes(tmp_path: Path) -
         | {"name": "limits", "limits": {"request_timeout_s": 2.5, "max_body_bytes": 100_000_000}, "autoscaling": {"max_replicas": 3}},
         SERVICE | {"name": "to-zero", "autoscaling": {"min_replicas": 0}},
         {"name": "echo", "engine": {"kind": "echo", "latency_ms": 0.5}, "cluster": {"image": "i", "gpu_type": None}},
+        {"name": "echo-text", "engine": {"kind": "echo_text"}, "auth": {"keys_file": "/keys/keys.json"}, "cluster": {"image": "i"}},
+        {
+            "name": "language",
+            "engine": {"kind": "torch", "model_name_or_path": "/models/qwen", "num_gpus": 1, "num_threads": 4},
+            "cluster": {"image": "i", "gpu_type": "NVIDIA-L4"},
+        },
     ]
     for path in EXAMPLES:
         document, _ = yaml12.read(path.read_text(), path.name)
@@ -130,6 +137,16 @@ def test_the_chart_makes_of_every_spec_what_the_renderer_makes(tmp_path: Path) -
             spec = parse(kind, yaml12.write(document))
             different += [f"{spec.name}{path}" for path in differences(by_helm(objects, spec), list(by_python(spec)))]
     assert not different, "\n".join(different)
+
+
+def test_the_platforms_rules_and_dashboards_come_with_the_chart(tmp_path: Path) -> None:
+    objects = rendered({"jobs": [JOB], "monitoring": {"rules": True, "dashboards": True, "labels": {"release": "prometheus"}}}, tmp_path)
+    (rule,) = [one for one in objects if one["kind"] == "PrometheusRule"]
+    assert rule["spec"] == yaml.safe_load((ROOT / "ops/prometheus/rules/danlu.yaml").read_text())
+    boards = {
+        name: text for one in objects if one["metadata"].get("labels", {}).get("grafana_dashboard") for name, text in one["data"].items()
+    }
+    assert boards == {path.name: path.read_text() for path in (ROOT / "ops/grafana/dashboards").glob("*.json")}
 
 
 @pytest.mark.parametrize("name", VALUES)
