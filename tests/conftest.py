@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from danlu.tasks.rows import Split, Splits
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Which tests stay in one process of `make test`: those of a file, and all that share the session's Ray."""
     for item in items:

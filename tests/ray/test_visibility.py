@@ -36,7 +36,7 @@ def test_a_training_and_a_serving_run_show_every_metric_of_the_catalogue_and_no_
     # After the other files of this folder all of it has been there already; alone, this test runs what is missing.
     if missing("train", metrics_port.seen):
         for _ in range(2):  # the second goes on from the first one's checkpoint
-            driver.fit(make_job("seen"), str(tmp_path), lambda record: None)
+            driver.fit(make_job("seen", precision="fp16"), str(tmp_path), lambda record: None)
             metrics_port.samples()  # Ray drops a gauge twenty seconds after its process is gone
     if missing("serve", metrics_port.seen):
         endpoint = app.run(topics.service("topics@v1").model_copy(update={"http": Http(port=0)}))
