@@ -84,7 +84,8 @@ def _check_decoder(url: str, bundle: Bundle, split: Split, num_rows: int, served
     from danlu.tasks.judge import DecoderJudge, LanguageJudge
 
     judge, task = load_judge(bundle), bundle.meta.task
-    assert isinstance(judge, DecoderJudge) and not isinstance(task, EncoderTask), f"{task.kind} is not served"
+    assert isinstance(judge, DecoderJudge), f"{task.kind} is not served"
+    assert not isinstance(task, EncoderTask)
     within = tolerance(bundle.meta, served_in_fp32=served_in_fp32)
     with httpx.Client(base_url=url, timeout=TIMEOUT_S) as client:
         room = _room(client)
@@ -122,7 +123,8 @@ def _check_decoder(url: str, bundle: Bundle, split: Split, num_rows: int, served
                 )
     return (
         f"{len(asked)} greedy answers over HTTP are the evaluation's, {num_tokens} tokens, their log probabilities within "
-        f"{largest_token:.1e} (tolerance {within.logprob:g} nats), and the losses of {len(rows)} rows within {largest_loss:.1e} ({within.loss:g} nats a token)"
+        f"{largest_token:.1e} (tolerance {within.logprob:g} nats), and the losses of {len(rows)} rows within {largest_loss:.1e} "
+        f"({within.loss:g} nats a token)"
     )
 
 
