@@ -14,7 +14,7 @@ from danlu.errors import DataError, SpecError
 from danlu.spec.base import Spec
 from danlu.spec.files import load, parse, read, which
 from danlu.spec.serve import Service
-from danlu.spec.task import EncoderTask, is_decoders
+from danlu.spec.task import EncoderTask
 from danlu.spec.train import TrainJob
 from danlu.terminal import TrainingView, console, heading, show
 
@@ -219,10 +219,8 @@ def run(spec: Path, overrides: Sequence[str], *, fresh: bool, keep: bool | None)
     """The whole walk, each hand-over checked."""
     began = time.perf_counter()
     job = load(TrainJob, spec, overrides)
-    if not isinstance(job.task, EncoderTask) and not is_decoders(job.task):
-        raise SpecError(
-            f"the walk ends in an endpoint, and no engine serves task.kind={job.task.kind}", where="danlu run", fix="danlu train"
-        )
+    if job.serve is None:
+        job = load(TrainJob, spec, [*overrides, "serve={}"])  # the walk ends in an endpoint: what cannot is refused before it begins
     prepared = sdk.prepare(job)
     _show_plan(prepared)
     trained = _train(prepared, fresh=fresh)

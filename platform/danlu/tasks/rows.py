@@ -47,7 +47,8 @@ class Split:
         return Split(
             self.encoded.take(rows),
             None if self.labels is None else self.labels[rows],
-            self.texts.take(rows),
+            # A corpus cut into blocks has no text for each row.
+            self.texts.take(rows) if len(self.texts.texts) == len(self) else self.texts,
             [self.examples[i] for i in some] if self.examples else (),
             [self.references[i] for i in some] if self.references else (),
             [self.conversations[i] for i in some] if self.conversations else (),
