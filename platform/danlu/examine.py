@@ -13,6 +13,7 @@ from danlu.artifact.bundle import Bundle
 from danlu.errors import DataError, SpecError, StorageError
 from danlu.handover import open_bundle
 from danlu.spec.data import Columns, DropBroken, RepairBroken
+from danlu.spec.task import CausalLm, Chat, Classification, EncoderTask, Preference, Pretrain
 from danlu.spec.train import TrainJob
 
 if TYPE_CHECKING:
@@ -155,6 +156,7 @@ def compare(a: str, b: str, *, storage: str = "runs", data: Sequence[str] | str 
                 fix="two bundles of one task",
             )
     split, name, outputs = None, "", {}
+    tokenizer: Any = None
     for one in (*named, *(other for other in (a, b) if _is_url(other))):
         if _is_url(one):
             assert split is not None
@@ -163,13 +165,27 @@ def compare(a: str, b: str, *, storage: str = "runs", data: Sequence[str] | str 
         judge: Any = load_judge(bundles[one])
         if split is None:
             split, name = split_for(first, judge, data)
+            tokenizer = judge.tokenizer
             outputs[one] = score(judge, split).outputs
         else:
+            _check_same_tokens(tokenizer, judge.tokenizer, bundles[one])
             # The same texts, as this model's own tokenizer has them.
             own = replace(split, encoded=judge.encode(split.texts.texts, split.texts.pairs)) if first.meta.labels else split
             outputs[one] = score(judge, own).outputs
     assert split is not None
     return versus(first.meta.task, split, outputs[a], outputs[b], first.meta.labels, names=(a, b), split_name=name)
+
+
+def _check_same_tokens(one: Any, other: Any, bundle: Bundle) -> None:
+    """SpecError if another language model reads rows as other tokens: losses a token could not be set side by side."""
+    if isinstance(bundle.meta.task, EncoderTask):
+        return
+    if one.get_vocab() != other.get_vocab() or one.chat_template != other.chat_template:
+        raise SpecError(
+            f"{bundle.meta.name} reads the rows as other tokens than the first model, and a loss is one a token",
+            where="danlu compare",
+            fix="two models with one tokenizer and one chat template",
+        )
 
 
 def write_files(folder: str | Path, files: Mapping[str, str]) -> list[str]:
@@ -198,16 +214,25 @@ def _is_url(name: str) -> bool:
 
 
 def _ask(bundle: Bundle, split: Split, url: str, api_key: str | None) -> Evaluation:
-    from danlu.evaluate.endpoint import classify
+    from danlu.evaluate.endpoint import classify, row_losses
     from danlu.evaluate.score import Evaluation
     from danlu.tasks.task import task_file
 
-    if bundle.meta.task.kind != "classification":
-        raise SpecError(
-            f"an endpoint is asked for labels, and task.kind={bundle.meta.task.kind} has none", where="--url", fix="leave --url out"
-        )
-    outputs, seconds = classify(url, split.texts, bundle.meta.labels, api_key=api_key)
-    found: Any = task_file(bundle.meta.task).scores(outputs, split, bundle.meta.labels, bundle.meta.task)
+    task = bundle.meta.task
+    match task:
+        case Chat() | Pretrain(objective=CausalLm()):
+            read = row_losses(url, split, task, api_key=api_key)
+            outputs, seconds = read.outputs, read.seconds
+        case Classification():
+            outputs, seconds = classify(url, split.texts, bundle.meta.labels, api_key=api_key)
+        case _:
+            why = "compares with the start model, which is not served" if isinstance(task, Preference) else "has neither"
+            raise SpecError(
+                f"an endpoint is asked for labels or for log probabilities of texts, and task.kind={task.kind} {why}",
+                where="--url",
+                fix="leave --url out",
+            )
+    found: Any = task_file(task).scores(outputs, split, bundle.meta.labels, task)
     return Evaluation(found, outputs, seconds)
 
 

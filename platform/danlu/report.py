@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from danlu.artifact.runs import REPORT, SCORES
@@ -11,10 +12,19 @@ from danlu.spec.files import dump
 
 if TYPE_CHECKING:
     from danlu.evaluate.analysis import Analysis
+    from danlu.served import Exchange
 
 
-def report(prepared: Prepared, trained: Trained, quantized: Quantized | None = None, served: str = "") -> str:
-    """Write the run's HTML report; its URI."""
+def report(
+    prepared: Prepared,
+    trained: Trained,
+    quantized: Quantized | None = None,
+    served: str = "",
+    *,
+    exchanges: Sequence[Exchange] = (),
+    endpoint: Mapping[str, str] | None = None,
+) -> str:
+    """Write the run's HTML report; its URI. `exchanges`: what the endpoint was asked and answered; `endpoint`: where to look."""
     from danlu.evaluate.html import ReportData, render
 
     lineage = trained.bundle.meta.lineage
@@ -41,6 +51,9 @@ def report(prepared: Prepared, trained: Trained, quantized: Quantized | None = N
         delta=None if quantized is None else quantized.delta.to_dict(),
         delta_verdict="" if quantized is None else quantized.verdict,
         served=served,
+        exchanges=[(one.question, one.answer, one.truth) for one in exchanges],
+        endpoint=endpoint or {},
+        example=prepared.splits.report.example,
         errors=surest_errors(prepared, trained),
         lineage=facts,
         spec=dump(prepared.job),

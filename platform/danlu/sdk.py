@@ -13,7 +13,7 @@ from danlu.artifact.bundle import Bundle, canonical_json, text_digest, write_bun
 from danlu.artifact.runs import SPEC, RunFolder, latest_run, open_run
 from danlu.artifact.store import Store, ensure_writable
 from danlu.benchmark import run_suite, suite_text
-from danlu.errors import DanluError, DataError, ModelError, QualityError, ResourceError
+from danlu.errors import DanluError, DataError, ModelError, ResourceError
 from danlu.examine import Examined, clean, compare, data_report, examine, scores_json, write_files
 from danlu.handover import (
     LATEST,
@@ -30,6 +30,7 @@ from danlu.handover import (
     within_budget,
 )
 from danlu.report import report
+from danlu.served import Exchange, check_served, exchanges
 from danlu.spec.files import dump
 from danlu.spec.parallel import DeepSpeed
 from danlu.spec.serve import Service
@@ -246,38 +247,6 @@ def predict(
         raise DataError(error.problem, where="texts", fix=error.fix) from error
 
 
-def check_served(url: str, bundle: Bundle, split: Split, *, num_rows: int = 64) -> str:
-    """Ask an endpoint for rows and for the bundle's probes; QualityError unless it answers what the evaluation answered."""
-    import httpx
-    import numpy as np
-
-    from danlu.compress.load import load_predictor
-    from danlu.serve.encoder_wire import wire_of
-    from danlu.tasks.exchange import from_fields, largest_change, shown
-
-    rows = np.linspace(0, len(split) - 1, min(num_rows, len(split))).astype(int)
-    predictor = load_predictor(bundle)
-    wire, probes = wire_of(predictor.task), bundle.meta.probes
-    asked = [split.examples[i] for i in rows]
-    expected = [(found.label, found.probabilities, found.margin) for found in predictor.predict(asked)]
-    asked += [from_fields(probe.input, predictor.task) for probe in probes]
-    expected += [(str(probe.label), probe.probabilities, probe.margin) for probe in probes]
-    largest = 0.0
-    with httpx.Client(timeout=60) as client:
-        for example, (label, numbers, margin) in zip(asked, expected, strict=True):
-            response = client.post(f"{url}{wire.path}", json=wire.request(bundle.meta.name, [example]))
-            response.raise_for_status()
-            found_label, found_numbers = wire.read(response.json())[0]
-            change = largest_change(found_numbers, numbers) / max(1.0, *map(abs, numbers))
-            largest = max(largest, change)
-            if change > 2e-3 or (found_label != label and margin > 4e-3):
-                raise QualityError(
-                    f"the endpoint answers {found_label!r} {found_numbers} where the evaluation answered {label!r} {numbers}",
-                    where=shown(example)[:80],
-                )
-    return f"{len(rows)} test rows and {len(probes)} probes over HTTP: every answer is the evaluation's, its numbers within {largest:.1e}"
-
-
 def _fit(job: TrainJob, run_uri: str, prepared: Prepared, listener: Callable[[Record], None]) -> dict[str, Any]:
     """One worker trains in this process; several on Ray Train, on the Ray this process is connected to or one of its own."""
     if job.workers.num_workers == 1:
@@ -353,6 +322,7 @@ __all__ = [
     "LATEST",
     "PRODUCTION",
     "Examined",
+    "Exchange",
     "ModelError",
     "Prepared",
     "Quantized",
@@ -365,6 +335,7 @@ __all__ = [
     "data_report",
     "evaluate",
     "examine",
+    "exchanges",
     "open_bundle",
     "predict",
     "prepare",

@@ -19,6 +19,7 @@ from danlu.spec.train import TrainJob
 from danlu.terminal import TrainingView, console, heading, show
 
 if TYPE_CHECKING:
+    from danlu.artifact.bundle import Bundle
     from danlu.serve.app import Endpoint
     from danlu.tasks.rows import Split
 
@@ -218,6 +219,8 @@ def run(spec: Path, overrides: Sequence[str], *, fresh: bool, keep: bool | None)
     """The whole walk, each hand-over checked."""
     began = time.perf_counter()
     job = load(TrainJob, spec, overrides)
+    if job.serve is None:
+        job = load(TrainJob, spec, [*overrides, "serve={}"])  # the walk ends in an endpoint: what cannot is refused before it begins
     prepared = sdk.prepare(job)
     _show_plan(prepared)
     trained = _train(prepared, fresh=fresh)
@@ -230,12 +233,13 @@ def run(spec: Path, overrides: Sequence[str], *, fresh: bool, keep: bool | None)
         _show_quantized(quantized)
         reference = quantized.reference or reference
     heading(f"Serving {reference}")
-    with sdk.serving(job.service(reference)) as endpoint:
-        split = prepared.splits.test or prepared.splits.dev
-        _show_answers(endpoint.url, job, split)
-        served = sdk.check_served(endpoint.url, sdk.open_bundle(reference, job.storage), split)
+    service = job.service(reference)
+    with sdk.serving(service) as endpoint:
+        split, bundle = prepared.splits.test or prepared.splits.dev, sdk.open_bundle(reference, job.storage)
+        talks = _show_answers(endpoint.url, job, bundle, split)
+        served = sdk.check_served(endpoint.url, bundle, split, served_in_fp32=getattr(service.engine, "dtype", "auto") != "bf16")
         show(f"  checked: {served}")
-        report = sdk.report(prepared, trained, quantized, served)
+        report = sdk.report(prepared, trained, quantized, served, exchanges=talks, endpoint=endpoint.where_to_look())
         heading("Where to look")
         _show_endpoint(endpoint)
         show(f"  report        {report}")
@@ -347,18 +351,25 @@ def _show_endpoint(endpoint: Endpoint) -> None:
         show(f"  {name:<13} {value}")
 
 
-def _show_answers(url: str, job: TrainJob, split: Split) -> None:
+def _show_answers(url: str, job: TrainJob, bundle: Bundle, split: Split) -> Sequence[sdk.Exchange]:
+    """Some rows' answers; of a language model also for the report."""
     import httpx
 
     from danlu.serve.encoder_wire import wire_of
     from danlu.tasks.exchange import shown
 
-    assert isinstance(job.task, EncoderTask)
+    if not isinstance(job.task, EncoderTask):
+        talks = sdk.exchanges(url, bundle, split)
+        for talk in talks:
+            for name, text in (("asked", talk.question), ("answer", talk.answer), ("in the row", talk.truth)):
+                show(f"  {name:<11} {' '.join(text.split())[:100]}")
+        return talks
     wire, asked = wire_of(job.task), split.examples[:200:67]
     response = httpx.post(f"{url}{wire.path}", json=wire.request(job.name, asked), timeout=60)
     response.raise_for_status()
     for example, (label, numbers) in zip(asked, wire.read(response.json()), strict=True):
         show(f"  {label[:40]:<10} {max(numbers, default=0.0):.3f}  {' '.join(shown(example).split())[:90]}")
+    return []
 
 
 def _wait() -> None:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import httpx
 import numpy as np
 
 from danlu.data.columns import Labelled
+from danlu.data.encode import NO_TARGET
 from danlu.errors import RequestError, ResourceError
+from danlu.spec.task import Chat, LanguageTask, Preference, Pretrain
+from danlu.tasks.rows import Split
 
 BATCH = 32
 MAX_TRIES = 6
@@ -46,6 +50,63 @@ def classify(
                 outputs[i] = np.asarray(found["probs"], dtype=np.float64)[order]
     # Probabilities are rounded on the way: what has none left is improbable, not impossible.
     return np.log(np.maximum(outputs, 1e-12)), time.perf_counter() - began
+
+
+@dataclass(frozen=True)
+class Read:
+    """`outputs`: of a chat each row's summed loss, hits and targets; of plain text its summed loss and targets; of a preference the log
+    probabilities of its two answers. float64."""
+
+    outputs: np.ndarray
+    seconds: float
+
+
+def row_losses(
+    url: str, split: Split, task: LanguageTask, *, model: str | None = None, api_key: str | None = None, timeout_s: float = 60.0
+) -> Read:
+    """What a served language model thinks of rows: `POST /v1/completions` with their token ids, `echo` and `logprobs`, and no new token."""
+    headers = {} if api_key is None else {"authorization": f"Bearer {api_key}"}
+    found = []
+    began = time.perf_counter()
+    with httpx.Client(timeout=timeout_s, headers=headers) as client:
+        for index in range(len(split)):
+            ids, targets = split.encoded.row(index), _targets(split, index)
+            parts = [(ids, targets)]
+            if isinstance(task, Preference):
+                border = len(ids) - int(split.encoded.token_types(index).sum())
+                parts = [(ids[:border], targets[:border]), (ids[border:], targets[border:])]
+            sums = [_learned(client, url, part, aims, model) for part, aims in parts]
+            match task:
+                case Preference():
+                    found.append([-sums[0][0], -sums[1][0]])
+                case Chat():
+                    found.append(list(sums[0]))
+                case Pretrain():
+                    found.append([sums[0][0], sums[0][2]])
+                case _:
+                    raise AssertionError(f"{task.kind} is not served")
+    return Read(np.asarray(found, dtype=np.float64), time.perf_counter() - began)
+
+
+def _targets(split: Split, index: int) -> np.ndarray:
+    """Whether each token of a row is a target; the first has nothing before it."""
+    if split.encoded.token_labels is None:
+        return np.arange(len(split.encoded.row(index))) > 0
+    return np.append(False, split.encoded.row_labels(index)[:-1] != NO_TARGET)
+
+
+def _learned(client: httpx.Client, url: str, ids: np.ndarray, targets: np.ndarray, model: str | None) -> tuple[float, float, float]:
+    """Summed loss of a row's targets, how many of them are the most probable token, and how many there are."""
+    body: dict[str, object] = {"prompt": [int(token) for token in ids], "max_tokens": 0, "echo": True, "logprobs": 1, "temperature": 0}
+    read = _asked(client, f"{url.rstrip('/')}/v1/completions", body if model is None else body | {"model": model})["choices"][0]["logprobs"]
+    if len(read["token_logprobs"]) != len(ids):
+        raise RequestError(
+            f"the endpoint gives {len(read['token_logprobs'])} log probabilities of {len(ids)} tokens", where=url, fix="a Danlu service"
+        )
+    at = np.flatnonzero(targets)
+    logprobs = np.asarray([read["token_logprobs"][i] for i in at], dtype=np.float64)
+    best = np.asarray([max(read["top_logprobs"][i].values()) for i in at], dtype=np.float64)
+    return float(-logprobs.sum()), float((logprobs >= best).sum()), float(len(at))
 
 
 def _asked(client: httpx.Client, url: str, body: dict[str, object]) -> dict[str, Any]:

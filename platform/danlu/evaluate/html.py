@@ -27,6 +27,12 @@ class ReportData:
     delta: Mapping[str, Any] | None = None
     delta_verdict: str = ""
     served: str = ""
+    endpoint: Mapping[str, str] = field(default_factory=dict)
+    """Where to look while it was served."""
+    exchanges: Sequence[tuple[str, str, str]] = ()
+    """Of a language model: what the endpoint was asked, what it answered, what the row says."""
+    example: str = ""
+    """Of a language model: the first row as it reads it, what it learns between ⟦ and ⟧."""
     errors: Sequence[tuple[str, str, str, float]] = ()
     """Wrong answers of the test split: text, truth, answer, its probability; the surest first."""
     lineage: Mapping[str, str] = field(default_factory=dict)
@@ -56,6 +62,14 @@ def render(data: ReportData) -> str:
         parts.append(f"<h2>Compressed beside the original</h2>{_delta(data.delta)}<p>{escape(data.delta_verdict)}</p>")
     if data.served:
         parts.append(f"<h2>Served beside evaluated</h2><p>{escape(data.served)}</p>")
+    if data.exchanges:
+        parts.append(f"<h2>Asked and answered</h2>{_table(('asked', 'answer, greedy', 'in the row'), data.exchanges)}")
+    if data.endpoint:
+        parts.append(f"<h2>Where to look</h2>{_table(('what', 'where'), list(data.endpoint.items()))}")
+    if data.example:
+        parts.append(
+            f"<h2>The first row as the model reads it</h2><p>It learns what stands between ⟦ and ⟧.</p><pre>{escape(data.example)}</pre>"
+        )
     if data.errors:
         parts.append(f"<h2>Surest wrong answers</h2>{_errors(data.errors)}")
     for heading, text in (("Plan", data.plan), ("Data", data.data)):
@@ -92,7 +106,7 @@ def _subtitle(data: ReportData) -> str:
 def _tiles(data: ReportData) -> str:
     tiles = []
     for split, found in data.scores.items():
-        tiles += [(f"{value:.4f}", f"{name.replace('_', ' ')}, {split}") for name, value in list(found.metrics().items())[:2]]
+        tiles += [(f"{value:.4f}", f"{name.replace('_', ' ')}, {split}") for name, value in list(found.metrics().items())[:3]]
     steps = [record for record in data.records if record["kind"] == "step"]
     if steps:
         tiles.append((f"{steps[-1]['step']:,}", "optimizer steps"))

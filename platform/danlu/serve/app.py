@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import logging
 import os
 import socket
@@ -33,7 +34,7 @@ from danlu.serve.generation import TextEngine
 from danlu.serve.keys import Authenticated, KeyRing, read_keys
 from danlu.spec.files import dump, load, parse
 from danlu.spec.serve import Echo, EchoText, Service
-from danlu.spec.task import Classification, EncoderTask
+from danlu.spec.task import Classification, EncoderTask, Pretrain, Task
 
 START_TIMEOUT_S = 180.0
 STOP_TIMEOUT_S = 30.0
@@ -118,12 +119,16 @@ class Endpoint:
     name: str
     route: str
     """Where it answers."""
+    asked: str
+    """The body of a request that it answers, as JSON; empty where the page of the API shows one better."""
     dashboard_url: str | None
     metrics_url: str | None
 
     def where_to_look(self) -> dict[str, str]:
         """What a person may open."""
         found = {"endpoint": f"{self.url}{self.route}", "OpenAPI page": f"{self.url}/docs"}
+        if self.asked:
+            found["try"] = f"curl {self.url}{self.route} -H 'content-type: application/json' -d '{self.asked}'"
         if self.dashboard_url:
             found["Ray dashboard"] = self.dashboard_url
         if self.metrics_url:
@@ -154,9 +159,18 @@ def run(service: Service) -> Endpoint:
         if not was_there:  # else what ran before runs on
             serve.delete(service.name)
         raise
+    asked = ""
     if service.is_language_model:
-        route = "/v1/chat/completions"
-    return Endpoint(f"http://{host}:{port}", service.name, route, _dashboard_url(), _metrics_url())
+        route, body = _first_request(service.name, task)
+        asked = json.dumps(body)
+    return Endpoint(f"http://{host}:{port}", service.name, route, asked, _dashboard_url(), _metrics_url())
+
+
+def _first_request(model: str, task: Task | None) -> tuple[str, dict[str, Any]]:
+    """Where a language model is asked first, and how: one that has learned plain texts goes on with one."""
+    if isinstance(task, Pretrain):
+        return "/v1/completions", {"model": model, "prompt": "Once upon a time", "max_tokens": 32}
+    return "/v1/chat/completions", {"model": model, "messages": [{"role": "user", "content": "Hello"}]}
 
 
 def stop() -> None:

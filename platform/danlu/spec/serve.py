@@ -230,7 +230,8 @@ class Service(Spec):
 class ServeAfterTraining(Spec):
     """The `serve:` of a training job: a Service whose name, bundle and storage are the job's."""
 
-    engine: Encoder = Encoder()
+    engine: Annotated[Encoder | Torch, Field(discriminator="kind")] | None = None
+    """Unset: what the task takes, which is `encoder` for an encoder's and `torch` for a decoder's, on a GPU if the workers have one."""
     autoscaling: Autoscaling = Autoscaling()
     limits: Limits = Limits()
     http: Http = Http()

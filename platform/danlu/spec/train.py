@@ -13,7 +13,7 @@ from danlu.spec.data import Data
 from danlu.spec.model import Model
 from danlu.spec.optim import Adafactor, BnbAdamW, Lion, Optim, Wsd
 from danlu.spec.parallel import Ddp, DeepSpeed, Parallel, Pipeline, Tensor, Workers
-from danlu.spec.serve import ServeAfterTraining, Service
+from danlu.spec.serve import Encoder, Engine, ServeAfterTraining, Service, Torch
 from danlu.spec.task import (
     COLUMNS,
     METRICS,
@@ -228,10 +228,28 @@ class TrainJob(Spec):
 
     @model_validator(mode="after")
     def _what_follows_training_can_take_the_task(self) -> Self:
-        if not isinstance(self.task, EncoderTask):
-            for name in ("compress", "serve"):
-                if getattr(self, name) is not None:
-                    raise ValueError(f"{name} takes an encoder's task, such as classification; leave it out for task.kind={self.task.kind}")
+        if self.compress is not None and not isinstance(self.task, EncoderTask):
+            raise ValueError(f"compress takes an encoder's task, such as classification; leave it out for task.kind={self.task.kind}")
+        if self.serve is None:
+            return self
+        if not isinstance(self.task, EncoderTask) and not is_decoders(self.task):
+            raise ValueError(
+                f"serve has no engine for {_named(self.task)}, which goes on with no text; leave it out: danlu predict answers"
+            )
+        engine = self.serve.engine
+        right = "encoder" if isinstance(self.task, EncoderTask) else "torch"
+        if engine is not None and engine.kind != right:
+            does = "continues texts" if isinstance(engine, Torch) else "answers with what an encoder's head says"
+            raise ValueError(
+                f"serve.engine.kind={engine.kind} {does}, and {_named(self.task)} does not; serve.engine.kind={right}, or leave it out"
+            )
+        if isinstance(engine, Torch) and engine.model_name_or_path is not None:
+            raise ValueError("serve.engine.model_name_or_path is in the way of what was trained, which is served; leave it out")
+        if right == "torch" and isinstance(self.tuning, VirtualTokens):
+            raise ValueError(
+                f"serve: engine.kind=torch puts no virtual tokens before a text, which tuning.kind={self.tuning.kind} has learned; "
+                "leave serve out (danlu predict answers), or tuning.kind=lora"
+            )
         return self
 
     @model_validator(mode="after")
@@ -341,11 +359,12 @@ class TrainJob(Spec):
     def service(self, bundle: str) -> Service:
         """The service that hosts this job's bundle."""
         serve = self.serve or ServeAfterTraining()
+        usual: Engine = Torch(num_gpus=self.workers.gpus_per_worker) if is_decoders(self.task) else Encoder()
         return Service(
             name=self.name,
             bundle=bundle,
             storage=self.storage,
-            engine=serve.engine,
+            engine=serve.engine or usual,
             autoscaling=serve.autoscaling,
             limits=serve.limits,
             http=serve.http,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -36,6 +36,8 @@ class Completion:
     completion: str
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
+    margins: tuple[float, ...] = ()
+    """How far ahead of the second each most probable token is, in nats: where that is less than rounding, either may come."""
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form, for people."""
@@ -125,21 +127,16 @@ class DecoderJudge(LanguageJudge):
         texts = [split.texts.texts[i] for i in rows]
         losses = [None] * len(texts) if self.chats else self.losses(texts)
         for index, text, loss in zip(rows, texts, losses, strict=True):
-            messages: tuple[Mapping[str, Any], ...] = ()
-            tools: tuple[Mapping[str, Any], ...] = ()
-            if self.chats:
-                asked = split.conversations[index]
-                messages, tools = asked.messages[:-1], asked.tools
-                text = prompt_text(Conversation(messages, tools), self.tokenizer)
-            # Half of a plain text, so that there is a place to go on at.
-            ids = self.ids(text) if self.chats else self.ids(text)[: self.max_length // 2]
+            asked, ids = self.asked(split, index)
+            if asked.messages:
+                text = prompt_text(asked, self.tokenizer)
             answer = self.continued(text, ids, PROBE_TOKENS)
             made.append(
                 Probe(
                     text=text,
                     loss=loss,
-                    messages=[dict(message) for message in messages],
-                    tools=[dict(tool) for tool in tools],
+                    messages=[dict(message) for message in asked.messages],
+                    tools=[dict(tool) for tool in asked.tools],
                     prompt_token_ids=ids,
                     completion=answer.completion,
                     completion_token_ids=list(answer.token_ids),
@@ -148,10 +145,22 @@ class DecoderJudge(LanguageJudge):
             )
         return made
 
+    def asked(self, split: Split, row: int) -> tuple[Conversation, list[int]]:
+        """What a row asks for: its conversation without the last turn, or of plain text the half of it, so that there is a place to go on
+        at; and the tokens that the model reads."""
+        whole = split.conversations[row] if split.conversations else Conversation((), text=split.texts.texts[row])
+        if whole.text is None:
+            asked = Conversation(whole.messages[:-1], whole.tools)
+            return asked, self.ids(prompt_text(asked, self.tokenizer))
+        return Conversation((), text=whole.text), self._plain_ids(whole.text)[: self.max_length // 2]
+
     def ids(self, prompt: str) -> list[int]:
         """Token ids of a prompt; a rendered conversation has its special tokens already. Plain text is not ended."""
         if self.chats:
             return list(self.tokenizer(prompt, add_special_tokens=False).input_ids)
+        return self._plain_ids(prompt)
+
+    def _plain_ids(self, prompt: str) -> list[int]:
         ids = list(self.tokenizer(prompt).input_ids)
         return ids[:-1] if len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id else ids
 
@@ -171,8 +180,10 @@ class DecoderJudge(LanguageJudge):
                 return_dict_in_generate=True,
             )  # fmt: skip
         made = whole.sequences[0, len(ids) :].tolist()
-        chosen = [float(step[0].float().log_softmax(-1)[token]) for step, token in zip(whole.logits, made, strict=True)]
-        return Completion(text, self.tokenizer.decode(made, skip_special_tokens=True), tuple(made), tuple(chosen))
+        steps = [step[0].float().log_softmax(-1) for step in whole.logits]
+        chosen = tuple(float(step[token]) for step, token in zip(steps, made, strict=True))
+        margins = tuple(float(first - second) for first, second in (step.topk(2).values for step in steps))
+        return Completion(text, self.tokenizer.decode(made, skip_special_tokens=True), tuple(made), chosen, margins)
 
     @property
     def max_new_tokens(self) -> int:

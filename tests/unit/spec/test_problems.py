@@ -113,7 +113,27 @@ PROBLEMS = {
         "",
     ),
     "more replicas at least than at most": ("serve: {autoscaling: {min_replicas: 3}}", "min_replicas=3 is more than max_replicas=1", ""),
-    "an engine without a model": ("serve: {engine: {kind: echo}}", "serve.engine.kind (line 5): 'echo' is not 'encoder'", ""),
+    "an engine without a model": ("serve: {engine: {kind: echo}}", "serve.engine (line 5): there is no kind 'echo'", "encoder or torch"),
+    "an engine that continues texts for one that has labels": (
+        "serve: {engine: {kind: torch}}",
+        "serve.engine.kind=torch continues texts, and task.kind=classification does not; serve.engine.kind=encoder, or leave it out",
+        "",
+    ),
+    "an encoder's engine for a chat": (
+        "task: {kind: chat}\nserve: {engine: {kind: encoder}}",
+        "serve.engine.kind=encoder answers with what an encoder's head says, and task.kind=chat does not; serve.engine.kind=torch",
+        "",
+    ),
+    "an endpoint for what is masked": (
+        "task: {kind: pretrain, objective: {kind: masked}}\nserve: {}",
+        "serve has no engine for task.kind=pretrain with task.objective.kind=masked",
+        "",
+    ),
+    "virtual tokens that no engine puts there": (
+        "task: {kind: chat}\ntuning: {kind: p_tuning}\nserve: {}",
+        "which tuning.kind=p_tuning has learned; leave serve out (danlu predict answers), or tuning.kind=lora",
+        "",
+    ),
     "one checkpoint": ("checkpoint: {save_total_limit: 1}", "1: it should be greater than or equal to 2", ""),
 }
 

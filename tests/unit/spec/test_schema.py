@@ -358,6 +358,11 @@ GOOD: dict[str, tuple[type[Spec], Document]] = {
     "bitsandbytes nf4": (TrainJob, JOB | {"compress": {"quantization": {"kind": "bnb_nf4"}}}),
     "compress by default": (TrainJob, JOB | {"compress": {}}),
     "serve by default": (TrainJob, JOB | {"serve": {}}),
+    **{
+        f"a {task['kind']} that is served by {engine}": (TrainJob, JOB | {"task": task, "serve": {"engine": engine}})
+        for task in ({"kind": "chat"}, {"kind": "preference"}, {"kind": "pretrain"})
+        for engine in (None, {"kind": "torch", "max_num_seqs": 8})
+    },
     "empty mappings": (
         TrainJob,
         JOB | {name: {} for name in ("workers", "optim", "evaluation", "checkpoint", "serve", "compress")},
@@ -441,7 +446,7 @@ BAD: dict[str, tuple[type[Spec], Document, str, object]] = {
         "compress.quantization": [{}, None, "int8", {"kind": "int3"}, {"kind": "int8", "double_quant": True}],
         "compress.max_quality_drop": [1.1, -0.1],
         "compress.min_speedup": [0],
-        "serve.engine": [{"kind": "echo"}, {"kind": None}, None],
+        "serve.engine": [{"kind": "echo"}, {"kind": None}, {"num_threads": 2}, "torch"],
         "serve.http.port": [-1, 65536, "80", 80.5],
         "serve.http.haproxy": ["yes", 1, None],
         "serve.bundle": ["a@v1"],
@@ -508,6 +513,15 @@ SPANNING = {
         TrainJob,
         JOB | {"task": {"kind": "extractive_qa", "null_score_diff_threshold": 1}},
     ),
+    "serve has no engine for task.kind=seq2seq": (TrainJob, JOB | {"task": {"kind": "seq2seq"}, "serve": {}}),
+    "serve.engine.kind=torch continues texts": (TrainJob, JOB | {"serve": {"engine": {"kind": "torch"}}}),
+    "serve.engine.model_name_or_path is in the way": (
+        TrainJob,
+        JOB | {"task": {"kind": "chat"}, "serve": {"engine": {"kind": "torch", "model_name_or_path": "m"}}},
+    ),
+    "serve.engine.kind=encoder answers with": (TrainJob, JOB | {"task": {"kind": "chat"}, "serve": {"engine": {"kind": "encoder"}}}),
+    "puts no virtual tokens before a text": (TrainJob, JOB | {"task": {"kind": "chat"}, "tuning": {"kind": "prompt"}, "serve": {}}),
+    "compress takes an encoder's task": (TrainJob, JOB | {"task": {"kind": "chat"}, "compress": {}}),
     "puts a prompt in front of a text": (TrainJob, JOB | {"task": {"kind": "multiple_choice"}, "tuning": {"kind": "prefix"}}),
     "with task.objective.kind=masked does not take": (
         TrainJob,

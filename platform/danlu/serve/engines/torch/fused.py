@@ -115,8 +115,9 @@ def can_be_fused(model: PreTrainedModel) -> bool:
     rope = getattr(config, "rope_parameters", None) or {}
     plain = rope.get("rope_type", "default") in ROPES and rope.get("partial_rotary_factor", 1.0) == 1.0
     shapes = config.model_type in FAMILIES and config.hidden_act == "silu" and plain
-    # Quantized linears and adapters bring their own classes.
-    return shapes and all(type(module) is nn.Linear for name, module in model.named_modules() if name.endswith(("_proj", "lm_head")))
+    # Quantized linears and adapters bring their own classes; bottleneck adapters are hooks.
+    products = [module for name, module in model.named_modules() if name.endswith(("_proj", "lm_head"))]
+    return shapes and all(type(module) is nn.Linear and not module._forward_hooks for module in products)
 
 
 def _window(attention: Any) -> int | None:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from danlu.serve.engines.torch.lora import LoraSite
@@ -65,8 +66,14 @@ def exchange_linears(model: nn.Module, head: nn.Module) -> list[Linear]:
     """Put a Linear in the place of each nn.Linear, in place; those made for the purpose (quantized ones) stay. Without the head's, which
     sees fewer tokens than the others."""
     found = []
-    # Exactly nn.Linear: a subclass computes something else.
-    for name, module in [(name, module) for name, module in model.named_modules() if type(module) is nn.Linear]:
+    own = [f"{name}." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
+    # Exactly nn.Linear: a subclass computes something else, as one with a hook does; what is inside a PEFT layer, that layer reads.
+    plain = [
+        (name, module)
+        for name, module in model.named_modules()
+        if type(module) is nn.Linear and not module._forward_hooks and not name.startswith(tuple(own))
+    ]
+    for name, module in plain:
         linear = Linear([(name, module)])
         model.set_submodule(name, LinearModule(linear))
         if module is not head:

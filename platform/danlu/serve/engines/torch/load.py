@@ -13,8 +13,10 @@ from danlu.compress.load import load_model
 from danlu.errors import ModelError
 from danlu.spec.model import Model
 from danlu.spec.serve import Torch
-from danlu.spec.task import Pretrain
+from danlu.spec.task import is_decoders
+from danlu.spec.tuning import Qlora, VirtualTokens
 from danlu.tasks.device import has_native_bf16, pick_device
+from danlu.tasks.judge import end_ids
 from danlu.tasks.tokenizer import load_tokenizer
 
 DEFAULT_MODEL_LEN = 4096
@@ -39,13 +41,11 @@ def load(spec: Torch, bundle: Bundle | None) -> Loaded:
     """ModelError if there is no causal language model, or if it has fewer positions than max_model_len."""
     device = pick_device(spec.num_gpus)
     if bundle is not None:
-        if not isinstance(bundle.meta.task, Pretrain):
-            problem = f"{bundle.meta.name} was trained for {bundle.meta.task.kind}: it writes no text"
-            raise ModelError(problem, where="bundle", fix="a language model's bundle, or engine.kind: encoder")
+        _check_it_goes_on(bundle)
         folder = bundle.path / "model"
         wanted = bundle.meta.precision if spec.dtype == "auto" else spec.dtype
         model = load_model(bundle)
-        if bundle.meta.quantization is None:
+        if bundle.meta.quantization is None and not isinstance(bundle.meta.tuning, Qlora):  # their bits are packed: no dtype to cast to
             model = model.to(_dtype(wanted, device))
     else:
         assert spec.model_name_or_path is not None, "the spec asks for a bundle or a model"
@@ -58,7 +58,9 @@ def load(spec: Torch, bundle: Bundle | None) -> Loaded:
     model.set_attn_implementation("eager")
     model = model.to(device).eval().requires_grad_(False)
     tokenizer = load_tokenizer(folder)
-    return Loaded(model, tokenizer, _end_ids(model, tokenizer), _max_model_len(spec, model))
+    # Of an adapter's bundle the folder says more than its base model does: what ends a turn that it has learned.
+    ends = end_ids([folder], tokenizer, _named_ends(model))
+    return Loaded(model, tokenizer, sorted(ends), _max_model_len(spec, model))
 
 
 def _dtype(wanted: str, device: torch.device) -> torch.dtype:
@@ -67,10 +69,23 @@ def _dtype(wanted: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if wanted == "bf16" else torch.float32
 
 
-def _end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def _check_it_goes_on(bundle: Bundle) -> None:
+    """ModelError unless the bundle is a causal language model in the model's own shape."""
+    meta = bundle.meta
+    if not is_decoders(meta.task):
+        problem = f"{meta.name} was trained for {meta.task.kind}: it goes on with no text"
+        raise ModelError(problem, where="bundle", fix="a causal language model's bundle, or engine.kind: encoder for an encoder's task")
+    if isinstance(meta.tuning, VirtualTokens):
+        raise ModelError(
+            f"{meta.name} was tuned by {meta.tuning.kind}: its virtual tokens stand before every text, and this engine puts none there",
+            where="bundle",
+            fix="a bundle tuned by full, freeze, lora, qlora, adalora, ia3 or adapter; danlu predict answers with this one",
+        )
+
+
+def _named_ends(model: PreTrainedModel) -> list[int]:
     said = getattr(model.generation_config, "eos_token_id", None)
-    ids = {tokenizer.eos_token_id, *(said if isinstance(said, list) else [said])}
-    return sorted(int(one) for one in ids if one is not None)
+    return said if isinstance(said, list) else [] if said is None else [said]
 
 
 def _max_model_len(spec: Torch, model: PreTrainedModel) -> int:

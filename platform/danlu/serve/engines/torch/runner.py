@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import logging
-import math
 from dataclasses import dataclass
 
 import torch
 
-from danlu.artifact.bundle import Bundle
+from danlu.artifact.bundle import Bundle, BundleMeta, Probe
 from danlu.errors import ModelError, QualityError
 from danlu.serve.engines.torch.attention import make_batch
 from danlu.serve.engines.torch.cache import Cache, num_slots
@@ -20,14 +19,11 @@ from danlu.serve.engines.torch.lora import Adapters
 from danlu.serve.engines.torch.requests import Reader
 from danlu.serve.engines.torch.scheduler import Piece
 from danlu.serve.engines.torch.sequence import Sequence
-from danlu.serve.generation import Generation
+from danlu.serve.generation import Chat, Generation
 from danlu.spec.serve import Torch
+from danlu.tasks.agreement import Tolerance, change, tolerance
 
 log = logging.getLogger(__name__)
-
-TOLERANCE = {"fp32": 1e-3, "bf16": 3e-2}
-"""How far a probe's loss (nats a token) may be from the evaluation's: kernels differ between CPUs, and the evaluation computes in bf16
-over float32 weights where the engine's weights are bf16 too."""
 
 
 @dataclass(frozen=True)
@@ -79,31 +75,74 @@ def _assemble(spec: Torch, loaded: Loaded, *, fuses: bool) -> Runner:
 
 
 def check_probes(runner: Runner, loaded: Loaded, bundle: Bundle, chunk: int) -> None:
-    """What is served is what was evaluated: the probes' losses have to come out again."""
-    meta = bundle.meta
-    low = meta.precision == "bf16" or loaded.model.dtype != torch.float32 or meta.quantization is not None
-    for probe in meta.probes:
-        if probe.loss is None:
-            continue
-        ids = loaded.tokenizer(probe.text, truncation=True, max_length=min(meta.max_length, loaded.max_model_len))["input_ids"]
-        loss = _loss(runner, list(ids), chunk)
-        if abs(loss - probe.loss) > TOLERANCE["bf16" if low else "fp32"] * max(1.0, probe.loss):
+    """What is served is what was evaluated: the probes' losses, tokens and log probabilities have to come out again."""
+    within = tolerance(bundle.meta, served_in_fp32=loaded.model.dtype == torch.float32)
+    asked = False
+    for probe in bundle.meta.probes:
+        try:
+            asked |= _check_loss(runner, loaded, bundle.meta, probe, within, chunk)
+            asked |= _check_completion(runner, loaded, probe, within, chunk)
+        except _OtherAnswer as error:
             raise QualityError(
-                f"the engine finds a loss of {loss:.4f} nats a token where the bundle's evaluation found {probe.loss:.4f}",
-                where=f"{meta.name}: probe {probe.text[:60]!r}",
+                f"the engine {error}",
+                where=f"{bundle.meta.name}: probe {probe.text[:60]!r}",
                 fix="the same library versions as in the bundle's lineage, or evaluate and store it again",
-            )
+            ) from error
+    if bundle.meta.probes and not asked:
+        raise QualityError(
+            f"none of the bundle's {len(bundle.meta.probes)} probes fits into max_model_len={loaded.max_model_len}, so nothing says that "
+            "what is served is what was evaluated",
+            where="engine.max_model_len",
+            fix="a larger one",
+        )
 
 
-def _loss(runner: Runner, ids: list[int], chunk: int) -> float:
-    """Mean nats of the tokens behind the first."""
+class _OtherAnswer(Exception):
+    """What the engine does where the evaluation did something else."""
+
+
+def _check_loss(runner: Runner, loaded: Loaded, meta: BundleMeta, probe: Probe, within: Tolerance, chunk: int) -> bool:
+    """False if there is nothing to ask, or no room for it."""
+    if probe.loss is None:
+        return False
+    ids = list(loaded.tokenizer(probe.text, truncation=True, max_length=meta.max_length)["input_ids"])
+    if len(ids) > loaded.max_model_len:
+        return False
+    own, _ = _logprobs(runner, ids, chunk)
+    loss = -float(own.mean()) if len(own) else 0.0
+    if not change(loss, probe.loss) <= within.loss:
+        raise _OtherAnswer(f"finds a loss of {loss:.4f} nats a token where the bundle's evaluation found {probe.loss:.4f}")
+    return True
+
+
+def _check_completion(runner: Runner, loaded: Loaded, probe: Probe, within: Tolerance, chunk: int) -> bool:
+    """The evaluation's own tokens are put in, so that a near tie that falls the other way does not make all that follows another text."""
+    prompt, made = probe.prompt_token_ids, probe.completion_token_ids
+    if not made or len(prompt) + len(made) > loaded.max_model_len:
+        return False
+    if probe.messages and runner.reader.tokenize(Chat(probe.messages, probe.tools)) != prompt:
+        raise _OtherAnswer("makes other tokens of the conversation than the bundle's evaluation did: another chat template or tokenizer")
+    own, best = (found[-len(made) :].tolist() for found in _logprobs(runner, [*prompt, *made], chunk))
+    for token, logprob, most, expected in zip(made, own, best, probe.logprobs, strict=True):
+        text = loaded.tokenizer.decode([token])
+        if not change(logprob, expected) <= within.logprob:
+            raise _OtherAnswer(f"gives {text!r} a log probability of {logprob:.4f} where the bundle's evaluation gave it {expected:.4f}")
+        if most - logprob > 2 * within.logprob * max(1.0, abs(expected)):
+            raise _OtherAnswer(f"would not say {text!r}, which the bundle's evaluation found the most probable")
+    return True
+
+
+@torch.inference_mode()
+def _logprobs(runner: Runner, ids: list[int], chunk: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of each token behind the first: its log probability, and the highest of any; float32 [tokens - 1], on the CPU."""
     sequence = Sequence(Generation("probe", tuple(ids)), ids, 1)
     sequence.slot = 0
-    total = 0.0
+    own, best = [torch.empty(0)], [torch.empty(0)]
     for start in range(0, len(ids), min(chunk, 128)):
         stop = min(len(ids), start + min(chunk, 128))
         batch = make_batch([Piece(sequence, start, stop)], device=runner.device, all_wanted=True)
-        logits = runner.forward(batch, runner.cache)
-        targets = torch.tensor(ids[start + 1 : stop + 1], device=logits.device)
-        total += float(torch.nn.functional.cross_entropy(logits[: len(targets)], targets, reduction="sum")) if len(targets) else 0.0
-    return total / max(1, len(ids) - 1) if not math.isnan(total) else math.inf
+        targets = torch.tensor(ids[start + 1 : stop + 1], device=runner.device)
+        logprobs = runner.forward(batch, runner.cache)[: len(targets)].log_softmax(-1)
+        own.append(logprobs.gather(1, targets[:, None])[:, 0].cpu())
+        best.append(logprobs.amax(-1).cpu())
+    return torch.cat(own), torch.cat(best)

@@ -1,0 +1,226 @@
+"""A language model from its job to its endpoint: what is served over HTTP is what was evaluated, and what is not is found out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+import torch
+from language import preferences, talks, write_chat_model, write_rows
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
+
+from danlu import sdk
+from danlu.artifact.bundle import Bundle
+from danlu.cli import app
+from danlu.errors import ModelError, QualityError, SpecError
+from danlu.serve.engine import make_engine
+from danlu.serve.gateway import Gateway
+from danlu.spec.serve import Torch
+from danlu.spec.train import TrainJob
+
+Served = Callable[..., AbstractContextManager[str]]
+MakeJob = Callable[..., TrainJob]
+QUESTION: Any = [{"role": "user", "content": "What is the capital of Peru?"}]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def make_job(tmp_path_factory: pytest.TempPathFactory) -> MakeJob:
+    """A job of a few steps in one storage; keywords replace its fields."""
+    folder = tmp_path_factory.mktemp("path")
+    model = write_chat_model(folder / "model")
+    rows = {
+        "chat": talks(24),
+        "preference": preferences(24),
+        "pretrain": [{"text": f"The capital of Peru is Lima, said {i} of us. " * (1 + i % 3)} for i in range(24)],
+    }
+    files = {name: write_rows(folder / f"{name}.jsonl", found) for name, found in rows.items()}
+
+    def make(name: str, kind: str = "chat", **overrides: Any) -> TrainJob:
+        fields: dict[str, Any] = {
+            "name": name,
+            "model": {"model_name_or_path": str(model), "max_length": 64},
+            "data": {"train": files[kind], "dev_size": 0.25, "cache_dir": str(folder / "cache")},
+            "task": {"kind": kind},
+            "precision": "fp32",
+            "optim": {"learning_rate": 1e-2, "schedule": {"kind": "constant", "warmup_ratio": 0.0}},
+            "global_batch_size": 8,
+            "micro_batch_size": 8,
+            "max_steps": 8,
+            "storage": str(folder / "storage"),
+            "serve": {},
+        }
+        return TrainJob.model_validate(fields | overrides)
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def chat(make_job: MakeJob) -> tuple[sdk.Prepared, sdk.Trained]:
+    """A chat model tuned by LoRA until it ends its turns."""
+    job = make_job("talk", tuning={"kind": "lora", "r": 8, "lora_alpha": 32}, max_steps=40)
+    prepared = sdk.prepare(job, calibrate=False)
+    return prepared, sdk.train(job, prepared=prepared)
+
+
+@contextmanager
+def endpoint(served: Served, job: TrainJob, bundle: Bundle, **engine: Any) -> Iterator[str]:
+    """The service of a job, in this process."""
+    service = job.service(str(bundle.path))
+    assert isinstance(service.engine, Torch)
+    service = service.model_copy(update={"engine": service.engine.model_copy(update={"kv_cache_memory_gb": 0.1, **engine})})
+    with served(Gateway(make_engine(service, bundle), service.name, service.limits, lambda *_, **__: None)) as url:
+        yield url
+
+
+def test_an_adapters_endpoint_answers_as_peft_does_and_ends_its_turns(served: Served, chat: tuple[sdk.Prepared, sdk.Trained]) -> None:
+    prepared, trained = chat
+    folder = trained.bundle.path / "model"
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(prepared.folder), folder).eval()
+    prompt = tokenizer.apply_chat_template(QUESTION, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    made = plain.generate(**prompt, do_sample=False, max_new_tokens=24, eos_token_id=end, pad_token_id=0)[0]
+    made = made[prompt["input_ids"].shape[1] :].tolist()
+    assert made[-1] == end, "the model has not learned to end a turn, so the test could not fail"
+    with endpoint(served, prepared.job, trained.bundle) as url:
+        checked = sdk.check_served(url, trained.bundle, prepared.splits.dev)
+        assert "greedy answers over HTTP are the evaluation's" in checked
+        with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
+            answer = client.chat.completions.create(model="talk", messages=QUESTION, temperature=0).choices[0]
+        assert (answer.message.content, answer.finish_reason) == (tokenizer.decode(made, skip_special_tokens=True), "stop")
+        talk = CliRunner().invoke(app, ["chat", url], input="/system Be brief.\nWhat is the capital of Cuba?\n")
+        assert talk.exit_code == 0, talk.output
+        assert talk.stdout.strip()
+        shown = sdk.exchanges(url, trained.bundle, prepared.splits.dev)
+        assert len(shown) == 3
+        assert all("capital" in one.question and one.truth.endswith(".") for one in shown)
+        where = {"endpoint": f"{url}/v1/chat/completions", "try": f"curl {url}/v1/chat/completions -d '{{}}'"}
+        sdk.report(prepared, trained, None, checked, exchanges=shown, endpoint=where)
+    page = Path(trained.run.uri, "report.html").read_text(encoding="utf-8")
+    for said in (
+        "perplexity, dev",
+        "token accuracy, dev",
+        "Asked and answered",
+        "curl http://",
+        "&lt;|im_start|&gt;assistant",
+        "⟦",
+        "6 greedy answers over HTTP",
+    ):
+        assert said in page, said
+
+
+@pytest.mark.parametrize(
+    ("kind", "overrides"),
+    [
+        ("chat", {"tuning": {"kind": "adapter", "bottleneck_size": 8}}),
+        ("chat", {"precision": "bf16"}),
+        ("preference", {}),
+        ("pretrain", {"model_length": 24}),
+    ],
+    ids=["bottleneck", "bf16", "preference", "causal"],
+)
+def test_what_is_served_is_what_was_evaluated(kind: str, overrides: dict[str, Any], served: Served, make_job: MakeJob) -> None:
+    length = overrides.pop("model_length", None)
+    job = make_job(f"{kind}-{'-'.join(overrides) or 'full'}", kind, **overrides)
+    if length is not None:  # texts that are cut into pieces
+        job = job.model_copy(update={"model": job.model.model_copy(update={"max_length": length})})
+    prepared = sdk.prepare(job, calibrate=False)
+    trained = sdk.train(job, prepared=prepared)
+    with endpoint(served, job, trained.bundle) as url:
+        assert "log probabilities within" in sdk.check_served(url, trained.bundle, prepared.splits.dev)
+        assert len(sdk.exchanges(url, trained.bundle, prepared.splits.dev)) == 3
+        if kind == "preference":
+            with pytest.raises(SpecError, match="compares with the start model"):
+                sdk.examine(trained.reference, storage=job.storage, url=url)
+            return
+        here, there = (sdk.examine(trained.reference, storage=job.storage, url=one) for one in (None, url))
+        tolerance = 3e-2 if job.precision == "bf16" else 1e-4
+        for name, value in here.evaluation.scores.metrics().items():
+            assert there.evaluation.scores.metrics()[name] == pytest.approx(value, rel=tolerance), name
+        beside = sdk.compare(trained.reference, url, storage=job.storage)
+        assert abs(beside.differences["loss"].change) < tolerance
+
+
+def test_another_model_than_the_evaluated_one_is_found_out(
+    served: Served, make_job: MakeJob, chat: tuple[sdk.Prepared, sdk.Trained]
+) -> None:
+    prepared, trained = chat
+    job = make_job("other", max_steps=12)
+    other = sdk.train(job, prepared=sdk.prepare(job, calibrate=False)).bundle
+    named = Bundle(other.path, other.meta.model_copy(update={"name": "talk"}))
+    with endpoint(served, prepared.job, trained.bundle) as url, pytest.raises(QualityError, match="the endpoint"):
+        sdk.check_served(url, named, prepared.splits.dev)
+
+
+PROBES: dict[str, tuple[dict[str, Any], str]] = {
+    "log probabilities": ({"logprobs": [-3.0] * 16}, "a log probability of"),
+    "tokens": ({"completion_token_ids": [7] * 4, "logprobs": [-0.1] * 4}, "a log probability of|would not say"),
+    "conversation": ({"messages": [{"role": "user", "content": "?"}]}, "makes other tokens of the conversation"),
+}
+
+
+@pytest.mark.parametrize("name", PROBES)
+def test_a_chat_model_whose_probes_come_out_otherwise_does_not_start(
+    name: str, served: Served, chat: tuple[sdk.Prepared, sdk.Trained]
+) -> None:
+    prepared, trained = chat
+    update, said = PROBES[name]
+    first = trained.bundle.meta.probes[0]
+    if name == "log probabilities":
+        update = {"logprobs": update["logprobs"][: len(first.logprobs)]}
+    probes = [first.model_copy(update=update)]
+    changed = replace(trained.bundle, meta=trained.bundle.meta.model_copy(update={"probes": probes}))
+    with pytest.raises(QualityError, match=said), endpoint(served, prepared.job, changed):
+        pass
+
+
+def test_probes_that_do_not_fit_are_no_check(served: Served, chat: tuple[sdk.Prepared, sdk.Trained]) -> None:
+    prepared, trained = chat
+    small = endpoint(served, prepared.job, trained.bundle, max_model_len=8)
+    with pytest.raises(QualityError, match="none of the bundle's 6 probes fits into max_model_len=8"), small:
+        pass
+
+
+def test_a_chat_on_plain_texts_is_stored_and_served_too(served: Served, make_job: MakeJob) -> None:
+    job = make_job("plain", max_steps=2)
+    texts = make_job("texts", "pretrain").data.train
+    job = job.model_copy(update={"data": job.data.model_copy(update={"train": texts})})
+    prepared = sdk.prepare(job, calibrate=False)
+    trained = sdk.train(job, prepared=prepared)
+    assert not trained.bundle.meta.probes[0].messages
+    with endpoint(served, job, trained.bundle) as url:
+        sdk.check_served(url, trained.bundle, prepared.splits.dev)
+
+
+def test_virtual_tokens_are_refused_with_what_answers_instead(make_job: MakeJob) -> None:
+    job = make_job("virtual", tuning={"kind": "prompt", "num_virtual_tokens": 4}, max_steps=1, serve=None)
+    bundle = sdk.train(job, prepared=sdk.prepare(job, calibrate=False)).bundle
+    from danlu.serve.engines.torch.load import load
+
+    with pytest.raises(ModelError, match="tuned by prompt: its virtual tokens") as refused:
+        load(Torch(), bundle)
+    assert "danlu predict" in refused.value.fix
+
+
+def test_the_service_of_a_chat_says_how_it_is_asked() -> None:
+    from danlu.serve.app import Endpoint, _first_request
+
+    route, body = _first_request("talk", None)
+    where = Endpoint("http://a:1", "talk", route, json.dumps(body), None, None).where_to_look()
+    assert where["try"].startswith('curl http://a:1/v1/chat/completions -H \'content-type: application/json\' -d \'{"model": "talk"')
