@@ -90,7 +90,7 @@ def render(data: ReportData) -> str:
 def _adapter_ranks(records: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
     """The first decision on ranks, the middle one and the last."""
     decided = [record for record in records if record["kind"] == "event" and record["event"] == "ranks"]
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for index in sorted({0, len(decided) // 2, len(decided) - 1} if decided else ()):
         total, _, modules = decided[index]["detail"].partition(" in all: ")
         found = [int(module.rpartition(" ")[2]) for module in modules.split(", ")]
