@@ -17,6 +17,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 from danlu.artifact.bundle import BundleMeta, Lineage, Probe, write_bundle
 from danlu.errors import ResourceError
 from danlu.metrics import catalog
+from danlu.metrics.catalog import Metric
 from danlu.serve import app
 from danlu.serve.keys import create_key
 from danlu.spec.serve import Service
@@ -32,9 +33,7 @@ def service(**fields: Any) -> Service:
     return Service.model_validate({"name": "tiny", "engine": engine, "http": {"port": 0}} | fields)
 
 
-def test_a_model_and_its_adapter_answer_a_clients_chat_as_by_themselves(
-    tmp_path: Path, metrics_port: Any, wait_for: Callable[..., Any]
-) -> None:
+def test_a_model_and_its_adapter_answer_a_clients_chat_as_by_themselves(tmp_path: Path) -> None:
     base = write_family(tmp_path / "base", "qwen3")
     tuned = write_adapter(base, tmp_path / "tuned", 1, r=4, target_modules="all-linear")
     secret = create_key(tmp_path / "keys.json", "ada")
@@ -46,7 +45,7 @@ def test_a_model_and_its_adapter_answer_a_clients_chat_as_by_themselves(
 
     endpoint = app.run(
         service(
-            engine={"model_name_or_path": str(base), "adapters": {"tuned": str(tuned)}, "allow_runtime_lora_updating": True},
+            engine={"model_name_or_path": str(base), "adapters": {"tuned": str(tuned)}},
             auth={"keys_file": str(tmp_path / "keys.json")},
         )
     )
@@ -75,12 +74,32 @@ def test_a_model_and_its_adapter_answer_a_clients_chat_as_by_themselves(
                 client.with_options(api_key="another").chat.completions.create(model="tiny", messages=MESSAGES)
             with pytest.raises(openai.BadRequestError, match="128 positions"):
                 client.chat.completions.create(model="tiny", messages=MESSAGES, max_tokens=1000, stream=True)
-        load = {"json": {"lora_name": "more", "lora_path": "/nosuch"}, "headers": {"authorization": f"Bearer {secret}"}}
-        assert httpx.post(f"{endpoint.url}/v1/load_lora_adapter", **load).status_code == 400
-        total = lambda metric, **labels: metrics_port.total(metric.exported, model="tiny", **labels)  # noqa: E731
-        wait_for("the engine's own numbers", lambda: total(catalog.SERVE_PREFIX_QUERIED) == pytest.approx(2 * len(prompt)))
-        wait_for("the adapters", lambda: total(catalog.SERVE_ADAPTERS) == 1)
-        wait_for("the failed one", lambda: total(catalog.SERVE_ADAPTER_LOADS, outcome="failed") == pytest.approx(1))
+    finally:
+        app.stop()
+
+
+@pytest.mark.soak
+def test_the_engines_own_numbers_are_on_the_metrics_port(tmp_path: Path, metrics_port: Any, wait_for: Callable[..., Any]) -> None:
+    base = write_family(tmp_path / "base", "qwen3")
+    tuned = write_adapter(base, tmp_path / "tuned", 1, r=4, target_modules="all-linear")
+    engine = {"model_name_or_path": str(base), "allow_runtime_lora_updating": True}
+    endpoint = app.run(service(name="metered", engine=engine))
+
+    def total(metric: Metric, **labels: str) -> float:
+        return metrics_port.total(metric.exported, model="metered", **labels)
+
+    try:
+        for _ in range(3):
+            asked = {"prompt": list(range(20, 60)), "max_tokens": 4}
+            assert httpx.post(f"{endpoint.url}/v1/completions", json=asked, timeout=60).status_code == 200
+        for path, status in ((str(tuned), 200), ("/nosuch", 400)):
+            load = {"lora_name": path.rpartition("/")[2], "lora_path": path}
+            assert httpx.post(f"{endpoint.url}/v1/load_lora_adapter", json=load, timeout=60).status_code == status
+        wait_for("the tokens looked up", lambda: total(catalog.SERVE_PREFIX_QUERIED) == pytest.approx(120))
+        wait_for("the tokens found", lambda: total(catalog.SERVE_PREFIX_HIT) == pytest.approx(78))
+        wait_for("the adapter", lambda: total(catalog.SERVE_ADAPTERS) == 1)
+        for outcome in ("loaded", "failed"):
+            wait_for(outcome, lambda outcome=outcome: total(catalog.SERVE_ADAPTER_LOADS, outcome=outcome) == pytest.approx(1))
     finally:
         app.stop()
 
