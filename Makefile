@@ -37,7 +37,7 @@ demo: $(STAMP) $(DATA) ## The main job end to end: fine-tune, score, quantize, s
 test: $(STAMP) $(DATA) ## All tests and checks (under 10 minutes on 2 cores); ARGS="tests/unit -k split" runs some
 ifeq ($(ARGS),)
 	@$(BIN)/python -m pytest -m "not gpu and not soak" -q -n 2 --dist loadfile tests/unit tests/contract
-	@$(BIN)/python -m pytest -m "not gpu and not soak" -q -n 2 --dist loadgroup --no-loadscope-reorder tests/e2e tests/ray tests/distributed
+	@$(BIN)/python -m pytest -m "not gpu and not soak" -q -n 2 --dist loadfile --no-loadscope-reorder tests/e2e tests/ray tests/distributed
 else
 	@$(BIN)/python -m pytest -m "not gpu and not soak" $(ARGS)
 endif

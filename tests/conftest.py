@@ -22,14 +22,6 @@ if TYPE_CHECKING:
     from danlu.tasks.rows import Split, Splits
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Which tests stay in one process of `make test`: those of a file, and all that share the session's Ray."""
-    for item in items:
-        folder = item.path.parent.name
-        item.add_marker(pytest.mark.xdist_group(folder if folder == "ray" else str(item.path)))
-
-
 TOPICS = {
     "grain": ["wheat", "corn", "harvest", "tonnes", "maize"],
     "ship": ["vessel", "port", "cargo", "strike", "tanker"],
