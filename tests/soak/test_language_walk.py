@@ -10,7 +10,7 @@ from language import talks, write_chat_model, write_rows
 
 from danlu import walk
 
-pytestmark = pytest.mark.usefixtures("ray_local")
+pytestmark = [pytest.mark.soak, pytest.mark.usefixtures("ray_local")]
 
 
 def test_a_chat_walks_from_its_yaml_to_a_checked_endpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
