@@ -15,6 +15,8 @@ from conftest import write_tokenizer
 from test_parity import PLACES, decoder_case, plain_curve, plain_decoder_run
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+pytestmark = pytest.mark.soak  # four processes of two minutes; two workers' share of it stands in test_parity.py
+
 Curve = list[tuple[float, float]]
 INTERLEAVED = {"kind": "interleaved_1f1b", "stages_per_worker": 2}
 
