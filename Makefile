@@ -34,7 +34,7 @@ demo: $(STAMP) $(DATA) ## The main job end to end: fine-tune, score, quantize, s
 	@$(BIN)/danlu run $(SPEC) --fresh
 
 # Two processes side by side. What starts a Ray is apart, the long files first: a test of a unit may find no Ray in its process.
-test: $(STAMP) $(DATA) ## All tests and checks (under 10 minutes on 2 cores); ARGS="tests/unit -k split" runs some
+test: $(STAMP) $(DATA) ## All tests and checks (about 12 minutes on 2 cores); ARGS="tests/unit -k split" runs some
 ifeq ($(ARGS),)
 	@$(BIN)/python -m pytest -m "not gpu and not soak" -q -n 2 --dist loadfile tests/unit tests/contract
 	@$(BIN)/python -m pytest -m "not gpu and not soak" -q -n 2 --dist loadfile --no-loadscope-reorder tests/e2e tests/ray tests/distributed
