@@ -6,6 +6,7 @@ import json
 import os
 import random
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -199,7 +200,10 @@ def topic_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 def ray_local() -> Iterator[object]:
     """One Ray of our own for the whole session."""
     import ray
+    from ray._private import parameter
 
+    # `ray.init` has no word for this port, and of two Rays on one machine the second could not take jobs.
+    parameter.RayParams = partial(parameter.RayParams, dashboard_agent_listen_port=0)
     os.environ.setdefault("RAY_worker_niceness", "0")
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
     context = ray.init(address="local", num_cpus=4, include_dashboard=True, dashboard_port=0, log_to_driver=False)
