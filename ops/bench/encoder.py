@@ -52,7 +52,7 @@ class Corpus:
 
 def danlu(bundles: Bundles, kind: str) -> Classifier:
     predictor = load_predictor(bundles.int8) if kind == "int8" else load_predictor(bundles.original, precision=kind)  # type: ignore[arg-type]
-    return Classifier(predictor.encode, lambda encoded: torch.from_numpy(predictor.logits(encoded)).softmax(-1).numpy())
+    return Classifier(predictor.encode, lambda encoded: torch.from_numpy(predictor.outputs(encoded)).softmax(-1).numpy())
 
 
 def hugging_face(bundles: Bundles, kind: str, *, by_length: bool = False) -> Classifier:
