@@ -1,4 +1,5 @@
-"""Every way of tuning gives on two workers, under DDP and ZeRO, the losses and gradient norms it gives in one process."""
+"""Every way of tuning gives on two workers the losses and gradient norms it gives in one process: under DDP and ZeRO, LoRA also with
+split matrices and in a pipeline."""
 
 from __future__ import annotations
 
@@ -18,6 +19,8 @@ PARALLEL: dict[str, dict[str, Any]] = {
     "ddp": {"kind": "ddp"},
     "zero2": {"kind": "deepspeed", "zero_stage": 2},
     "zero3": {"kind": "deepspeed", "zero_stage": 3},
+    "tensor": {"kind": "tensor"},
+    "pipeline": {"kind": "pipeline"},
 }
 METHODS: dict[str, dict[str, Any]] = {
     "qlora": {"kind": "qlora", "r": 4},
@@ -28,9 +31,15 @@ METHODS: dict[str, dict[str, Any]] = {
     "adapter": {"kind": "adapter", "bottleneck_size": 8, "placement": "houlsby"},
     "adalora": {"kind": "adalora", "init_r": 6, "target_r": 3, "tinit": 1, "tfinal": 1, "deltaT": 1},
     "p_tuning": {"kind": "p_tuning", "num_virtual_tokens": 5, "encoder_hidden_size": 16},
+    "lora": {"kind": "lora", "r": 4, "target_modules": "all-linear"},
 }
-NOT_SHARDED = ("adalora", "p_tuning")
-CASES = [(m, p) for m in METHODS for p in PARALLEL if p != "zero3" or m not in NOT_SHARDED]
+TAKEN = {
+    "zero3": METHODS.keys() - {"adalora", "p_tuning", "lora"},
+    "tensor": {"lora", "pissa"},
+    "pipeline": {"lora", "pissa", "dora"},
+}
+"""Where not all are: `lora` stands for `dora` where matrices are split, and need not run twice elsewhere."""
+CASES = [(m, p) for m in METHODS for p in PARALLEL if m in TAKEN.get(p, METHODS.keys() - {"lora"})]
 Curve = list[tuple[float, float]]
 
 

@@ -27,7 +27,7 @@ from danlu.spec.task import (
     Task,
     is_decoders,
 )
-from danlu.spec.tuning import Adalora, Full, Tuning, VirtualTokens, is_merged
+from danlu.spec.tuning import Adalora, Full, Lora, Tuning, VirtualTokens, is_merged
 
 PROMPTED = ("classification", "multi_label_classification", "regression")
 """Encoders' tasks that learn behind virtual tokens, as every decoder's task does."""
@@ -139,11 +139,16 @@ class TrainJob(Spec):
                 f"workers.num_workers={workers} is not a multiple of {sizes}{'' if len(self.parallel.model_sizes) == 1 else f' = {size}'}; "
                 f"nearest that works: {max(size, workers // size * size)}"
             )
-        if self.parallel.kind in ("tensor", "pipeline") and self.tuning.kind != "full":
+        if self.parallel.kind in ("tensor", "pipeline") and not isinstance(self.tuning, Full | Lora):
             does = "splits" if self.parallel.kind == "tensor" else "cuts up"
             raise ValueError(
-                f"parallel.kind={self.parallel.kind} {does} trained weights only, not tuning.kind={self.tuning.kind}; "
+                f"parallel.kind={self.parallel.kind} {does} the weights of tuning.kind=full or lora, not of {self.tuning.kind}; "
                 "parallel.kind=fsdp takes it"
+            )
+        if "tensor_parallel_size" in self.parallel.model_sizes and isinstance(self.tuning, Lora) and self.tuning.use_dora:
+            raise ValueError(
+                "tuning.use_dora=true measures whole rows of the weights, which parallel.tensor_parallel_size splits; leave it out, or "
+                "parallel.kind=fsdp"
             )
         if self.parallel.kind in ("tensor", "pipeline") and isinstance(self.task, Seq2Seq):
             does = "splits" if self.parallel.kind == "tensor" else "cuts up"

@@ -8,7 +8,6 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
-from torch.distributed.tensor.parallel.style import ParallelStyle
 from transformers import PreTrainedModel
 
 from danlu.errors import ModelError
@@ -33,7 +32,8 @@ ENCODER_PLAN = {
 
 
 class TensorStrategy(OneByOne):
-    """Matrices of attention and MLP are split as the model's own plan says; embeddings, norms and the head stand whole on each worker.
+    """Matrices of attention and MLP are split as the model's own plan says, and LoRA's beside them; embeddings, norms and the head stand
+    whole on each worker.
 
     bf16 and fp16 are autocast over float32 weights, as with DDP.
     """
@@ -69,19 +69,40 @@ class TensorStrategy(OneByOne):
 
 def split(model: nn.Module, grid: Grid) -> list[nn.Parameter]:
     """Split the matrices of a task's model over the tensor ranks, in place; whole weights whose gradients are sums over them."""
+    hf = _pretrained(model)
+    summed: list[nn.Parameter] = []
+    for pattern, how in plan_of(hf, grid.num_tensor).items():
+        for module in _matching(hf.base_model, pattern):
+            if how in STYLES:
+                for part, style in _parts(module, how).items():
+                    parallelize_module(part, grid.mesh["tensor"], STYLES[style](), src_data_rank=None)
+            elif how == SUMMED:
+                summed += [parameter for parameter in module.parameters() if parameter.requires_grad]
+    return summed
+
+
+def _parts(module: nn.Module, how: str) -> dict[nn.Module, str]:
+    """The matrices of a module to split, and how. Of a LoRA layer the base, and that one of A and B which touches the split side: the
+    other works on whole activations, and stands whole on each worker."""
+    base = getattr(module, "base_layer", None)
+    if base is None:
+        return {module: how}
+    pairs = getattr(module, "lora_B" if how == "colwise" else "lora_A")
+    return {base: how, **dict.fromkeys(pairs.values(), how)}
+
+
+def _pretrained(model: nn.Module) -> PreTrainedModel:
+    """The Hugging Face model of a task's model, without PEFT's around it."""
     hf = model.model
+    hf = hf.get_base_model() if hasattr(hf, "get_base_model") else hf
     assert isinstance(hf, PreTrainedModel)
-    plan = plan_of(hf, grid.num_tensor)
-    styles: dict[str, ParallelStyle] = {name: STYLES[how]() for name, how in plan.items() if how in STYLES}
-    parallelize_module(hf.base_model, grid.mesh["tensor"], styles, src_data_rank=None)
-    summed = [module for name, how in plan.items() if how == SUMMED for module in _matching(hf.base_model, name)]
-    return [parameter for module in summed for parameter in module.parameters() if parameter.requires_grad]
+    return hf
 
 
 def check_answers(found: torch.Tensor, expected: torch.Tensor, model: nn.Module, done: str) -> None:
     """ModelError if a model answers otherwise now that something was `done` to it."""
     if not torch.allclose(found, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max())):
-        name = type(model.model).__name__
+        name = type(_pretrained(model)).__name__
         raise ModelError(f"{name} gives other answers when it is {done}", where="parallel.kind", fix="parallel.kind=fsdp")
 
 
