@@ -38,12 +38,18 @@ def packed_attention(
     is; fewer key than query heads are shared out over them.
     """
     causal = bool(getattr(module, "is_causal", False))
+    if torch.is_autocast_enabled(query.device.type):
+        # What autocast would do to each piece.
+        query, key, value = (tensor.to(torch.get_autocast_dtype(query.device.type)) for tensor in (query, key, value))
     if (groups := query.shape[1] // key.shape[1]) > 1:
         # enable_gqa does the same and is four times slower in bf16 on CPU.
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    runs = _runs(cu_seqlens.tolist())
     pieces = []
-    for start, stop, rows in _runs(cu_seqlens.tolist()):
-        q, k, v = (_rows(tensor[:, :, start:stop], rows) for tensor in (query, key, value))
+    # Split, not sliced: the backward of a slice fills zeros as large as the whole batch, once for each run.
+    parts = zip(*(tensor.split([tokens for tokens, _ in runs], dim=2) for tensor in (query, key, value)), strict=True)
+    for (tokens, rows), part in zip(runs, parts, strict=True):
+        q, k, v = (_rows(tensor, rows) for tensor in part)
         length = q.shape[2]
         if causal and sliding_window is not None and length > sliding_window:
             distance = torch.arange(length, device=q.device)[:, None] - torch.arange(length, device=q.device)
@@ -51,7 +57,7 @@ def packed_attention(
             out = scaled_dot_product_attention(q, k, v, attn_mask=window, dropout_p=dropout, scale=scaling)
         else:
             out = scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scaling, is_causal=causal)
-        pieces.append(out.transpose(1, 2).reshape(1, stop - start, *out.shape[1::2]))
+        pieces.append(out.transpose(1, 2).reshape(1, tokens, *out.shape[1::2]))
     return torch.cat(pieces, dim=1) if len(pieces) > 1 else pieces[0], None
 
 
@@ -63,15 +69,11 @@ def _rows(tensor: torch.Tensor, rows: int) -> torch.Tensor:
     return tensor.view(heads, rows, tokens // rows, dim).transpose(0, 1)
 
 
-def _runs(cu: list[int]) -> list[tuple[int, int, int]]:
-    """(start, stop, number of rows) of each run of neighbours of one length."""
-    runs: list[tuple[int, int, int]] = []
-    for start, stop in itertools.pairwise(cu):
-        if runs and (runs[-1][1] - runs[-1][0]) == (stop - start) * runs[-1][2]:
-            runs[-1] = (runs[-1][0], stop, runs[-1][2] + 1)
-        else:
-            runs.append((start, stop, 1))
-    return runs
+def _runs(cu: list[int]) -> list[tuple[int, int]]:
+    """(tokens, rows) of each run of neighbours of one length."""
+    lengths = (stop - start for start, stop in itertools.pairwise(cu))
+    counted = ((length, len(list(its))) for length, its in itertools.groupby(lengths))
+    return [(length * rows, rows) for length, rows in counted]
 
 
 AttentionInterface.register(ATTENTION, packed_attention)

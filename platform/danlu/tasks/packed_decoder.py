@@ -10,22 +10,25 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from danlu.tasks.context import Context
+from danlu.tasks.lean import make_lean
 from danlu.tasks.packed import ATTENTION, PackedModel, padded_rows
 
 log = logging.getLogger(__name__)
 
-CHUNK_TOKENS = 1024
-"""Logits that stand in memory at once: this many tokens by the vocabulary. With 150,000 entries that is 0.6 GB in float32."""
+CHUNK_TOKENS, CHUNK_NUMBERS = 1024, 1 << 26
+"""Logits that stand in memory at once: this many tokens by the vocabulary, or so many numbers if that is more. 1,024 tokens by 150,000
+entries are 0.6 GB in float32; a small vocabulary need not make its logits twice."""
 
 
 def token_losses(
-    hidden: torch.Tensor, head: nn.Module, targets: torch.Tensor, *, softcap: float | None = None, chunk_tokens: int = CHUNK_TOKENS
+    hidden: torch.Tensor, head: nn.Module, targets: torch.Tensor, *, softcap: float | None = None, chunk_tokens: int | None = None
 ) -> torch.Tensor:
     """Cross-entropy of each position, float32 [tokens], 0 where the target is -100. hidden: [tokens, hidden]; targets: int64 [tokens].
 
     Chunk by chunk, each chunk's logits made again for its backward: what is kept is the hidden states, not tokens x vocabulary
     (the idea of https://arxiv.org/abs/2410.10989 without its kernels).
     """
+    chunk_tokens = chunk_tokens or _chunk_of(head)
     pieces = []
     for some, aims in zip(torch.split(hidden, chunk_tokens), torch.split(targets, chunk_tokens), strict=True):
         if torch.is_grad_enabled() and hidden.requires_grad and len(hidden) > chunk_tokens:
@@ -45,6 +48,11 @@ def token_scores(hidden: torch.Tensor, head: nn.Module, targets: torch.Tensor, *
         losses = nn.functional.cross_entropy(logits, aims, reduction="none", ignore_index=-100)
         pieces.append(torch.stack([losses, (logits.argmax(-1) == aims).float()], dim=1))
     return torch.cat(pieces)
+
+
+def _chunk_of(head: nn.Module) -> int:
+    entries = getattr(head, "out_features", None)
+    return max(CHUNK_TOKENS, CHUNK_NUMBERS // entries) if isinstance(entries, int) else CHUNK_TOKENS
 
 
 def _chunk_losses(hidden: torch.Tensor, head: nn.Module, targets: torch.Tensor, softcap: float | None) -> torch.Tensor:
@@ -77,6 +85,7 @@ class PackedDecoder(PackedModel):
         super().__init__()
         self.model = model
         self.pad_token_id = int(model.config.pad_token_id or 0)
+        make_lean(model)
         self.packed = _answers_are_the_same(self)
         if not self.packed:
             log.info("%s is fed padded batches: its packed answers are not its own", type(model).__name__)
