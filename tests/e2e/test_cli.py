@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from danlu import walk
 
@@ -137,13 +136,3 @@ def test_training_a_finished_spec_again_is_a_new_run_with_the_same_numbers(
     assert curves[0] == curves[1]
     assert first.evaluations["test"].scores == second.evaluations["test"].scores
     assert "resumed" not in capsys.readouterr().out
-
-
-def test_a_users_mistake_is_a_message_and_an_exit_code(danlu: Callable[..., Any], write_spec: Callable[..., Path], tmp_path: Path) -> None:
-    spec = write_spec(tmp_path / "job.yaml")
-    spec.write_text(yaml.safe_dump(yaml.safe_load(spec.read_text()) | {"data": {"train": "nowhere.csv"}}))
-    with danlu("train", "job.yaml") as run:
-        assert run.exit_code() == 2
-    assert "error: data.train" in run.output
-    assert "nowhere.csv" in run.output
-    assert "Traceback" not in run.output
