@@ -34,12 +34,23 @@ SHAPES: dict[str, PretrainedConfig] = {
 }
 
 
+LESS = {"AVX512 without bf16": "-mno-avx512bf16", "AVX2": "-mno-avx512f", "no AVX": "-mno-avx"}
+"""What older CPUs lack."""
+
+
 @pytest.fixture(scope="module")
-def native() -> Kernels:
+def own() -> Kernels:
     try:
         return load_kernels()
     except KernelsUnavailable as error:
         pytest.skip(str(error))
+
+
+@pytest.fixture(scope="module", params=["this CPU's", *(pytest.param(name, marks=pytest.mark.soak) for name in LESS)])
+def native(request: pytest.FixtureRequest, own: Kernels, tmp_path_factory: pytest.TempPathFactory) -> Kernels:
+    if request.param not in LESS:
+        return own
+    return Kernels(build_kernels(tmp_path_factory.mktemp("kernels"), flags=(*kernels.FLAGS, LESS[request.param])))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -96,7 +107,8 @@ def test_a_step_is_the_fused_forwards(shape: str, dtype: torch.dtype, native: Ke
     check_step(SHAPES[shape], dtype, native)
 
 
-def test_the_engine_says_who_runs_its_steps(tmp_path: Path, native: Kernels) -> None:
+@pytest.mark.usefixtures("own")
+def test_the_engine_says_who_runs_its_steps(tmp_path: Path) -> None:
     folder = write_family(tmp_path, "llama")
 
     async def tier(made: TorchEngine) -> tuple[float, list[int]]:

@@ -409,6 +409,7 @@ template <typename T> T* room(std::vector<char>& held, int64_t size) {
 }
 
 template <typename T> void run_step(const Model& m, const Batch& b) {
+    if (!b.tokens) return;
     static thread_local std::vector<char> held[5];
     const int64_t tokens = b.tokens, dim = m.dim, qk_heads = m.heads + m.kv_heads, qkv_size = (qk_heads + m.kv_heads) * dim;
     const int64_t group = m.heads / m.kv_heads, widest = std::max({m.hidden, m.heads * dim, m.intermediate});

@@ -20,6 +20,8 @@ from pathlib import Path
 
 import torch
 
+from danlu.errors import ModelError
+
 log = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_name("kernels.cpp")
@@ -67,16 +69,11 @@ class Kernels:
         found: bytes = self.library.danlu_vectors()
         return found.decode()
 
-    def takes(self, weight: torch.Tensor) -> bool:
-        """Whether they multiply by such a weight [out, in]: bf16 goes in pairs of inputs."""
-        return weight.device.type == "cpu" and (
-            weight.dtype == torch.float32 or (weight.dtype == torch.bfloat16 and not weight.shape[1] % 2)
-        )
-
     def pack(self, weight: torch.Tensor) -> torch.Tensor:
-        """A weight [out, in] as they read it: [panels, in, 32] elements in their own order."""
-        assert self.takes(weight)
+        """A weight [out, in] as they read it: [panels, in, 32] elements in their own order. ModelError: bf16 goes in pairs of inputs."""
         outs, ins = weight.shape
+        if weight.dtype == torch.bfloat16 and ins % 2:
+            raise ModelError(f"a product of {ins} inputs cannot be made in pairs of bf16", where="engine.dtype", fix="dtype: fp32")
         packed = weight.new_empty(-(-outs // PANEL), ins, PANEL)
         weight = weight.contiguous()
         self.library.danlu_pack(weight.dtype == torch.bfloat16, weight.data_ptr(), outs, ins, packed.data_ptr())

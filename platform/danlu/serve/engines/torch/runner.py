@@ -61,7 +61,7 @@ def make_runner(spec: Torch, bundle: Bundle | None) -> Runner:
             loaded = load(spec, bundle)  # they have taken the other one's weights
         else:
             break
-    log.info("a step is run by %s", tier)
+    log.info("a step is run by %s", f"{tier} for {kernels.vectors}" if kernels is not None and tier == "compiled kernels" else tier)
     if bundle is not None:
         check_probes(runner, loaded, bundle, spec.max_num_batched_tokens)
     return runner
