@@ -151,6 +151,7 @@ def over_http(folder: Path, streams: dict[int, int], seed: int) -> dict[str, flo
 
     async def life() -> dict[str, float]:
         found = {}
+        await gateway.start()
         serving = asyncio.create_task(server.serve([listening]))
         client = await asyncio.create_subprocess_exec(*command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         assert client.stdin is not None
@@ -167,6 +168,7 @@ def over_http(folder: Path, streams: dict[int, int], seed: int) -> dict[str, flo
         await client.wait()
         server.should_exit = True
         await serving
+        await gateway.drain()
         return found
 
     return asyncio.run(life())
