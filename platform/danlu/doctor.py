@@ -101,13 +101,13 @@ def _kernels() -> Iterator[Finding]:
 
     try:
         need_kernels(torch.bfloat16 if has_native_bf16(torch.device("cpu")) else torch.float32)
-        compiler = find_compiler()
+        told = f"{find_compiler()[0]} builds those of engine.kind=torch in {cache_folder()}"
     except KernelsUnavailable as error:
         yield Finding(
             "kernels", "warning", f"none, so engine.kind=torch is slower on CPU: {error}", "a C++ compiler, as apt install g++ brings"
         )
     else:
-        yield Finding("kernels", "ok", f"{compiler[0]} builds those of engine.kind=torch in {cache_folder()}")
+        yield Finding("kernels", "ok", told)
 
 
 def _ray() -> Iterator[Finding]:

@@ -113,10 +113,13 @@ def _found() -> Kernels | KernelsUnavailable:
 
 
 def cache_folder() -> Path:
-    """Where the libraries lie: PyTorch's folder of extensions, or the user's cache."""
+    """Where the libraries lie: PyTorch's folder of extensions, or the user's cache. KernelsUnavailable where there is neither."""
     if named := os.environ.get("TORCH_EXTENSIONS_DIR"):
         return Path(named) / "danlu_kernels"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "danlu" / "kernels"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "danlu" / "kernels"
+    except RuntimeError as error:  # a container's user may have no home
+        raise KernelsUnavailable(f"there is no folder to keep them in ({error}): set TORCH_EXTENSIONS_DIR") from error
 
 
 def build_kernels(folder: Path, *, flags: tuple[str, ...] = FLAGS) -> Path:
