@@ -101,11 +101,14 @@ def _kernels() -> Iterator[Finding]:
 
     try:
         need_kernels(torch.bfloat16 if has_native_bf16(torch.device("cpu")) else torch.float32)
+    except KernelsUnavailable as error:
+        yield Finding("kernels", "ok", f"none of ours: {error}")
+        return
+    try:
         told = f"{find_compiler()[0]} builds those of engine.kind=torch in {cache_folder()}"
     except KernelsUnavailable as error:
-        yield Finding(
-            "kernels", "warning", f"none, so engine.kind=torch is slower on CPU: {error}", "a C++ compiler, as apt install g++ brings"
-        )
+        fix = "a C++ compiler, as apt install g++ brings"
+        yield Finding("kernels", "warning", f"none, so engine.kind=torch is slower on CPU: {error}", fix)
     else:
         yield Finding("kernels", "ok", told)
 
