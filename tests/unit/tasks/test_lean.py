@@ -6,12 +6,40 @@ import copy
 
 import pytest
 import torch
-from test_packed_decoder import FAMILIES, PADDED, model_of
+from transformers import (
+    AutoModelForCausalLM,
+    CohereConfig,
+    Gemma2Config,
+    GPT2Config,
+    LlamaConfig,
+    PretrainedConfig,
+    Qwen3Config,
+)
 
 from danlu.tasks.lean import LeanNorm, make_lean, rotate_half
 
 IDS = torch.arange(3, 43).view(2, 20)
-NUM_NORMS = {"llama": 5, "qwen2": 5, "qwen3": 9, "gpt2": 0, "mistral-window": 5, "gemma2-softcap": 0}
+SMALL = {
+    "vocab_size": 90,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 64,
+    "initializer_range": 0.3,
+}
+FAMILIES: dict[str, tuple[PretrainedConfig, int]] = {
+    "llama": (LlamaConfig(**SMALL), 5),
+    "qwen3": (Qwen3Config(**SMALL, head_dim=8, tie_word_embeddings=True), 9),
+    "gpt2": (GPT2Config(vocab_size=90, n_embd=32, n_layer=2, n_head=4, initializer_range=0.3), 0),
+    "gemma2": (Gemma2Config(**SMALL, head_dim=8), 0),
+}
+"""Configs, and how many norms are root mean squares times a weight."""
+
+
+def model_of(family: str) -> torch.nn.Module:
+    torch.manual_seed(1)
+    return AutoModelForCausalLM.from_config(copy.deepcopy(FAMILIES[family][0])).eval()
 
 
 def loss_and_gradients(model: torch.nn.Module, precision: torch.dtype = torch.float32) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -22,9 +50,9 @@ def loss_and_gradients(model: torch.nn.Module, precision: torch.dtype = torch.fl
     return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("family", NUM_NORMS)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_lean_decoder_gives_transformers_loss_and_gradients(family: str) -> None:
-    model = model_of((FAMILIES | PADDED)[family])
+    model = model_of(family)
     for name, parameter in model.named_parameters():
         if "norm" in name:
             torch.nn.init.uniform_(parameter, 0.5, 1.5)
@@ -33,7 +61,7 @@ def test_a_lean_decoder_gives_transformers_loss_and_gradients(family: str) -> No
 
     make_lean(model)
 
-    assert sum(isinstance(module, LeanNorm) for module in model.modules()) == NUM_NORMS[family]
+    assert sum(isinstance(module, LeanNorm) for module in model.modules()) == FAMILIES[family][1]
     assert list(model.state_dict()) == names
     loss, found = loss_and_gradients(model)
     torch.testing.assert_close(loss, expected, atol=1e-6, rtol=1e-6)
@@ -43,7 +71,7 @@ def test_a_lean_decoder_gives_transformers_loss_and_gradients(family: str) -> No
 
 
 def test_under_bf16_autocast_it_is_as_near_to_float32_as_transformers_own() -> None:
-    model = model_of(FAMILIES["qwen3"])
+    model = model_of("qwen3")
     exact, _ = loss_and_gradients(model)
     rounded, theirs = loss_and_gradients(model, torch.bfloat16)
     make_lean(model)
@@ -55,7 +83,7 @@ def test_under_bf16_autocast_it_is_as_near_to_float32_as_transformers_own() -> N
 
 
 def test_frozen_norms_get_no_gradient_and_copies_have_weights_of_their_own() -> None:
-    model = model_of(FAMILIES["llama"])
+    model = model_of("llama")
     make_lean(model)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("norm" not in name)
@@ -81,10 +109,8 @@ def test_half_rotations_are_transformers_to_the_bit() -> None:
 
 
 def test_a_model_that_rotates_in_another_way_is_left_alone() -> None:
-    from transformers import CohereConfig
     from transformers.models.cohere import modeling_cohere
 
     before = modeling_cohere.rotate_half
-    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 64}
-    make_lean(model_of(CohereConfig(vocab_size=90, **sizes)))
+    make_lean(AutoModelForCausalLM.from_config(CohereConfig(**SMALL)))
     assert modeling_cohere.rotate_half is before
