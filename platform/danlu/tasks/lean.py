@@ -72,7 +72,7 @@ class _RmsNorm(torch.autograd.Function):
         normed = hidden.float() * scale
         of_weight = of_hidden = None
         if ctx.needs_input_grad[1]:
-            of_weight = (gradient * normed).view(-1, len(weight)).sum(0).to(weight.dtype)
+            of_weight = (gradient * normed).sum(tuple(range(gradient.ndim - 1))).to(weight.dtype)
         if ctx.needs_input_grad[0]:
             weighted = gradient * weight
             along = (weighted * normed).mean(-1, keepdim=True)
