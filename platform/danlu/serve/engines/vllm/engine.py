@@ -194,7 +194,8 @@ class VllmEngine:
         deadline = time.monotonic() + self.spec.start_timeout_s
         while True:
             try:
-                return await self._ask("GET", "/health", timeout_s=5)
+                await self._ask("GET", "/health", timeout_s=5)
+                return
             except (DanluError, aiohttp.ClientError, TimeoutError):
                 pass  # it is not listening yet
             if not child.is_alive:
