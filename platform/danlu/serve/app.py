@@ -34,6 +34,7 @@ from danlu.serve.keys import Authenticated, KeyRing, read_keys
 from danlu.spec.files import dump, load, parse
 from danlu.spec.serve import Echo, EchoText, Encoder, Service
 from danlu.spec.task import Classification, EncoderTask, Pretrain, Task
+from danlu.spec.vllm import Vllm
 
 if TYPE_CHECKING:
     from danlu.serve.engines.encoder import BatchRecord
@@ -231,7 +232,8 @@ def _address_in_use(service: Service) -> tuple[str, int] | None:
 
 def _deploy(service: Service) -> None:
     serve._run_many([serve.RunTarget(build(service), service.name, "/")], wait_for_applications_running=False)
-    deadline = time.monotonic() + START_TIMEOUT_S
+    timeout_s = START_TIMEOUT_S + (service.engine.start_timeout_s if isinstance(service.engine, Vllm) else 0)
+    deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
         status = serve.status().applications.get(service.name)
         if status is not None and status.status == ApplicationStatus.RUNNING:
@@ -240,7 +242,7 @@ def _deploy(service: Service) -> None:
             raise ResourceError(f"{service.name} did not start: {_replicas_error(status)}", where="serve")
         time.sleep(0.1)
     raise ResourceError(
-        f"{service.name} was not ready within {START_TIMEOUT_S:g} s",
+        f"{service.name} was not ready within {timeout_s:g} s",
         where="serve",
         fix="fewer engine.num_threads or autoscaling.min_replicas, if the machine has no core left for it",
     )

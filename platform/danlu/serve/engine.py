@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 from danlu.serve.generation import TextEngine
 from danlu.spec.serve import Echo, EchoText, Encoder, Service, Torch
 from danlu.spec.task import EncoderTask
+from danlu.spec.vllm import Vllm
 from danlu.tasks.exchange import Example, Prediction
 
 if TYPE_CHECKING:
@@ -78,3 +79,7 @@ def make_engine(service: Service, bundle: Bundle | None) -> Engine | TextEngine:
             from danlu.serve.engines.torch.engine import TorchEngine
 
             return TorchEngine(service.engine, bundle, storage=service.storage)
+        case Vllm():
+            from danlu.serve.engines.vllm.engine import VllmEngine
+
+            return VllmEngine(service.engine, bundle, storage=service.storage)

@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from danlu.spec.base import DnsLabel, NonNegativeInt, Number, PositiveFloat, PositiveInt, Spec
 from danlu.spec.cluster import ServiceCluster
+from danlu.spec.vllm import Vllm
 
 
 class Encoder(Spec):
@@ -128,7 +129,7 @@ class EchoText(Spec):
     """Serve `/v1/load_lora_adapter` and `/v1/unload_lora_adapter`."""
 
 
-Engine = Annotated[Encoder | Torch | Echo | EchoText, Field(discriminator="kind")]
+Engine = Annotated[Encoder | Torch | Vllm | Echo | EchoText, Field(discriminator="kind")]
 
 
 class Autoscaling(Spec):
@@ -203,12 +204,12 @@ class Service(Spec):
     @property
     def is_language_model(self) -> bool:
         """Whether it answers chats, and not texts with labels."""
-        return isinstance(self.engine, Torch | EchoText)
+        return isinstance(self.engine, Torch | Vllm | EchoText)
 
     @property
     def allows_lora_updates(self) -> bool:
         """Whether clients may load and unload adapters."""
-        return isinstance(self.engine, Torch | EchoText) and self.engine.allow_runtime_lora_updating
+        return isinstance(self.engine, Torch | Vllm | EchoText) and self.engine.allow_runtime_lora_updating
 
     @model_validator(mode="after")
     def _gpu_type_has_gpus(self) -> Self:
@@ -230,8 +231,13 @@ class Service(Spec):
     def _engine_has_a_model(self) -> Self:
         if isinstance(self.engine, Encoder) and self.bundle is None:
             raise ValueError("bundle is needed by engine.kind=encoder: name@alias, name@v1, a folder or a URI")
-        if isinstance(self.engine, Torch) and (self.bundle is None) == (self.engine.model_name_or_path is None):
-            raise ValueError("engine.kind=torch needs a model, and one only: bundle or engine.model_name_or_path")
+        if isinstance(self.engine, Torch | Vllm) and (self.bundle is None) == (self.engine.model_name_or_path is None):
+            raise ValueError(f"engine.kind={self.engine.kind} needs a model, and one only: bundle or engine.model_name_or_path")
+        if isinstance(self.engine, Vllm) and self.bundle is not None and self.engine.quantization is not None:
+            raise ValueError(
+                f"engine.quantization={self.engine.quantization} would serve other weights than the bundle's, which were evaluated; leave "
+                "it out, or name the bundle's model folder in engine.model_name_or_path"
+            )
         if isinstance(self.engine, Echo | EchoText) and self.bundle is not None:
             raise ValueError(f"bundle has no effect with engine.kind={self.engine.kind}; leave it out")
         return self

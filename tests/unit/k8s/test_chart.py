@@ -125,6 +125,17 @@ def test_the_chart_makes_of_every_spec_what_the_renderer_makes(tmp_path: Path) -
             "engine": {"kind": "torch", "model_name_or_path": "/models/qwen", "num_gpus": 1, "num_threads": 4},
             "cluster": {"image": "i", "gpu_type": "NVIDIA-L4"},
         },
+        {
+            "name": "vllm-two",
+            "engine": {"kind": "vllm", "model_name_or_path": "/models/qwen", "tensor_parallel_size": 2, "num_threads": 4},
+            "autoscaling": {"max_replicas": 3},
+            "cluster": {"image": "i", "gpu_type": "NVIDIA-L4", "replicas_per_pod": 2},
+        },
+        {
+            "name": "vllm-cpu",
+            "engine": {"kind": "vllm", "model_name_or_path": "/models/qwen", "device": "cpu"},
+            "cluster": {"image": "i"},
+        },
     ]
     for path in EXAMPLES:
         document, _ = yaml12.read(path.read_text(), path.name)

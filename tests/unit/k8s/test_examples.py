@@ -8,9 +8,13 @@ from typing import Any
 
 import pytest
 
+from danlu.k8s.rayservice import ray_service
 from danlu.plan import make_plan
+from danlu.serve.engines.vllm.command import command
 from danlu.spec.files import load
+from danlu.spec.serve import Service
 from danlu.spec.train import TrainJob
+from danlu.spec.vllm import Vllm
 
 EXAMPLES = Path(__file__).parents[3] / "k8s" / "examples"
 LLAMA: dict[str, Any] = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 128_256, "num_key_value_heads": 8}
@@ -57,3 +61,21 @@ def test_a_workers_share_of_an_example_fits_its_gpu(name: str, tmp_path: Path) -
     assert plan.num_steps == -(-10_000 // job.global_batch_size)
     assert job.cluster is not None
     assert job.workers.num_workers // job.cluster.workers_per_pod == {"qwen2.5-7b-qlora": 1, "llama-3.1-8b-zero3": 1}.get(name, 4)
+
+
+def test_the_service_on_vllm_has_three_adapters_and_none_to_eight_gpus(tmp_path: Path) -> None:
+    service = load(Service, EXAMPLES / "assistant-vllm-service.yaml")
+    engine = service.engine
+    assert isinstance(engine, Vllm)
+    assert len(engine.adapters) == 3 <= engine.max_loras
+    (workers,) = ray_service(service)["spec"]["rayClusterConfig"]["workerGroupSpecs"]
+    assert (workers["minReplicas"], workers["maxReplicas"]) == (0, 8)
+    (pod,) = workers["template"]["spec"]["containers"]
+    assert int(pod["resources"]["limits"]["nvidia.com/gpu"]) == engine.num_gpus == 1
+    said = command(engine, "python", tmp_path, tmp_path / "s", dtype=engine.dtype)
+    assert {"--enable-lora", "--max-loras=4", "--max-lora-rank=32", "--tensor-parallel-size=1", "--dtype=bfloat16"} <= set(said)
+    # Its weights leave room for the cache: 28 layers with 4 key-value heads of 128 numbers, in 2 bytes.
+    num_parameters, gpu_gb = MODELS["qwen2.5-7b-qlora"][1:3]
+    left = engine.gpu_memory_utilization * gpu_gb * 1e9 - 2 * num_parameters
+    assert engine.max_model_len is not None
+    assert left > 4 * engine.max_model_len * 2 * 28 * 4 * 128 * 2, "four of the longest conversations"

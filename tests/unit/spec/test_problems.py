@@ -163,6 +163,29 @@ SERVICE_PROBLEMS = {
         "2 adapters are more than max_loras=1; max_loras: 2",
         "",
     ),
+    "vLLM without a model": ("engine: {kind: vllm}", "engine.kind=vllm needs a model, and one only", ""),
+    "vLLM with other weights than were evaluated": (
+        "engine: {kind: vllm, quantization: fp8}\nbundle: a@v1",
+        "engine.quantization=fp8 would serve other weights than the bundle's, which were evaluated; leave it out",
+        "",
+    ),
+    **{
+        f"vLLM's flag {flag}": (f"engine: {{kind: vllm, args: ['{flag}']}}\nbundle: a@v1", told, "")
+        for flag, told in {
+            "--tensor-parallel-size=2": "is vLLM's --tensor-parallel-size, which Danlu sets; instead: engine.tensor_parallel_size",
+            "--max_model_len": "is vLLM's --max-model-len, which Danlu sets; instead: engine.max_model_len",
+            "--max-model": "'--max-model' is vLLM's --max-model-len",
+            "--no-enable-prefix-caching": "is vLLM's --enable-prefix-caching, which Danlu sets",
+            "--api-key": "instead: auth.keys_file",
+            "-tp": "'-tp' is short for a longer flag",
+            "fp8": "'fp8' is no flag; a flag first",
+        }.items()
+    },
+    "vLLM on several CPUs": (
+        "engine: {kind: vllm, device: cpu, tensor_parallel_size: 2}\nbundle: a@v1",
+        "tensor_parallel_size=2 has no effect with device=cpu; raise num_threads",
+        "",
+    ),
     "a revision of a bundle": (
         "engine: {kind: torch, revision: main}\nbundle: a@v1",
         "revision has no effect without model_name_or_path",
