@@ -216,7 +216,42 @@ def test_every_panel_and_rule_has_data_and_a_stopped_worker_is_told_and_untold(
             training.result(120)
             app.stop()
     assert ended, "the job was ended by us"
-    wait_for("that the job failed", lambda: firing(stack, "TrainingFailed"), seconds=60)
+    wait_for("that the job failed, at the webhook", lambda: told(heard, "TrainingFailed", "firing"), seconds=60)
+    assert told(heard, "TrainingFailed", "firing")[0]["labels"]["reason"] == "worker_lost"
+    wait_for("its end at the webhook", lambda: told(heard, "TrainingFailed", "resolved"), seconds=180)
+
+
+def test_a_breached_objective_pages_and_is_over_once_answers_come_again(
+    stack: Monitor, webhook: tuple[str, list[dict[str, Any]]], wait_for: Callable[..., Any]
+) -> None:
+    _, heard = webhook
+
+    def service(latency_ms: int) -> Service:
+        engine = {"kind": "echo", "latency_ms": latency_ms}
+        return Service.model_validate({"name": "slo", "engine": engine, "limits": {"request_timeout_s": 0.2}, "http": {"port": 0}})
+
+    stop = threading.Event()
+    statuses: list[int] = []
+
+    def use(url: str) -> None:
+        with httpx.Client(timeout=60) as client:
+            while not stop.wait(0.1):
+                statuses.append(client.post(f"{url}/v1/classify", json={"input": "a"}).status_code)
+
+    with ThreadPoolExecutor(1) as pool:
+        using = pool.submit(use, app.run(service(5000)).url)  # every answer is too late: 504
+        try:
+            wait_for("the page", lambda: told(heard, "ServingErrorBudgetFast", "firing"), seconds=180)
+            (alert, *_) = told(heard, "ServingErrorBudgetFast", "firing")
+            assert (alert["labels"]["model"], alert["labels"]["severity"]) == ("slo", "critical")
+            assert set(statuses) == {504}
+            app.run(service(0))
+            wait_for("its end", lambda: told(heard, "ServingErrorBudgetFast", "resolved"), seconds=240)
+            assert statuses[-1] == 200
+        finally:
+            stop.set()
+            using.result(60)
+            app.stop()
 
 
 def rule_groups(stack: Monitor) -> list[dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 from danlu.metrics import catalog
 from danlu.metrics.catalog import Metric
 from danlu.serve import app
+from danlu.serve.keys import create_key
 from danlu.spec.serve import Http, Service
 from danlu.spec.train import TrainJob
 from danlu.train import driver
@@ -36,7 +38,7 @@ def test_a_training_and_a_serving_run_show_every_metric_of_the_catalogue_and_no_
     # After the other files of this folder all of it has been there already; alone, this test runs what is missing.
     if missing("train", metrics_port.seen):
         for _ in range(2):  # the second goes on from the first one's checkpoint
-            driver.fit(make_job("seen", precision="fp16"), str(tmp_path), lambda record: None)
+            driver.fit(make_job("seen", precision="fp16", budget_usd=5), str(tmp_path), lambda record: None)
             metrics_port.samples()  # Ray drops a gauge twenty seconds after its process is gone
     if missing("serve", metrics_port.seen):
         endpoint = app.run(topics.service("topics@v1").model_copy(update={"http": Http(port=0)}))
@@ -45,9 +47,12 @@ def test_a_training_and_a_serving_run_show_every_metric_of_the_catalogue_and_no_
         metrics_port.samples()
         wait_for("the batches", lambda: f"{catalog.SERVE_BATCH_ROWS.exported}_sum" in metrics_port.samples())
         app.stop()
-        endpoint = app.run(Service.model_validate({"name": "text", "engine": {"kind": "echo_text"}, "http": {"port": 0}}))
+        key = create_key(tmp_path / "keys.json", "ada", lifetime=timedelta(days=3))
+        fields = {"name": "text", "engine": {"kind": "echo_text"}, "http": {"port": 0}, "auth": {"keys_file": str(tmp_path / "keys.json")}}
+        endpoint = app.run(Service.model_validate(fields))
         for _ in range(2):  # the second finds the first one's prompt in the cache
-            assert httpx.post(f"{endpoint.url}/v1/completions", json={"prompt": "wheat"}, timeout=60).status_code == 200
+            bearer = {"authorization": f"Bearer {key}"}
+            assert httpx.post(f"{endpoint.url}/v1/completions", json={"prompt": "wheat"}, headers=bearer, timeout=60).status_code == 200
     try:
         for layer in ("train", "serve"):
             wait_for(
