@@ -102,7 +102,10 @@ class Tracking:
         try:
             do()
         except Exception as error:  # noqa: BLE001  # whatever it is: a curve is not worth a run
-            self.trackers.pop(name, None)
+            broken = self.trackers.pop(name, None)
+            if broken is not None:
+                with contextlib.suppress(Exception):  # what it had taken so far need not be lost
+                    broken.close()
             log.warning("%s is left out from here on: %s: %s", name, type(error).__name__, error)
 
 
