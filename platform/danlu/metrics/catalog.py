@@ -183,6 +183,17 @@ SERVE_INPUTS = Metric("danlu_serve_inputs", "counter", "texts", "Texts answered.
 SERVE_TOKENS = Metric("danlu_serve_tokens", "counter", "tokens", "Tokens of the texts answered, after cutting.", "serve", ("model",))
 SERVE_REFUSALS = Metric("danlu_serve_refusals", "counter", "requests", "Requests refused, by reason.", "serve", ("model", "reason"))
 SERVE_IN_FLIGHT = Metric("danlu_serve_in_flight", "gauge", "requests", "Requests being worked on in a replica.", "serve", ("model",))
+SERVE_KEY_REQUESTS = Metric(
+    "danlu_serve_key_requests", "counter", "requests", "Requests answered, by the name of the key.", "serve", ("model", "key", "status")
+)
+SERVE_KEY_TOKENS = Metric(
+    "danlu_serve_key_tokens",
+    "counter",
+    "tokens",
+    "Tokens of prompts and answers, by the name of the key.",
+    "serve",
+    ("model", "key", "kind"),
+)
 SERVE_KEY_EXPIRY = Metric(
     "danlu_serve_key_expiry_timestamp_seconds", "gauge", "s", "Unix time at which the first of the valid keys expires; 0 if none will.",
     "serve", ("model",),

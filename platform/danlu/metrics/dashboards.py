@@ -294,7 +294,7 @@ CLUSTER = Dashboard(
 )  # fmt: skip
 
 COST = Dashboard(
-    "danlu-cost", "Danlu / Cost", "Device time and money by job. Prices: platform/danlu/metrics/prices.py.", (_JOB,),
+    "danlu-cost", "Danlu / Keys and cost", "Device time and money by job, use by key. Prices: platform/danlu/metrics/prices.py.", (_JOB, _MODEL),
     (("Money", (
         Panel("Spent in this range", "What you planned.", ((total(increase(c.TRAIN_COST, "$__range", train_job="$train_job"), "train_job"), "{{train_job}}"),),
               "currencyUSD", "stat", width=12),
@@ -313,7 +313,14 @@ COST = Dashboard(
               ((total(rate(c.TRAIN_DEVICE_SECONDS, W, train_job="$train_job"), "train_job", "device"), "{{train_job}} {{device}}"),), stacked=True, width=12),
         Panel("USD a million tokens", "Falls with batch size and MFU.",
               ((total(rate(c.TRAIN_COST, "10m", train_job="$train_job"), "train_job")
-                / total(rate(c.TRAIN_TOKENS, "10m", train_job="$train_job"), "train_job") * 1e6, "{{train_job}}"),), "currencyUSD", width=12))),),
+                / total(rate(c.TRAIN_TOKENS, "10m", train_job="$train_job"), "train_job") * 1e6, "{{train_job}}"),), "currencyUSD", width=12))),
+     ("Keys", (
+        Panel("Requests a second, by key", "Those you know, as they usually ask.",
+              ((total(rate(c.SERVE_KEY_REQUESTS, W, model="$model"), "key"), "{{key}}"),), "reqps", stacked=True, width=12),
+        Panel("Tokens a second, by key", "Nobody takes all of it.",
+              ((total(rate(c.SERVE_KEY_TOKENS, W, model="$model"), "key", "kind"), "{{key}} {{kind}}"),), stacked=True, width=12),
+        Panel("Tokens in this range, by key", "What each has used.",
+              ((total(increase(c.SERVE_KEY_TOKENS, "$__range", model="$model"), "key"), "{{key}}"),), kind="table", width=24)))),
 )  # fmt: skip
 
 DASHBOARDS: tuple[Dashboard, ...] = (OVERVIEW, TRAINING_RUN, TRAINING_FLEET, SERVING, CLUSTER, COST)

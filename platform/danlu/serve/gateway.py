@@ -118,7 +118,8 @@ class Gateway:
         request_id = headers.get("x-request-id", "")[:128] or uuid.uuid4().hex
         extra = {"x-request-id": request_id} if self.sends_request_id else {}
         logs.about.set({"request_id": request_id})  # a request is a task, and ends with it
-        facts: dict[str, object] = {}
+        key: Key | None = scope.get("danlu.key")
+        facts: dict[str, object] = {} if key is None else {"key": key.name}
         asked = {"http.request.method": scope["method"], "http.route": found or "other", "danlu.request_id": request_id}
         status: str | None = None
         with traces.span(f"{scope['method']} {found or 'other'}", asked, kind="server", carrier=headers):
@@ -179,11 +180,20 @@ class Gateway:
         """The request's log line, and what its span says. A probe that finds all well is no news."""
         if found in PROBES and status == "200":
             return
+        if "key" in facts:
+            self._count_key(str(facts["key"]), status, facts)
         if traces.is_on():
             facts["trace_id"] = traces.trace_id()
             traces.note(_attributes(status, facts), failed=status is not None and status >= "500")
         told = {"method": method, "route": found or "other", "status": status or "client_gone", "model": self.model}
         logs.event(logger, "request", told | {"seconds": round(time.perf_counter() - began, 6)} | facts)
+
+    def _count_key(self, key: str, status: str | None, facts: Mapping[str, object]) -> None:
+        """Who asked, and for how much. Keys beyond the first hundreds are counted together (danlu.metrics.emit)."""
+        self.count(catalog.SERVE_KEY_REQUESTS, 1, key=key, status=status or "client_gone")
+        for kind in ("prompt", "completion"):
+            if isinstance(tokens := facts.get(f"{kind}_tokens"), int):
+                self.count(catalog.SERVE_KEY_TOKENS, tokens, key=key, kind=kind)
 
     async def _call(
         self,
@@ -210,8 +220,6 @@ class Gateway:
                 raise RequestError(f"the content type is {told}", status=415, param="content-type", fix="content-type: application/json")
             body = await read_body(headers, receive, limit=self.limits.max_body_bytes)
         key: Key | None = scope.get("danlu.key")
-        if key is not None:
-            facts["key"] = key.name
         return Call(body, began, key, path[len(found) :], stack, facts)
 
     def _refused(self, error: RequestError, extra: dict[str, str], found: str | None) -> Reply:

@@ -43,9 +43,9 @@ def nothing(*_: object, **__: object) -> None:
 
 
 def test_a_request_has_one_line_with_the_id_of_its_answers_header_and_nothing_that_was_written(
-    served: Served, log_lines: Lines, tmp_path: Path
+    served: Served, log_lines: Lines, meter: Any, tmp_path: Path
 ) -> None:
-    gateway = Gateway(FailingEngine(EchoText()), "echo", Limits(max_body_bytes=4000), nothing)
+    gateway = Gateway(FailingEngine(EchoText()), "echo", Limits(max_body_bytes=4000), meter)
     key = create_key(tmp_path / "keys.json", "ada")
     with served(gateway, Authenticated(gateway, KeyRing(tmp_path / "keys.json"), nothing)) as url, httpx.Client(base_url=url) as client:
         say = lambda text, **more: {"messages": [{"role": "user", "content": f"{SECRET} {text}"}], **more}  # noqa: E731
@@ -81,6 +81,11 @@ def test_a_request_has_one_line_with_the_id_of_its_answers_header_and_nothing_th
     assert (whole["prompt_tokens"], whole["completion_tokens"]) == (usage["prompt_tokens"], usage["completion_tokens"])
     assert 0 < whole["time_to_first_token_s"] <= whole["seconds"] < 30
     assert (whole["service"], whole["model"], whole["key"], whole["route"]) == ("tests", "echo", "ada", "/v1/chat/completions")
+    # The three answers that were made, and the piece of the one that broke off.
+    tokens = [sum(line.get(f"{kind}_tokens", 0) for line in lines) for kind in ("prompt", "completion")]
+    assert [meter.by_label["danlu_serve_key_tokens", kind] for kind in ("prompt", "completion")] == tokens
+    assert meter.sums["danlu_serve_key_requests"] == meter.by_label["danlu_serve_key_requests", "ada"] == len(asked) - 1
+    assert meter.by_label["danlu_serve_key_requests", "200"] == 2
     assert streamed["completion_tokens"] == 2 * whole["completion_tokens"]
     assert (bad["error"], unknown["error"], large["error"]) == ("invalid_request_error", "model_not_found", "invalid_request_error")
     assert broken["error"] == "RuntimeError"
