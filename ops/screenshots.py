@@ -60,7 +60,7 @@ def main() -> None:
             prepared = sdk.prepare(job)
             trained = sdk.train(job, prepared=prepared, fresh=True)
             _until(lambda: _has(monitor.prometheus, catalog.TRAIN_LOSS))
-            shoot("prometheus-loss", _graph(monitor.prometheus, catalog.TRAIN_LOSS.exported))
+            shoot("prometheus-loss", _graph(monitor.prometheus, f"max by (train_job) ({catalog.TRAIN_LOSS.exported})"))
             shoot("report", Path(sdk.report(prepared, trained)).resolve().as_uri())
             engine = {"kind": "echo_text", "time_to_first_token_ms": 30, "time_per_output_token_ms": 5}
             with sdk.serving(Service.model_validate({"name": "parrot", "engine": engine, "http": {"port": 0}})) as endpoint:
@@ -69,7 +69,7 @@ def main() -> None:
                 shoot("load", (folder / "load.html").as_uri())
                 shoot("service", f"{endpoint.url}/docs")
                 _until(lambda: _has(monitor.prometheus, catalog.SERVE_RUNNING))
-                shoot("prometheus-alerts", f"{monitor.prometheus}/alerts")
+                shoot("prometheus-alerts", monitor.alerts())
 
 
 def _shoot(chromium: str, url: str, picture: Path, height: int, folder: Path) -> None:

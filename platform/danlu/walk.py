@@ -255,7 +255,7 @@ def monitor(*, port: int, alert_port: int, webhook: str | None) -> None:
     from danlu.monitor import monitoring
 
     with monitoring(port=port, alert_port=alert_port, page=webhook, tell=webhook) as running:
-        show(f"  Prometheus    {running.prometheus}/alerts")
+        show(f"  Prometheus    {running.alerts()}")
         show(f"  Alertmanager  {running.alertmanager}")
         show("  it follows the Ray that was started last on this machine; Ctrl-C stops both")
         while True:
