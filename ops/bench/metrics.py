@@ -69,12 +69,15 @@ def a_line() -> float:
     log = logging.getLogger("danlu.serve")
     with tempfile.TemporaryFile("w") as file, contextlib.redirect_stderr(file):
         logs.begin("json", service="bench", replica="bench#0")
-        logs.about.set({"request_id": "a" * 32})
+        token = logs.about.set({"request_id": "a" * 32})
         began = time.perf_counter()
         for _ in range(STEPS):
             told = {"method": "POST", "route": "/v1/classify", "status": "200", "model": "bench"}
             logs.event(log, "request", told | {"seconds": 0.012} | facts)
-        return (time.perf_counter() - began) / STEPS
+        seconds = (time.perf_counter() - began) / STEPS
+        logs.about.reset(token)
+        logs.begin("text", level=logging.WARNING)  # the other contestants say nothing
+        return seconds
 
 
 def some_spans() -> float:
