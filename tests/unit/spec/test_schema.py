@@ -158,7 +158,10 @@ GOOD: dict[str, tuple[type[Spec], Document]] = {
         },
     ),
     "holders of a key only": (Service, SERVICE | {"auth": {"keys_file": "keys.json"}}),
-    "a language model from a bundle": (Service, {"name": "w", "bundle": "w@v1", "engine": {"kind": "torch", "max_model_len": None}}),
+    "a language model from a bundle": (
+        Service,
+        {"name": "w", "bundle": "w@v1", "engine": {"kind": "torch", "max_model_len": None, "kernels": "off"}},
+    ),
     "a language model as it is": (
         Service,
         {
@@ -180,6 +183,7 @@ GOOD: dict[str, tuple[type[Spec], Document]] = {
                 "num_threads": 2,
                 "num_gpus": 1,
                 "step_timeout_s": 30,
+                "num_speculative_tokens": 0,
             },
         },
     ),
@@ -229,6 +233,18 @@ GOOD: dict[str, tuple[type[Spec], Document]] = {
         )
     },
     "its labels": (TrainJob, JOB | {"task": {"kind": "classification", "labels": ["b", "a", "c"]}}),
+    "calibrated, and what its answers cost": (
+        TrainJob,
+        JOB
+        | {
+            "task": {
+                "kind": "classification",
+                "labels": ["good", "bad"],
+                "calibration": {"kind": "temperature", "temperature": 1.5},
+                "decision": {"costs": {"bad": {"good": 20}, "good": {"bad": 1.5}}, "threshold": 0.1},
+            }
+        },
+    ),
     **{
         f"task: {task}": (TrainJob, JOB | {"task": task, "data": {"train": "a.json", "columns": columns}})
         for task, columns in (
