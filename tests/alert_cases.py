@@ -111,6 +111,18 @@ CASES = [
          quiet=(15, 60), fires=(40,)),
     case("ColdStartsSlow", {'ray_serve_replica_startup_latency_ms_sum{application="m", deployment="m"}': "0x10 200000x100",
                             'ray_serve_replica_startup_latency_ms_count{application="m", deployment="m"}': "0x10 1x100"}, quiet=(8, 60), fires=(20,)),
+    case("BudgetNearlySpent", training(budget_used="0.5x20 0.9x20 0.3x60"), quiet=(15, 60), fires=(30,)),
+    case("BudgetSpent", training(budget_used="0.5x20 1.1x20 0.3x60"), quiet=(15, 60), fires=(30,), also={"BudgetNearlySpent"}),
+    # It would expire at minute 10,100, a week after minute 20; another is made, and the first one revoked. One replica still has the old file.
+    case("KeyExpiring", {'ray_danlu_serve_key_expiry_timestamp_seconds{model="m", replica="1"}': "606000x60 6000000x60",
+                         'ray_danlu_serve_key_expiry_timestamp_seconds{model="m", replica="2"}': "606000x40 6000000x80"}, quiet=(15, 70), fires=(25, 50)),
+    # No key ever expires.
+    Case("KeyExpiring", {'ray_danlu_serve_key_expiry_timestamp_seconds{model="m"}': "0x60"}, {30: set()}),
+    case("KeyStoreDown", {'ray_danlu_serve_keys_unreadable{model="m", replica="1"}': "0x60",
+                          'ray_danlu_serve_keys_unreadable{model="m", replica="2"}': "0x10 1x20 0x30"}, quiet=(12, 40), fires=(25,)),
+    # Two weeks are 20,160 minutes: left at minute 20. Renewed at minute 140.
+    case("CertificateExpiring", {'certmanager_certificate_expiration_timestamp_seconds{name="api", namespace="n"}': "1210800x140 7776000x60"},
+         quiet=(15, 70, 160), fires=(100,)),
     case("TargetDown", {'up{job="ray", instance="10.0.0.1:1"}': "1x10 0x20 1x60"}, quiet=(12, 40), fires=(25,)),
     Case("RayMetricsMissing", {"ray_node_cpu_utilization": "20x20 _x40 20x60"}, {15: set(), 45: {"RayMetricsMissing"}, 80: set()}),
     case("NodeDiskFull", {'ray_node_disk_utilization_percentage{ip="10.0.0.1"}': "50x10 95x30 50x60"}, quiet=(15, 50), fires=(30,)),

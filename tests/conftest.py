@@ -266,3 +266,39 @@ def ray_local() -> Iterator[object]:
     context = ray.init(address="local", num_cpus=4, include_dashboard=True, dashboard_port=0, log_to_driver=False)
     yield context
     ray.shutdown()
+
+
+@pytest.fixture
+def spans() -> Iterator[Callable[[], dict[str, list[Any]]]]:
+    """Traces are on; a call gives what was made so far, by name, as OpenTelemetry's SDK exports it."""
+    from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+
+    from danlu import traces
+
+    memory = InMemorySpanExporter()
+
+    def found() -> dict[str, list[Any]]:
+        traces.flush()
+        by_name: dict[str, list[Any]] = {}
+        for span in memory.get_finished_spans():
+            by_name.setdefault(span.name, []).append(span)
+        return by_name
+
+    traces.begin("tests", exporter=memory)
+    yield found
+    traces.end()
+
+
+@pytest.fixture
+def log_lines(capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[[], list[dict[str, Any]]]]:
+    """Log lines are JSON, as in a replica; a call gives those written since the last one."""
+    import logging
+
+    from danlu import logs
+
+    logs.begin("json", service="tests")
+    yield lambda: [json.loads(line) for line in capsys.readouterr().err.splitlines() if line.startswith("{")]
+    logger = logging.getLogger("danlu")
+    logger.handlers.clear()
+    logger.propagate = True
+    logger.setLevel(logging.NOTSET)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from danlu import __version__, cli_cluster, terminal
+from danlu import __version__, cli_cluster, logs, terminal, traces
 from danlu.errors import DanluError
 
 app = typer.Typer(
@@ -345,8 +346,11 @@ def main() -> None:
     code = 0
     with terminal.no_process_left():
         try:
-            # Typer makes Ctrl-C an exit code, and returns it.
-            code = app(standalone_mode=False) or 0
+            logs.begin("text", level=logging.WARNING)
+            traces.begin("danlu")
+            with traces.span(" ".join(["danlu", *sys.argv[1:2]]), carrier=traces.from_environment()):
+                # Typer makes Ctrl-C an exit code, and returns it.
+                code = app(standalone_mode=False) or 0
             if code == INTERRUPTED:
                 typer.echo("\nstopped", err=True)
         except DanluError as error:
@@ -360,6 +364,7 @@ def main() -> None:
         except typer._click.exceptions.ClickException as error:
             error.show()
             code = error.exit_code
+        traces.end()
     sys.exit(code)
 
 

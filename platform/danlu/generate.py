@@ -28,6 +28,7 @@ def derived() -> Mapping[str, str]:
         "k8s/schemas/train.schema.json": _json(schema(TrainJob)),
         "k8s/schemas/service.schema.json": _json(schema(Service)),
         "ops/METRICS.md": _metrics_page(),
+        "ops/SLO.md": rules.slo_page(),
         **{path: rules.rule_file() for path in RULE_FILES},
         "ops/prometheus/prometheus.yaml": rules.prometheus_config(
             targets={"file_sd_configs": [{"files": [rules.RAY_TARGETS]}]}, rules=["rules/*.yaml"], alertmanager="127.0.0.1:9093"

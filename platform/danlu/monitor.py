@@ -29,6 +29,11 @@ class Monitor:
     alertmanager: str
     folder: Path
 
+    def alerts(self) -> str:
+        """Prometheus' page of alerts, which Debian's build has among its classic ones."""
+        page = f"{self.prometheus}/alerts"
+        return page if httpx.get(page, timeout=5).status_code == 200 else f"{self.prometheus}/classic/alerts"
+
     def check(self) -> None:
         """ResourceError if Prometheus or Alertmanager does not answer any more."""
         for name, url in (("Prometheus", self.prometheus), ("Alertmanager", self.alertmanager)):

@@ -7,6 +7,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import yaml
+
+from danlu import traces
 from danlu.errors import ClusterError, SpecError
 from danlu.k8s.manifests import render
 from danlu.k8s.pods import KIND, NAME, Object
@@ -50,8 +53,12 @@ def submit(kube: Kube, job: TrainJob, *, dry_run: bool = False) -> None:
     from danlu.k8s import client
 
     check_reachable(job)
+    order = ray_job(job)
+    if trace := traces.to_environment(traces.carrier()):
+        # The trace goes on in the job's driver, which Ray starts with this environment.
+        order["spec"]["runtimeEnvYAML"] = yaml.safe_dump({"env_vars": trace})
     try:
-        made = client.create(kube, ray_job(job), dry_run=dry_run)
+        made = client.create(kube, order, dry_run=dry_run)
     except client.Refused as refused:
         if refused.reason != "AlreadyExists":
             raise

@@ -9,6 +9,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from danlu import logs, traces
 from danlu.artifact.bundle import Bundle, canonical_json, text_digest, write_bundle
 from danlu.artifact.runs import SPEC, RunFolder, latest_run, open_run
 from danlu.artifact.store import Store, ensure_writable
@@ -58,13 +59,14 @@ def prepare(job: TrainJob, *, calibrate: bool = True) -> Prepared:
     from danlu.tasks.task import read_splits
     from danlu.tasks.tokenizer import load_tokenizer
 
-    folder = start_folder(job.model, job.data, job.task, seed=job.seed)
-    tokenizer = load_tokenizer(folder)
-    splits = read_splits(job, tokenizer, max_length=job.model.max_length)
-    lengths = splits.train.encoded.lengths
-    plan = make_plan(
-        job, folder, num_rows=len(lengths), mean_tokens=float(lengths.mean()), num_labels=len(splits.label_names), calibrate=calibrate
-    )
+    with traces.span("plan", {"danlu.train_job": job.name}):
+        folder = start_folder(job.model, job.data, job.task, seed=job.seed)
+        tokenizer = load_tokenizer(folder)
+        splits = read_splits(job, tokenizer, max_length=job.model.max_length)
+        lengths = splits.train.encoded.lengths
+        plan = make_plan(
+            job, folder, num_rows=len(lengths), mean_tokens=float(lengths.mean()), num_labels=len(splits.label_names), calibrate=calibrate
+        )
     return Prepared(job, folder, splits, plan)
 
 
@@ -111,26 +113,32 @@ def train(
     from danlu.train.run import record_to_dict
 
     prepared = prepared or prepare(job)
-    digest = text_digest(canonical_json(job.model_dump(mode="json", exclude={"compress", "serve", "max_failures", "trackers", "cluster"})))
+    digest = text_digest(
+        canonical_json(job.model_dump(mode="json", exclude={"compress", "serve", "max_failures", "trackers", "budget_usd", "cluster"}))
+    )
     run = open_run(absolute(job.storage), job.name, digest, fresh=fresh)
 
     def listen(record: Record) -> None:
         run.record(record_to_dict(record))
-        track(record_to_dict(record))
+        track.record(record_to_dict(record))
         if listener is not None:
             listener(record)
 
     run.write(SPEC, dump(job))
     run.set_status("running", spec_digest=digest)
+    ids = {"train_job": job.name, "run": f"{run.number:04d}"}
     try:
-        with tracked(job, run) as track:
+        with logs.naming(**ids), traces.span("train", {f"danlu.{name}": value for name, value in ids.items()}), tracked(job, run) as track:
             outcome = _fit(_portable(job), run.uri, prepared, listen)
-        trained = _scored(prepared, run, outcome, digest)
+            trained = _scored(prepared, run, outcome, digest)
+            scores = {split: evaluation.scores.metrics() for split, evaluation in trained.evaluations.items()}
+            meta = trained.bundle.meta
+            made = {"bundle": trained.reference, "digest": meta.digest, "scores": scores}
+            track.made({**made, "lineage": meta.lineage.model_dump(mode="json", exclude={"spec"})})
     except BaseException as error:
         reason = str(error) if isinstance(error, DanluError) else repr(error)
         run.set_status("failed", spec_digest=digest, reason=reason or type(error).__name__)
         raise
-    scores = {split: evaluation.scores.metrics() for split, evaluation in trained.evaluations.items()}
     run.set_status("finished", spec_digest=digest, bundle=trained.reference, scores=scores, outcome=outcome)
     return trained
 
@@ -256,7 +264,7 @@ def _fit(job: TrainJob, run_uri: str, prepared: Prepared, listener: Callable[[Re
         from danlu.train.run import LocalRun
         from danlu.train.worker import work
 
-        with _metered(job, listener) as heard:
+        with _metered(job, run_uri, listener) as heard:
             return asdict(work(job, LocalRun(pick_device(job.workers.gpus_per_worker), heard), run_uri, prepared.splits))
     from danlu.local_ray import start_ray
     from danlu.train import driver
@@ -266,7 +274,7 @@ def _fit(job: TrainJob, run_uri: str, prepared: Prepared, listener: Callable[[Re
 
 
 @contextmanager
-def _metered(job: TrainJob, listener: Callable[[Record], None]) -> Iterator[Callable[[Record], None]]:
+def _metered(job: TrainJob, run_uri: str, listener: Callable[[Record], None]) -> Iterator[Callable[[Record], None]]:
     """The listener, and the job's metrics where this process is connected to a Ray that shows them."""
     import sys
 
@@ -276,8 +284,9 @@ def _metered(job: TrainJob, listener: Callable[[Record], None]) -> Iterator[Call
         return
     from danlu.metrics import emit
     from danlu.train.run import record_to_dict
+    from danlu.train.seen import budget_of
 
-    with emit.training(job.name) as meter:
+    with emit.training(job.name, budget_of(job, run_uri)) as meter:
 
         def heard(record: Record) -> None:
             meter(record_to_dict(record))

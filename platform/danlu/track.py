@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import json
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -18,6 +19,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from danlu.artifact.runs import RunFolder
 from danlu.errors import SpecError
+from danlu.spec.files import dump
 from danlu.spec.train import TrainJob
 
 log = logging.getLogger(__name__)
@@ -30,6 +32,10 @@ class Tracker(Protocol):
 
     def log(self, step: int, numbers: Mapping[str, float]) -> None:
         """Numbers of a step."""
+        ...
+
+    def made(self, result: Mapping[str, Any]) -> None:
+        """What came of it (see `Tracking.made`), and the spec beside it."""
         ...
 
     def close(self) -> None:
@@ -67,31 +73,50 @@ def chosen(job: TrainJob) -> list[str]:
     return list(job.trackers)
 
 
-@contextlib.contextmanager
-def tracked(job: TrainJob, run: RunFolder) -> Iterator[Callable[[Mapping[str, Any]], None]]:
-    """Yields what takes each record of the run."""
-    trackers: dict[str, Tracker] = {}
+class Tracking:
+    """The trackers of a run, of which one that breaks is left out."""
 
-    def safely(name: str, do: Callable[[], None]) -> None:
+    def __init__(self, job: TrainJob, run: RunFolder) -> None:
+        self.trackers: dict[str, Tracker] = {}
+        for name in chosen(job):
+            self._safely(name, lambda name=name: self.trackers.update({name: _open(name, job, run)}))  # type: ignore[misc]
+
+    def record(self, record: Mapping[str, Any]) -> None:
+        """Draw the numbers of a record of the run."""
+        if found := numbers(record):
+            self._each(lambda tracker: tracker.log(record["step"], found))
+
+    def made(self, result: Mapping[str, Any]) -> None:
+        """Keep what came of it: the bundle, its scores and its lineage, as JSON has them."""
+        self._each(lambda tracker: tracker.made(result))
+
+    def close(self) -> None:
+        """Write what is left."""
+        self._each(lambda tracker: tracker.close())
+
+    def _each(self, do: Callable[[Tracker], None]) -> None:
+        for name, tracker in list(self.trackers.items()):
+            self._safely(name, lambda tracker=tracker: do(tracker))  # type: ignore[misc]
+
+    def _safely(self, name: str, do: Callable[[], None]) -> None:
         try:
             do()
         except Exception as error:  # noqa: BLE001  # whatever it is: a curve is not worth a run
-            trackers.pop(name, None)
+            broken = self.trackers.pop(name, None)
+            if broken is not None:
+                with contextlib.suppress(Exception):  # what it had taken so far need not be lost
+                    broken.close()
             log.warning("%s is left out from here on: %s: %s", name, type(error).__name__, error)
 
-    for name in chosen(job):
-        safely(name, lambda name=name: trackers.update({name: _open(name, job, run)}))  # type: ignore[misc]
 
-    def take(record: Mapping[str, Any]) -> None:
-        if found := numbers(record):
-            for name, tracker in list(trackers.items()):
-                safely(name, lambda tracker=tracker: tracker.log(record["step"], found))  # type: ignore[misc]
-
+@contextlib.contextmanager
+def tracked(job: TrainJob, run: RunFolder) -> Iterator[Tracking]:
+    """The run's trackers, open while the block runs."""
+    tracking = Tracking(job, run)
     try:
-        yield take
+        yield tracking
     finally:
-        for name, tracker in list(trackers.items()):
-            safely(name, tracker.close)
+        tracking.close()
 
 
 def _installed(name: str) -> bool:
@@ -102,7 +127,7 @@ def _open(name: str, job: TrainJob, run: RunFolder) -> Tracker:
     folder = Path(url_to_fs(run.uri)[1])
     match name:
         case "tensorboard":
-            return _TensorBoard(folder)
+            return _TensorBoard(job, folder)
         case "wandb":
             return _Wandb(job, run, folder)
         case "mlflow":
@@ -113,14 +138,18 @@ def _open(name: str, job: TrainJob, run: RunFolder) -> Tracker:
 class _TensorBoard:
     """`tensorboard --logdir runs` shows all runs."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, job: TrainJob, folder: Path) -> None:
         from tensorboardX import SummaryWriter
 
         self.writer = SummaryWriter(str(folder / "tensorboard"))
+        self.writer.add_text("spec", _indented(dump(job)))
 
     def log(self, step: int, numbers: Mapping[str, float]) -> None:
         for name, value in numbers.items():
             self.writer.add_scalar(name, value, step)
+
+    def made(self, result: Mapping[str, Any]) -> None:
+        self.writer.add_text("result", _indented(json.dumps(result, ensure_ascii=False, indent=1)))
 
     def close(self) -> None:
         self.writer.close()
@@ -132,6 +161,7 @@ class _Wandb:
     def __init__(self, job: TrainJob, run: RunFolder, folder: Path) -> None:
         import wandb
 
+        self.job = job
         folder.mkdir(parents=True, exist_ok=True)
         self.run = wandb.init(
             project="danlu",
@@ -146,6 +176,16 @@ class _Wandb:
         # W&B drops a step that went back, as a resumed run does: the step is a number of its own besides.
         self.run.log({**numbers, "step": step})
 
+    def made(self, result: Mapping[str, Any]) -> None:
+        import wandb
+
+        self.run.summary.update(_flat(result))
+        artifact = wandb.Artifact(f"{self.job.name}-{self.run.id}", type="result", metadata=dict(result))
+        for name, text in _files(self.job, result).items():
+            with artifact.new_file(name) as file:
+                file.write(text)
+        self.run.log_artifact(artifact)
+
     def close(self) -> None:
         self.run.finish()
 
@@ -156,18 +196,47 @@ class _MLflow:
     def __init__(self, job: TrainJob, run: RunFolder, folder: Path) -> None:
         from mlflow import MlflowClient
 
+        self.job = job
         folder.mkdir(parents=True, exist_ok=True)
         self.client = MlflowClient(os.environ.get("MLFLOW_TRACKING_URI", f"sqlite:///{folder / 'mlflow.db'}"))
         found = self.client.get_experiment_by_name(job.name)
-        experiment = self.client.create_experiment(job.name) if found is None else found.experiment_id
+        if found is None:
+            # A server has a place of its own for files; else MLflow would put them where the process happens to stand.
+            place = None if "MLFLOW_TRACKING_URI" in os.environ else (folder / "mlflow").resolve().as_uri()
+            experiment = self.client.create_experiment(job.name, artifact_location=place)
+        else:
+            experiment = found.experiment_id
         self.id = self.client.create_run(experiment, run_name=f"{job.name}-{run.number}").info.run_id
-        self.client.log_param(self.id, "model", job.model.model_name_or_path)
-        self.client.log_param(self.id, "tuning", job.tuning.kind)
-        self.client.log_param(self.id, "learning_rate", job.optim.learning_rate)
+        for name, value in _flat(job.model_dump(mode="json", exclude_none=True)).items():
+            self.client.log_param(self.id, name, value)
 
     def log(self, step: int, numbers: Mapping[str, float]) -> None:
         for name, value in numbers.items():
             self.client.log_metric(self.id, name, value, step=step)
 
+    def made(self, result: Mapping[str, Any]) -> None:
+        for name, value in _flat({**result, "lineage": {}}).items():
+            self.client.set_tag(self.id, name, value)
+        for name, text in _files(self.job, result).items():
+            self.client.log_text(self.id, text, name)
+
     def close(self) -> None:
         self.client.set_terminated(self.id)
+
+
+def _flat(fields: Mapping[str, Any], before: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}."""
+    found: dict[str, Any] = {}
+    for name, value in fields.items():
+        found |= _flat(value, f"{before}{name}.") if isinstance(value, Mapping) else {f"{before}{name}": value}
+    return found
+
+
+def _files(job: TrainJob, result: Mapping[str, Any]) -> dict[str, str]:
+    """What is kept with a run."""
+    return {"spec.yaml": dump(job), "result.json": json.dumps(result, ensure_ascii=False, indent=1)}
+
+
+def _indented(text: str) -> str:
+    """As TensorBoard's Markdown shows a text with its line breaks."""
+    return "".join(f"    {line}\n" for line in text.splitlines())

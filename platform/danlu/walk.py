@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from danlu import sdk
+from danlu import sdk, traces
 from danlu.errors import DataError, SpecError
 from danlu.spec.base import Spec
 from danlu.spec.files import load, parse, read, which
@@ -177,7 +177,8 @@ def submit(spec: Path, overrides: Sequence[str], *, dry_run: bool, context: str 
     if dry_run:
         _show_taken(kube.context, remote.dry_run(kube, job))
         return
-    remote.submit(kube, job)
+    with traces.span("submit", {"danlu.train_job": job.name}, kind="client"):
+        remote.submit(kube, job)
     show(f"{job.name} is submitted to {kube.context}, namespace {kube.namespace}")
     show(f"  danlu jobs logs -f {job.name}    follows it; show, wait, cancel, resume, delete are there too")
 
@@ -267,7 +268,7 @@ def monitor(*, port: int, alert_port: int, webhook: str | None) -> None:
     from danlu.monitor import monitoring
 
     with monitoring(port=port, alert_port=alert_port, page=webhook, tell=webhook) as running:
-        show(f"  Prometheus    {running.prometheus}/alerts")
+        show(f"  Prometheus    {running.alerts()}")
         show(f"  Alertmanager  {running.alertmanager}")
         show("  it follows the Ray that was started last on this machine; Ctrl-C stops both")
         while True:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -71,6 +72,21 @@ def processes_named() -> Callable[[str], list[psutil.Process]]:
         return sorted(found, key=lambda process: process.create_time())
 
     return named
+
+
+@pytest.fixture(scope="session")
+def log_of_ray(ray_local: object) -> Callable[..., list[dict[str, Any]]]:
+    """The JSON lines in the logs of Ray's workers that have these fields, as `ray logs` shows them."""
+    import ray
+
+    folder = Path(ray._private.worker._global_node.get_logs_dir_path())
+
+    def lines(**fields: object) -> list[dict[str, Any]]:
+        texts = [line for path in folder.glob("worker-*.err") for line in path.read_text(errors="replace").splitlines()]
+        found = [json.loads(text) for text in texts if text.startswith('{"time"')]
+        return [line for line in found if fields.items() <= line.items()]
+
+    return lines
 
 
 @dataclass

@@ -10,6 +10,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from danlu.metrics.dashboards import DASHBOARDS
 from danlu.metrics.rules import rule_file
 from danlu.monitor import Monitor, monitoring
 from danlu.serve import app
+from danlu.serve.keys import create_key
 from danlu.spec.serve import Http, Service
 from danlu.spec.train import TrainJob
 from danlu.train import driver
@@ -102,9 +104,13 @@ SPOKEN = {
         catalog.SERVE_PREFIX_HIT,
         catalog.SERVE_ADAPTERS,
         catalog.SERVE_ADAPTER_LOADS,
+        catalog.SERVE_KEY_REQUESTS,
+        catalog.SERVE_KEY_TOKENS,
+        catalog.SERVE_KEY_EXPIRY,
+        catalog.SERVE_KEYS_UNREADABLE,
     )
 }
-"""What only a language model has."""
+"""What only a language model has, or a service with keys."""
 
 
 def ask(stack: Monitor, expression: str) -> list[dict[str, Any]]:
@@ -120,21 +126,32 @@ def filled_in(expression: str) -> str:
     return re.sub(r'"\$\w+"', '".*"', text)
 
 
-def test_every_panel_of_language_models_has_data(stack: Monitor, wait_for: Callable[..., Any]) -> None:
+def test_every_panel_of_language_models_and_of_keys_has_data(stack: Monitor, wait_for: Callable[..., Any], tmp_path: Path) -> None:
     panels = [(panel.title, expr) for page in DASHBOARDS for panel in page.panels for expr, _ in panel.queries if expr.reads & SPOKEN]
     assert len(panels) > 10
     engine = {"kind": "echo_text", "time_per_output_token_ms": 5, "allow_runtime_lora_updating": True}
-    endpoint = app.run(Service.model_validate({"name": "text", "engine": engine, "http": {"port": 0}}))
+    keys = tmp_path / "keys.json"
+    bearer = {"authorization": f"Bearer {create_key(keys, 'ada', lifetime=timedelta(days=3))}"}
+    service = {"name": "text", "engine": engine, "auth": {"keys_file": str(keys)}, "http": {"port": 0}}
+    client = httpx.Client(base_url=app.run(Service.model_validate(service)).url, headers=bearer, timeout=60)
 
     def empty() -> list[str]:
-        httpx.post(f"{endpoint.url}/v1/completions", json={"prompt": "wheat", "max_tokens": 5}, timeout=60).raise_for_status()
-        httpx.post(f"{endpoint.url}/v1/load_lora_adapter", json={"lora_name": "a", "lora_path": "/nosuch"}, timeout=60)
+        client.post("/v1/completions", json={"prompt": "wheat", "max_tokens": 5}).raise_for_status()
+        client.post("/v1/load_lora_adapter", json={"lora_name": "a", "lora_path": "/nosuch"})
         return [f"{title}: {expr.text}" for title, expr in panels if not ask(stack, filled_in(expr.text))]
 
     try:
         wait_for(lambda: "these have no data:\n" + "\n".join(empty()), lambda: not empty(), seconds=90)
         wait_for("the alert", lambda: firing(stack, "AdapterLoadFailed"), seconds=60)
+        wait_for("that the key expires soon", lambda: firing(stack, "KeyExpiring"), seconds=60)
+        whole = keys.read_bytes()
+        keys.write_bytes(b"{")
+        wait_for("that the keys are lost", lambda: firing(stack, "KeyStoreDown"), seconds=90)
+        client.post("/v1/completions", json={"prompt": "wheat", "max_tokens": 5}).raise_for_status()
+        keys.write_bytes(whole)
+        wait_for("that they are there again", lambda: not firing(stack, "KeyStoreDown"), seconds=90)
     finally:
+        client.close()
         app.stop()
 
 
@@ -149,7 +166,9 @@ def test_every_panel_and_rule_has_data_and_a_stopped_worker_is_told_and_untold(
 ) -> None:
     _, heard = webhook
     endpoint = app.run(topics.service("topics@v1").model_copy(update={"http": Http(port=0)}))
-    job = make_job("watched", max_steps=100_000, checkpoint={"save_steps": 200}, evaluation={"eval_steps": 200}, num_train_epochs=1.0)
+    job = make_job(
+        "watched", max_steps=100_000, checkpoint={"save_steps": 200}, evaluation={"eval_steps": 200}, num_train_epochs=1.0, budget_usd=5
+    )
     stop = threading.Event()
     steps: list[int] = []
 
@@ -216,7 +235,42 @@ def test_every_panel_and_rule_has_data_and_a_stopped_worker_is_told_and_untold(
             training.result(120)
             app.stop()
     assert ended, "the job was ended by us"
-    wait_for("that the job failed", lambda: firing(stack, "TrainingFailed"), seconds=60)
+    wait_for("that the job failed, at the webhook", lambda: told(heard, "TrainingFailed", "firing"), seconds=60)
+    assert told(heard, "TrainingFailed", "firing")[0]["labels"]["reason"] == "worker_lost"
+    wait_for("its end at the webhook", lambda: told(heard, "TrainingFailed", "resolved"), seconds=180)
+
+
+def test_a_breached_objective_pages_and_is_over_once_answers_come_again(
+    stack: Monitor, webhook: tuple[str, list[dict[str, Any]]], wait_for: Callable[..., Any]
+) -> None:
+    _, heard = webhook
+
+    def service(latency_ms: int) -> Service:
+        engine = {"kind": "echo", "latency_ms": latency_ms}
+        return Service.model_validate({"name": "slo", "engine": engine, "limits": {"request_timeout_s": 0.2}, "http": {"port": 0}})
+
+    stop = threading.Event()
+    statuses: list[int] = []
+
+    def use(url: str) -> None:
+        with httpx.Client(timeout=60) as client:
+            while not stop.wait(0.1):
+                statuses.append(client.post(f"{url}/v1/classify", json={"input": "a"}).status_code)
+
+    with ThreadPoolExecutor(1) as pool:
+        using = pool.submit(use, app.run(service(5000)).url)  # every answer is too late: 504
+        try:
+            wait_for("the page", lambda: told(heard, "ServingErrorBudgetFast", "firing"), seconds=180)
+            (alert, *_) = told(heard, "ServingErrorBudgetFast", "firing")
+            assert (alert["labels"]["model"], alert["labels"]["severity"]) == ("slo", "critical")
+            assert set(statuses) == {504}
+            app.run(service(0))
+            wait_for("its end", lambda: told(heard, "ServingErrorBudgetFast", "resolved"), seconds=240)
+            assert statuses[-1] == 200
+        finally:
+            stop.set()
+            using.result(60)
+            app.stop()
 
 
 def rule_groups(stack: Monitor) -> list[dict[str, Any]]:

@@ -79,3 +79,15 @@ def test_a_stream_arrives_token_by_token_ends_with_its_client_and_is_metered(
     wait_for("their tokens", lambda: 31 <= total(catalog.SERVE_COMPLETION_TOKENS) < 200)
     wait_for("those of the cache", lambda: cached <= total(catalog.SERVE_CACHED_TOKENS) <= cached + 2)
     wait_for("the refusal", lambda: total(catalog.SERVE_REFUSALS, reason="401") == 1)
+
+
+def test_a_header_leads_to_the_replicas_line(
+    client: openai.OpenAI, wait_for: Callable[..., Any], log_of_ray: Callable[..., list[dict[str, Any]]]
+) -> None:
+    answer = client.chat.completions.with_raw_response.create(model="echo-text", messages=say("xyzzy"))
+    request_id = answer.headers["x-request-id"]
+    (line,) = wait_for("the line", lambda: log_of_ray(request_id=request_id))
+    assert (line["service"], line["key"], line["status"], line["answer_id"]) == ("echo-text", "ada", "200", answer.parse().id)
+    assert line["replica"]
+    assert line["completion_tokens"] == 6
+    assert not [line for line in log_of_ray() if "xyzzy" in str(line)]

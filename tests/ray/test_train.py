@@ -117,13 +117,19 @@ def test_a_killed_worker_restarts_the_job_to_the_losses_of_the_uninterrupted_one
 
 
 def test_without_max_failures_a_killed_worker_is_an_error_that_says_how_to_go_on(
-    long_job: TrainJob, processes_named: Callable[[str], list[psutil.Process]], tmp_path: Path
+    long_job: TrainJob,
+    processes_named: Callable[[str], list[psutil.Process]],
+    log_of_ray: Callable[..., list[dict[str, Any]]],
+    tmp_path: Path,
 ) -> None:
     killer = Killer(processes_named, step=5, number=1)
     with pytest.raises(ResourceError, match="a training worker was lost") as raised:
         driver.fit(long_job, str(tmp_path), killer)
     assert "max_failures" in str(raised.value)
     assert "Traceback" not in str(raised.value)
+    lines = log_of_ray(train_job="long", run=tmp_path.name)
+    assert sorted(line["rank"] for line in lines if line["message"] == "worker starts") == [0, 1]
+    assert [line["rank"] for line in lines if line["message"] in ("training begins", "first step")] == [0, 0]
 
 
 def test_a_users_mistake_in_a_worker_is_raised_as_it_is_and_not_tried_again(make_job: Callable[..., TrainJob], tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -12,6 +14,7 @@ from danlu import sdk
 from danlu.metrics import catalog
 from danlu.metrics.catalog import Metric
 from danlu.serve import app
+from danlu.serve.keys import create_key
 from danlu.spec.serve import Http, Service
 from danlu.spec.train import TrainJob
 from danlu.train.run import Record
@@ -30,12 +33,12 @@ def missing(layer: str, seen: set[str]) -> set[str]:
 
 
 def test_a_training_and_a_serving_run_show_every_metric_of_the_catalogue_and_no_other(
-    make_job: Callable[..., TrainJob], topics: TrainJob, metrics_port: Any, wait_for: Callable[..., Any]
+    make_job: Callable[..., TrainJob], topics: TrainJob, metrics_port: Any, wait_for: Callable[..., Any], tmp_path: Path
 ) -> None:
     metrics_port.samples()
     # After the other files of this folder all of it has been there already; alone, this test runs what is missing.
     if missing("train", metrics_port.seen):
-        job = make_job("seen", workers={"num_workers": 1}, precision="fp16", max_steps=12, checkpoint={"save_steps": 4})
+        job = make_job("seen", workers={"num_workers": 1}, precision="fp16", budget_usd=5, max_steps=12, checkpoint={"save_steps": 4})
         prepared = sdk.prepare(job, calibrate=False)
 
         def interrupt(record: Record) -> None:
@@ -52,9 +55,12 @@ def test_a_training_and_a_serving_run_show_every_metric_of_the_catalogue_and_no_
         metrics_port.samples()
         wait_for("the batches", lambda: f"{catalog.SERVE_BATCH_ROWS.exported}_sum" in metrics_port.samples())
         app.stop()
-        endpoint = app.run(Service.model_validate({"name": "text", "engine": {"kind": "echo_text"}, "http": {"port": 0}}))
+        key = create_key(tmp_path / "keys.json", "ada", lifetime=timedelta(days=3))
+        fields = {"name": "text", "engine": {"kind": "echo_text"}, "http": {"port": 0}, "auth": {"keys_file": str(tmp_path / "keys.json")}}
+        endpoint = app.run(Service.model_validate(fields))
         for _ in range(2):  # the second finds the first one's prompt in the cache
-            assert httpx.post(f"{endpoint.url}/v1/completions", json={"prompt": "wheat"}, timeout=60).status_code == 200
+            bearer = {"authorization": f"Bearer {key}"}
+            assert httpx.post(f"{endpoint.url}/v1/completions", json={"prompt": "wheat"}, headers=bearer, timeout=60).status_code == 200
     try:
         for layer in ("train", "serve"):
             wait_for(

@@ -37,6 +37,7 @@ def test_it_loads_the_rules_finds_targets_and_leaves_nothing(tmp_path: Path) -> 
     before = descendants()
     with monitoring(targets=str(targets), port=0, alert_port=0, interval="1s") as running:
         running.check()
+        assert "TrainingStalled" in httpx.get(running.alerts()).text
         rules = httpx.get(f"{running.prometheus}/api/v1/rules").json()["data"]["groups"]
         assert {rule["name"] for group in rules for rule in group["rules"] if rule["type"] == "alerting"} == {
             alert.name for alert in ALERTS

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import struct
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import pytest
 from danlu import track
 from danlu.artifact.runs import RunFolder
 from danlu.errors import SpecError
+from danlu.spec.files import load
 from danlu.spec.train import TrainJob
 
 RECORDS: list[dict[str, Any]] = [
@@ -22,6 +25,12 @@ RECORDS: list[dict[str, Any]] = [
     {"kind": "eval", "step": 3, "metrics": {"accuracy": 0.75, "loss": 0.5}},
     {"kind": "event", "step": 3, "event": "checkpoint"},
 ]  # fmt: skip
+RESULT = {
+    "bundle": "seen@v1",
+    "digest": "sha256:1",
+    "scores": {"test": {"accuracy": 0.7}},
+    "lineage": {"data_digests": {"train": "sha256:2"}},
+}
 EXPECTED = {("train/loss", 1): 1.0, ("train/loss", 3): 1 / 3, ("train/grad_norm", 2): 2.0, ("dev/accuracy", 3): 0.75}
 
 
@@ -33,9 +42,10 @@ def job(folder: Path, **fields: Any) -> TrainJob:
 
 def run_of(folder: Path, *names: str) -> RunFolder:
     run = RunFolder(f"{folder}/runs/seen/0001", 1)
-    with track.tracked(job(folder, trackers=list(names)), run) as take:
+    with track.tracked(job(folder, trackers=list(names)), run) as tracking:
         for record in RECORDS:
-            take(record)
+            tracking.record(record)
+        tracking.made(RESULT)
     return run
 
 
@@ -58,7 +68,11 @@ def test_tensorboard_shows_the_records_numbers(tmp_path: Path) -> None:
     run_of(tmp_path, "tensorboard")
     shown = scalars(tmp_path / "runs/seen/0001/tensorboard")
     assert {key: shown[key] for key in EXPECTED} == pytest.approx(EXPECTED)
-    assert len(shown) == 3 * 6 + 2
+    assert len(shown) == 3 * 6 + 2 + 2
+    (file,) = (tmp_path / "runs/seen/0001/tensorboard").glob("events.out.tfevents.*")
+    raw = file.read_bytes()
+    assert b"model_name_or_path: m" in raw
+    assert b'"bundle": "seen@v1"' in raw
 
 
 def test_mlflow_shows_the_same_numbers_under_the_same_names(tmp_path: Path) -> None:
@@ -69,21 +83,31 @@ def test_mlflow_shows_the_same_numbers_under_the_same_names(tmp_path: Path) -> N
     shown = {(name, point.step): point.value for name in found.data.metrics for point in client.get_metric_history(found.info.run_id, name)}
     assert {key: shown[key] for key in EXPECTED} == pytest.approx(EXPECTED)
     assert found.info.status == "FINISHED"
+    assert found.data.params["model.model_name_or_path"] == "m"
+    assert (found.data.params["optim.optimizer.kind"], found.data.params["seed"]) == ("adamw", "17")
+    assert (found.data.tags["bundle"], found.data.tags["scores.test.accuracy"]) == ("seen@v1", "0.7")
+    kept = tmp_path / "runs/seen/0001/mlflow" / found.info.run_id / "artifacts"
+    assert json.loads((kept / "result.json").read_text()) == RESULT
+    assert load(TrainJob, kept / "spec.yaml").name == "seen"
 
 
 def test_wandb_writes_offline(tmp_path: Path) -> None:
     pytest.importorskip("wandb", reason="an extra: pip install danlu[wandb]")
     run_of(tmp_path, "wandb")
     (file,) = (tmp_path / "runs/seen/0001/wandb").glob("offline-run-*/run-*.wandb")
-    assert b"train/loss" in file.read_bytes()
+    expected = {b"train/loss", b"seen@v1", b"scores.test.accuracy", b"spec.yaml"}
+    deadline = time.monotonic() + 30
+    while missing := {text for text in expected if text not in file.read_bytes()}:
+        assert time.monotonic() < deadline, missing  # W&B's own process writes it
+        time.sleep(0.05)
 
 
 def test_a_tracker_that_breaks_is_left_out_and_the_run_goes_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     run = RunFolder(f"{tmp_path}/runs/seen/0001", 1)
     (tmp_path / "runs/seen/0001").mkdir(parents=True)
     (tmp_path / "runs/seen/0001/tensorboard").write_text("a file where TensorBoard wants a folder")
-    with caplog.at_level(logging.WARNING), track.tracked(job(tmp_path, trackers=["tensorboard"]), run) as take:
-        take(RECORDS[0])
+    with caplog.at_level(logging.WARNING), track.tracked(job(tmp_path, trackers=["tensorboard"]), run) as tracking:
+        tracking.record(RECORDS[0])
     assert "tensorboard is left out" in caplog.text
 
 

@@ -77,10 +77,14 @@ class RunFolder:
     def records(self) -> list[dict[str, Any]]:
         """All records in order. A resumed run repeats steps; the later record of a step stands."""
         kept: dict[tuple[str, object], dict[str, Any]] = {}
-        for values in _json_lines(self.read(RECORDS) or ""):
+        for values in self.written():
             key = (values["kind"], values["step"] if values["kind"] in ("step", "eval") else len(kept))
             kept[key] = values
         return sorted(kept.values(), key=lambda values: (values["step"], values["time"]))
+
+    def written(self) -> list[dict[str, Any]]:
+        """All records as they were written: steps that a resumed run repeated stand there again."""
+        return list(_json_lines(self.read(RECORDS) or ""))
 
     def set_status(self, state: str, **details: Any) -> None:
         """`running`, `finished` or `failed`, with what there is to say."""

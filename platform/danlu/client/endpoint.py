@@ -9,6 +9,7 @@ from typing import Any
 
 import httpx
 
+from danlu import traces
 from danlu.errors import RequestError, ResourceError
 
 BASE_URL, API_KEY = "OPENAI_BASE_URL", "OPENAI_API_KEY"
@@ -23,9 +24,9 @@ def base_url(given: str | None) -> str:
 
 
 def headers() -> dict[str, str]:
-    """With the key of the environment, if there is one: on a command line everybody on the machine could read it."""
+    """The trace that goes on there, and the environment's key, if it has one: on a command line everybody could read it."""
     key = os.environ.get("DANLU_API_KEY") or os.environ.get(API_KEY)
-    return {"authorization": f"Bearer {key}"} if key else {}
+    return {**traces.carrier(), **({"authorization": f"Bearer {key}"} if key else {})}
 
 
 def only_model(client: httpx.Client) -> str:

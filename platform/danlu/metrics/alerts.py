@@ -1,7 +1,4 @@
-"""What somebody should hear of: recording rules and alerts, each declared once. Rule files and runbooks are made from this.
-
-Not here, because nothing counts them yet: an expiring key, budget or certificate.
-"""
+"""What somebody should hear of: recording rules and alerts, each declared once. Rule files and runbooks are made from this."""
 
 from __future__ import annotations
 
@@ -98,7 +95,7 @@ def _while_training(expr: Expr) -> Expr:
     return expr & _job(select(c.TRAIN_RUNNING)).equals(1)
 
 
-_RUN, _FLEET, _SERVING, _CLUSTER = "danlu-training-run", "danlu-training-fleet", "danlu-serving", "danlu-cluster"
+_RUN, _FLEET, _SERVING, _CLUSTER, _COST = "danlu-training-run", "danlu-training-fleet", "danlu-serving", "danlu-cluster", "danlu-cost"
 _TOP = "`danlu top` lists jobs with their last step and speed."
 _WORKER_LOGS = "Look into the workers: `ray list actors --filter state=ALIVE`, then `ray logs actor --id ACTOR_ID`."
 _POD_LOGS = "On Kubernetes: `kubectl get pods -l ray.io/node-type=worker`, then `kubectl logs POD`."
@@ -180,6 +177,23 @@ ALERTS: tuple[Alert, ...] = (
         "Most of the paid time goes into start-up, restarts, evaluation, checkpoints or stalls.",
         ("See which in `Where the time went`.", "evaluation: `--set evaluation.eval_steps=...`, checkpoint: `--set checkpoint.save_steps=...`.",
          "restart, replay: mend the cause, or save more often.", "See what is asked: `danlu plan SPEC`."), _RUN,
+    ),
+    Alert(
+        "BudgetNearlySpent", "train", "warning",
+        _job(select(c.TRAIN_BUDGET_USED)) > 0.8, "0m",
+        "{{ $labels.train_job }} has cost four fifths of its budget",
+        "Of the job's `budget_usd` 80 % are spent, by the prices of platform/danlu/metrics/prices.py, attempts that failed included. Nothing is "
+        "stopped.",
+        ("Is the rest enough? `Time left` against `USD an hour`.", "Where it went: `Where the time went`; `danlu plan SPEC` says what was expected.",
+         "More: `danlu train SPEC --set budget_usd=500` goes on with the same run."), _COST,
+    ),
+    Alert(
+        "BudgetSpent", "train", "critical",
+        _job(select(c.TRAIN_BUDGET_USED)) > 1, "0m",
+        "{{ $labels.train_job }} has cost more than its budget",
+        "The job's `budget_usd` is spent, and it trains on: whether to stop it is for whoever pays to say.",
+        ("Stop it: Ctrl-C, or `kubectl delete rayjob NAME`. The last checkpoint is kept.",
+         "Go on with it: `danlu train SPEC --set budget_usd=500`."), _COST,
     ),
     Alert(
         "WorkersNotScheduled", "train", "warning",
@@ -319,6 +333,30 @@ ALERTS: tuple[Alert, ...] = (
         "A burst waits as long as this for a new replica.",
         ("Is the image or the model downloaded anew on each node? Cache it.", "Keep one warm: `--set autoscaling.min_replicas=1`.",
          "`ray status`"), _SERVING,
+    ),
+    Alert(
+        "KeyExpiring", "serve", "warning",
+        aggregate("min", select(c.SERVE_KEY_EXPIRY) > 0, ["model"]) - now() < 7 * 86_400, "0m",
+        "A key to {{ $labels.model }} expires within a week",
+        "From then on whoever uses it gets 401. It ends when the key is revoked, when its time is over, and when a file without it is read.",
+        ("Which? `danlu keys list` shows names and times.", "Give its holder a new one: `danlu keys create NAME --expires 90d`.",
+         "Take the old one back once it is not used any more: `danlu keys revoke NAME`."), _SERVING,
+    ),
+    Alert(
+        "KeyStoreDown", "serve", "critical",
+        aggregate("max", select(c.SERVE_KEYS_UNREADABLE), ["model"]).equals(1), "5m",
+        "Replicas of {{ $labels.model }} cannot read the file of keys",
+        "The keys read before go on counting: nobody is shut out, but a key that was revoked still opens, and a replica that starts now fails.",
+        ("The replica's log names the file and why: `ray list actors --filter class_name=ServeReplica`, then `ray logs actor --id ACTOR_ID`.",
+         "On Kubernetes: `kubectl get secret NAME`, `kubectl describe pod POD` (a secret that is not mounted).",
+         "A broken file: `danlu keys list` says what is wrong with it."), _SERVING,
+    ),
+    Alert(
+        "CertificateExpiring", "cluster", "warning",
+        aggregate("min", select(f.CERTIFICATE_EXPIRY), ["name"]) - now() < 14 * 86_400, "1h",
+        "The certificate {{ $labels.name }} expires within two weeks",
+        "cert-manager renews one a month before: that it has not says that renewing fails. Once it is over, clients refuse to connect.",
+        ("`kubectl describe certificate NAME`, `kubectl get challenges`.", "The issuer: `kubectl describe issuer NAME`."), _CLUSTER,
     ),
     Alert(
         "TargetDown", "cluster", "critical",

@@ -155,6 +155,11 @@ TRAIN_STRAGGLING = Metric(
 TRAIN_COST = Metric(
     "danlu_train_cost", "counter", "USD", "Device seconds held times their price (metrics/prices.py).", "train", ("train_job",)
 )
+TRAIN_BUDGET = Metric("danlu_train_budget", "gauge", "USD", "What the job may cost (budget_usd).", "train", ("train_job",))
+TRAIN_BUDGET_USED = Metric(
+    "danlu_train_budget_used", "gauge", "ratio", "Share of budget_usd that the run has cost, all its attempts together.", "train",
+    ("train_job",),
+)  # fmt: skip
 TRAIN_DEVICE_SECONDS = Metric(
     "danlu_train_device_seconds", "counter", "s", "GPU-seconds held, or CPU-core-seconds.", "train", ("train_job", "device")
 )
@@ -164,7 +169,13 @@ SERVE_SECONDS = Metric(
     "danlu_serve_request_seconds", "histogram", "s", "From the request's arrival to its answer.", "serve", ("model", "route"), SECONDS
 )
 SERVE_QUEUE_SECONDS = Metric(
-    "danlu_serve_queue_seconds", "histogram", "s", "How long a text waited for its batch.", "serve", ("model",), SECONDS
+    "danlu_serve_queue_seconds",
+    "histogram",
+    "s",
+    "Wait of a text for its batch, of a prompt for a place in the cache.",
+    "serve",
+    ("model",),
+    SECONDS,
 )
 SERVE_BATCH_ROWS = Metric("danlu_serve_batch_rows", "histogram", "rows", "Texts in one forward.", "serve", ("model",), SIZES)
 SERVE_BATCH_SECONDS = Metric("danlu_serve_batch_seconds", "histogram", "s", "Time of one forward.", "serve", ("model",), SECONDS)
@@ -172,6 +183,25 @@ SERVE_INPUTS = Metric("danlu_serve_inputs", "counter", "texts", "Texts answered.
 SERVE_TOKENS = Metric("danlu_serve_tokens", "counter", "tokens", "Tokens of the texts answered, after cutting.", "serve", ("model",))
 SERVE_REFUSALS = Metric("danlu_serve_refusals", "counter", "requests", "Requests refused, by reason.", "serve", ("model", "reason"))
 SERVE_IN_FLIGHT = Metric("danlu_serve_in_flight", "gauge", "requests", "Requests being worked on in a replica.", "serve", ("model",))
+SERVE_KEY_REQUESTS = Metric(
+    "danlu_serve_key_requests", "counter", "requests", "Requests answered, by the name of the key.", "serve", ("model", "key", "status")
+)
+SERVE_KEY_TOKENS = Metric(
+    "danlu_serve_key_tokens",
+    "counter",
+    "tokens",
+    "Tokens of prompts and answers, by the name of the key.",
+    "serve",
+    ("model", "key", "kind"),
+)
+SERVE_KEY_EXPIRY = Metric(
+    "danlu_serve_key_expiry_timestamp_seconds", "gauge", "s", "Unix time at which the first of the valid keys expires; 0 if none will.",
+    "serve", ("model",),
+)  # fmt: skip
+SERVE_KEYS_UNREADABLE = Metric(
+    "danlu_serve_keys_unreadable", "gauge", "", "1 while the file of keys cannot be read, and those read before go on counting.", "serve",
+    ("model",),
+)  # fmt: skip
 
 # Of language models: measured around every engine, from the request's arrival on (danlu.serve.sequences).
 SERVE_FIRST_TOKEN_SECONDS = Metric(

@@ -249,6 +249,12 @@ SERVING = Dashboard(
                (total(select(READY_REPLICAS), "application"), "{{application}} ready"))),
         Panel("Time to start a replica, mean", "Seconds; a burst waits that long.", ((mean(f.RAY_REPLICA_STARTUP, "30m", "application"), "{{application}}"),),
               "ms", warn=60_000, bad=120_000))),
+     ("Keys", (
+        Panel("Until the next key expires", "Over a week, or empty where none will.",
+              ((aggregate("min", select(c.SERVE_KEY_EXPIRY, model="$model") > 0, ["model"]) - now(), "{{model}}"),), "s", "stat", warn=14 * 86_400,
+              bad=7 * 86_400),
+        Panel("Replicas that cannot read the keys", "0.", ((total(select(c.SERVE_KEYS_UNREADABLE, model="$model"), "model"), "{{model}}"),), kind="stat",
+              warn=1, bad=1))),
      ("vLLM", (
         Panel("Time to the first token, p95", "Under 2 s.", ((quantile(0.95, f.VLLM_TTFT, W, "model_name"), "{{model_name}}"),), "s", warn=1, bad=2),
         Panel("KV cache", "Below 95 %.", ((aggregate("max", select(f.VLLM_KV_USAGE), ["model_name"]), "{{model_name}}"),), "percentunit", warn=0.9,
@@ -281,12 +287,14 @@ CLUSTER = Dashboard(
               bad=3600),
         Panel("Evicted in an hour", "0, or preempted by what matters more.",
               ((total(increase(f.KUEUE_EVICTED, "1h"), "cluster_queue", "reason"), "{{cluster_queue}} {{reason}}"),)),
+        Panel("Until a certificate expires", "Over two weeks; cert-manager renews a month before.",
+              ((aggregate("min", select(f.CERTIFICATE_EXPIRY), ["name"]) - now(), "{{name}}"),), "s", warn=21 * 86_400, bad=14 * 86_400),
         Panel("RayJobs by state", "Running, then Complete.",
               ((total(select(f.KUBERAY_JOB_STATUS), "deployment_status"), "{{deployment_status}}"),), stacked=True)))),
 )  # fmt: skip
 
 COST = Dashboard(
-    "danlu-cost", "Danlu / Cost", "Device time and money by job. Prices: platform/danlu/metrics/prices.py.", (_JOB,),
+    "danlu-cost", "Danlu / Keys and cost", "Device time and money by job, use by key. Prices: platform/danlu/metrics/prices.py.", (_JOB, _MODEL),
     (("Money", (
         Panel("Spent in this range", "What you planned.", ((total(increase(c.TRAIN_COST, "$__range", train_job="$train_job"), "train_job"), "{{train_job}}"),),
               "currencyUSD", "stat", width=12),
@@ -294,13 +302,25 @@ COST = Dashboard(
               ((total(increase(c.TRAIN_COST, "$__range", train_job="$train_job"), "train_job")
                 - total(increase(c.TRAIN_COST, "$__range", train_job="$train_job"), "train_job") * _of_job(c.TRAIN_GOODPUT), "{{train_job}}"),),
               "currencyUSD", "stat", width=12),
+        Panel("Budget used", "Below 80 %; empty for a job without budget_usd.", ((_of_job(c.TRAIN_BUDGET_USED), "{{train_job}}"),), "percentunit",
+              warn=0.8, bad=1.0, width=12),
+        Panel("Budget left", "What the rest needs.",
+              ((_of_job(c.TRAIN_BUDGET) - _of_job(c.TRAIN_BUDGET) * _of_job(c.TRAIN_BUDGET_USED), "{{train_job}}"),),
+              "currencyUSD", "stat", width=12),
         Panel("USD an hour", "Level while jobs run, 0 after.", ((total(rate(c.TRAIN_COST, W, train_job="$train_job"), "train_job") * 3600, "{{train_job}}"),),
               "currencyUSD", stacked=True, width=12),
         Panel("Devices in use", "As many as the jobs asked for.",
               ((total(rate(c.TRAIN_DEVICE_SECONDS, W, train_job="$train_job"), "train_job", "device"), "{{train_job}} {{device}}"),), stacked=True, width=12),
         Panel("USD a million tokens", "Falls with batch size and MFU.",
               ((total(rate(c.TRAIN_COST, "10m", train_job="$train_job"), "train_job")
-                / total(rate(c.TRAIN_TOKENS, "10m", train_job="$train_job"), "train_job") * 1e6, "{{train_job}}"),), "currencyUSD", width=12))),),
+                / total(rate(c.TRAIN_TOKENS, "10m", train_job="$train_job"), "train_job") * 1e6, "{{train_job}}"),), "currencyUSD", width=12))),
+     ("Keys", (
+        Panel("Requests a second, by key", "Those you know, as they usually ask.",
+              ((total(rate(c.SERVE_KEY_REQUESTS, W, model="$model"), "key"), "{{key}}"),), "reqps", stacked=True, width=12),
+        Panel("Tokens a second, by key", "Nobody takes all of it.",
+              ((total(rate(c.SERVE_KEY_TOKENS, W, model="$model"), "key", "kind"), "{{key}} {{kind}}"),), stacked=True, width=12),
+        Panel("Tokens in this range, by key", "What each has used.",
+              ((total(increase(c.SERVE_KEY_TOKENS, "$__range", model="$model"), "key"), "{{key}}"),), kind="table", width=24)))),
 )  # fmt: skip
 
 DASHBOARDS: tuple[Dashboard, ...] = (OVERVIEW, TRAINING_RUN, TRAINING_FLEET, SERVING, CLUSTER, COST)

@@ -15,7 +15,7 @@ from ray.util import metrics as ray_metrics
 
 from danlu.errors import DivergedError, ResourceError
 from danlu.metrics.catalog import Metric
-from danlu.metrics.training import Sample, TrainingMeter
+from danlu.metrics.training import Budget, Sample, TrainingMeter
 
 FLUSH_S = 1.0
 REFRESH_S = 5.0
@@ -125,9 +125,9 @@ def flush() -> None:
 
 
 @contextmanager
-def training(train_job: str) -> Iterator[Callable[[Mapping[str, Any]], None]]:
+def training(train_job: str, budget: Budget | None = None) -> Iterator[Callable[[Mapping[str, Any]], None]]:
     """While the block trains: give each record (see danlu.train.run) to what this yields, and the job's metrics are there."""
-    meter = TrainingMeter(train_job)
+    meter = TrainingMeter(train_job, budget)
 
     def send(samples: list[Sample]) -> None:
         for metric, value, labels in samples:

@@ -30,6 +30,7 @@ DCGM = "dcgm-exporter etc/default-counters.csv at 00d6d34"
 KUEUE = "kueue pkg/metrics at 0062126"
 KUBERAY = "kuberay ray-operator/controllers/ray/metrics at 0ac416a"
 VLLM = "vllm v1/metrics/loggers.py at a6f0308, through its RayPrometheusStatLogger"
+CERT_MANAGER = "cert-manager 1.x, as its users' rules and its documentation have it"
 _NO_GPU, _NO_K8S, _NO_VLLM = "there is no GPU", "there is no Kubernetes", "vLLM does not run here"
 
 UP = Foreign("up", "gauge", "", "1 if the last scrape of a target worked.", ("job", "instance"), "scraped", "prometheus 2.42.0")
@@ -114,6 +115,16 @@ KUBERAY_JOB_STATUS = Foreign(
     ("name", "namespace", "deployment_status"),
     "read",
     KUBERAY,
+    _NO_K8S,
+)
+CERTIFICATE_EXPIRY = Foreign(
+    "certmanager_certificate_expiration_timestamp_seconds",
+    "gauge",
+    "s",
+    "Unix time at which a certificate expires.",
+    ("name",),
+    "read",
+    CERT_MANAGER,
     _NO_K8S,
 )
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from danlu.metrics.alerts import ALERTS, RECORDED, Alert
+from danlu.metrics.alerts import ALERTS, ERROR_BUDGET, ERROR_RATIO, RECORDED, SLOW_BUDGET, SLOW_RATIO, SLOW_S, Alert
 
 RAY_TARGETS = "/tmp/ray/prom_metrics_service_discovery.json"
 """Where the Ray that was started last on this machine lists its nodes' metrics ports."""
@@ -86,6 +86,37 @@ It ends by itself once the expression has no result any more.
 
 <!-- Written by `python -m danlu.generate` from platform/danlu/metrics/alerts.py. -->
 """
+
+
+def slo_page() -> str:
+    """What a service promises, how that is counted, and who is told when a month's share of failures goes too fast."""
+    objectives = (
+        ("Errors", f"{1 - ERROR_BUDGET:.1%} of requests to `/v1/` end without a 5xx", ERROR_BUDGET, ERROR_RATIO, "ServingErrorBudget"),
+        (
+            "Latency",
+            f"{1 - SLOW_BUDGET:.0%} of whole answers take at most {float(SLOW_S):g} s",
+            SLOW_BUDGET,
+            SLOW_RATIO,
+            "ServingLatencyBudget",
+        ),
+    )
+    page = "# Objectives\n\nOf every served model, over 30 days. Written by `python -m danlu.generate` from danlu/metrics/alerts.py.\n"
+    for title, promise, budget, ratios, alerts in objectives:
+        page += f"\n## {title}\n\n{promise}: a month has room for {budget * 30 * 24 * 60:.0f} minutes in which all fail.\n\n"
+        page += "| window | recorded as | which is |\n| --- | --- | --- |\n"
+        for window, ratio in ratios.items():
+            page += f"| {window} | `{ratio.exported}` | `{_cell(ratio.expr.text)}` |\n"
+        page += "\n| alert | who hears | when | for |\n| --- | --- | --- | --- |\n"
+        for alert in ALERTS:
+            if alert.name.startswith(alerts):
+                told = "is paged" if alert.severity == "critical" else "is told"
+                page += f"| [{alert.name}](runbooks/{alert.name}.md) | {told} | `{_cell(alert.expr.text)}` | {alert.for_} |\n"
+    return page
+
+
+def _cell(text: str) -> str:
+    """As a table of Markdown takes it."""
+    return text.replace("|", "\\|")
 
 
 def _alert(alert: Alert) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import statistics
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,11 +27,34 @@ OTHER_AFTER_S = 2.0
 Sample = tuple[Metric, float, dict[str, str]]
 
 
+@dataclass(frozen=True)
+class Budget:
+    """What a run may cost, and what its earlier attempts have cost."""
+
+    usd: float
+    spent: float = 0.0
+
+
+def spent(records: Iterable[Mapping[str, Any]]) -> float:
+    """What a run has cost by its records, in the order of time: its devices from each start to the last that was heard of it."""
+    cost, attempt, began, last = 0.0, None, 0.0, 0.0
+    for record in [*records, None]:
+        if record is None or record["kind"] == "start":
+            if attempt is not None:
+                cost += (last - began) * _usd_per_second(attempt)
+            if record is not None:
+                attempt, began = record, record["time"]
+        last = 0.0 if record is None else record["time"]
+    return cost
+
+
 @dataclass
 class TrainingMeter:
     """`begin`, then `hear` each record (see danlu.train.run), then `end`; each gives what to emit. Times in seconds."""
 
     train_job: str
+    budget: Budget | None = None
+    cost: float = 0.0
     spent: dict[str, float] = field(default_factory=lambda: dict.fromkeys(ACTIVITIES, 0.0))
     began: float = 0.0
     heard: float = 0.0
@@ -166,11 +189,15 @@ class TrainingMeter:
         seconds, self.charged = now - self.charged, now
         if self.started is None:
             return []
-        on_cpu = self.started["device"] == "cpu"
-        devices = self.started["world_size"] * (self.started["threads_per_worker"] if on_cpu else 1)
-        price = usd_per_hour(self.started["device"])
-        found = [self._one(catalog.TRAIN_DEVICE_SECONDS, seconds * devices, device=self.started["device"])]
-        return found if price is None else [*found, self._one(catalog.TRAIN_COST, seconds * devices * price / 3600)]
+        price = _usd_per_second(self.started)
+        found = [self._one(catalog.TRAIN_DEVICE_SECONDS, seconds * _devices(self.started), device=self.started["device"])]
+        if price:
+            self.cost += seconds * price
+            found.append(self._one(catalog.TRAIN_COST, seconds * price))
+            if self.budget is not None:
+                found.append(self._one(catalog.TRAIN_BUDGET, self.budget.usd))
+                found.append(self._one(catalog.TRAIN_BUDGET_USED, (self.budget.spent + self.cost) / self.budget.usd))
+        return found
 
     def _spend(self, activity: str, seconds: float) -> list[Sample]:
         self.spent[activity] += max(0.0, seconds)
@@ -178,3 +205,13 @@ class TrainingMeter:
 
     def _one(self, metric: Metric, value: float, /, **labels: str) -> Sample:
         return metric, value, {"train_job": self.train_job, **labels}
+
+
+def _devices(started: Mapping[str, Any]) -> int:
+    """GPUs, or cores."""
+    return int(started["world_size"] * (started["threads_per_worker"] if started["device"] == "cpu" else 1))
+
+
+def _usd_per_second(started: Mapping[str, Any]) -> float:
+    """Of all devices of a start record; 0 where the price table does not have them."""
+    return _devices(started) * (usd_per_hour(started["device"]) or 0.0) / 3600

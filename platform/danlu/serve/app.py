@@ -19,6 +19,7 @@ from ray import serve
 from ray.serve.config import AutoscalingConfig, BackpressureConfig, HTTPOptions
 from ray.serve.schema import ApplicationStatus
 
+from danlu import logs, traces
 from danlu.artifact.bundle import read_bundle
 from danlu.artifact.store import Store
 from danlu.errors import ResourceError, SpecError
@@ -50,6 +51,9 @@ class Replica:
 
     async def __init__(self, spec: str) -> None:  # type: ignore[misc]  # Serve awaits it
         service = parse(Service, spec, source="the service's spec")
+        replica = serve.get_replica_context().replica_id.unique_id
+        logs.begin("json", service=service.name, replica=replica)
+        traces.begin(service.name, **{"service.instance.id": replica})
         if not isinstance(service.engine, Echo | EchoText):
             import torch
 
@@ -66,10 +70,14 @@ class Replica:
             engine, service.name, service.limits, emit.emit, sends_request_id=False, lora_updates=service.allows_lora_updates
         )
         self.entrance: App = self.gateway  # `app` is a name of Serve's own
+        self.reading: list[asyncio.Task[None]] = []
         if service.auth is not None:
-            self.entrance = Authenticated(self.gateway, KeyRing(Path(service.auth.keys_file)), self.gateway.count)
+            ring = KeyRing(Path(service.auth.keys_file))
+            self.entrance = Authenticated(self.gateway, ring, self.gateway.count)
+            self.reading.append(asyncio.create_task(_meter_keys(ring, service.name)))
         await self.gateway.start()
-        self.reading = asyncio.create_task(_meter_engine(engine, service.name)) if isinstance(engine, TextEngine) else None
+        if isinstance(engine, TextEngine):
+            self.reading.append(asyncio.create_task(_meter_engine(engine, service.name)))
 
     def __serve_build_asgi_app__(self) -> App:
         return self.entrance
@@ -81,9 +89,10 @@ class Replica:
     async def __del__(self) -> None:
         if hasattr(self, "gateway"):  # not if the constructor failed
             await self.gateway.drain()
-            if self.reading is not None:
-                self.reading.cancel()
+            for task in self.reading:
+                task.cancel()
             emit.flush()
+            traces.end()
 
 
 def build(spec: Service | Mapping[str, Any]) -> serve.Application:
@@ -153,6 +162,7 @@ def run(service: Service) -> Endpoint:
     route = wire_of(task if isinstance(task, EncoderTask) else Classification()).path
     if service.auth is not None:
         read_keys(Path(service.auth.keys_file))
+    traces.asked_exporter()  # replicas inherit the environment: what it asks for in vain is said now
     start_ray()
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     host, port = address
@@ -265,6 +275,13 @@ async def _meter_engine(engine: TextEngine, model: str) -> None:
             emit.emit(metric, value - before.get(metric, 0) if metric.kind == "counter" else value, model=model)
         before = now
         emit.emit(catalog.SERVE_ADAPTERS, len(engine.adapters()), model=model)
+        await asyncio.sleep(STATS_EVERY_S)
+
+
+async def _meter_keys(ring: KeyRing, model: str) -> None:
+    while True:
+        emit.emit(catalog.SERVE_KEY_EXPIRY, ring.next_expiry(), model=model)
+        emit.emit(catalog.SERVE_KEYS_UNREADABLE, float(not ring.is_readable), model=model)
         await asyncio.sleep(STATS_EVERY_S)
 
 

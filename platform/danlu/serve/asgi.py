@@ -36,6 +36,8 @@ class Call:
     """What follows the path of a route that ends with a slash."""
     stack: AsyncExitStack = field(default_factory=AsyncExitStack)
     """What a route takes for the request, given back when it ended, however it ended."""
+    facts: dict[str, object] = field(default_factory=dict)
+    """What a route has to say of the request in its log line: counts, the model, never what was written."""
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import uuid
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 
+from danlu import logs, traces
 from danlu.errors import RequestError
 from danlu.metrics import catalog
 from danlu.metrics.catalog import Metric
@@ -26,6 +27,8 @@ from danlu.spec.serve import Limits
 Meter = Callable[..., None]
 
 logger = logging.getLogger("danlu.serve")
+
+PROBES = ("/healthz", "/readyz")
 
 
 class Gateway:
@@ -112,37 +115,85 @@ class Gateway:
         headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
         path = scope["path"].rstrip("/") or "/"
         found = next((known for known in self.routes if known == path or (known[-1] == "/" and path.startswith(known))), None)
-        extra = {"x-request-id": headers.get("x-request-id", "")[:128] or uuid.uuid4().hex} if self.sends_request_id else {}
+        request_id = headers.get("x-request-id", "")[:128] or uuid.uuid4().hex
+        extra = {"x-request-id": request_id} if self.sends_request_id else {}
+        logs.about.set({"request_id": request_id})  # a request is a task, and ends with it
+        key: Key | None = scope.get("danlu.key")
+        facts: dict[str, object] = {} if key is None else {"key": key.name}
+        asked = {"http.request.method": scope["method"], "http.route": found or "other", "danlu.request_id": request_id}
+        status: str | None = None
+        with traces.span(f"{scope['method']} {found or 'other'}", asked, kind="server", carrier=headers):
+            try:
+                status = await self._answer(scope, receive, send, path, found, headers, extra, began, facts)
+            finally:
+                self._seen(scope["method"], found, status, began, facts)
+
+    async def _answer(
+        self,
+        scope: Scope,
+        receive: Receive,
+        send: Send,
+        path: str,
+        found: str | None,
+        headers: Mapping[str, str],
+        extra: dict[str, str],
+        began: float,
+        facts: dict[str, object],
+    ) -> str | None:
+        """Answer; the status, None if nobody is there any more to be answered."""
         reply: Reply | Stream
         try:
             async with AsyncExitStack() as stack:
                 try:
-                    call = await self._call(scope, path, found, headers, receive, began, stack)
+                    call = await self._call(scope, path, found, headers, receive, began, stack, facts)
                     route = self.routes[found or ""]
                     async with _follow(receive if route.follows_client else None):
                         reply = await route.answer(call)
                         if isinstance(reply, Stream):
                             await send_stream(send, reply, extra, silence_s=self.limits.request_timeout_s)
                 except RequestError as error:
+                    facts["error"] = error.code or error.kind
                     reply = self._refused(error, extra, found)
                 except ClientGone:
                     raise
                 except Exception as error:
                     # A client gets an answer whatever broke; health says the rest.
-                    logger.exception("%s %s", scope["method"], path)
+                    logger.exception("%s", found)
+                    facts["error"] = type(error).__name__
                     reply = self._refused(engine_failed(error), extra, found)
         except ClientGone:
             self.count(catalog.SERVE_REFUSALS, 1, reason="client_gone")
-            return
+            return None
         except asyncio.CancelledError:
             self.count(catalog.SERVE_REFUSALS, 1, reason="client_gone")
             raise
-        self.count(catalog.SERVE_REQUESTS, 1, route=found or "other", status=str(getattr(reply, "status", 200)))
+        status = str(getattr(reply, "status", 200))
+        self.count(catalog.SERVE_REQUESTS, 1, route=found or "other", status=status)
         self.count(catalog.SERVE_SECONDS, time.perf_counter() - began, route=found or "other")
         if isinstance(reply, Stream):
             await send({"type": "http.response.body", "body": b""})
         else:
             await send_reply(send, reply, extra)
+        return status
+
+    def _seen(self, method: str, found: str | None, status: str | None, began: float, facts: dict[str, object]) -> None:
+        """The request's log line, and what its span says. A probe that finds all well is no news."""
+        if found in PROBES and status == "200":
+            return
+        if "key" in facts:
+            self._count_key(str(facts["key"]), status, facts)
+        if traces.is_on():
+            facts["trace_id"] = traces.trace_id()
+            traces.note(_attributes(status, facts), failed=status is not None and status >= "500")
+        told = {"method": method, "route": found or "other", "status": status or "client_gone", "model": self.model}
+        logs.event(logger, "request", told | {"seconds": round(time.perf_counter() - began, 6)} | facts)
+
+    def _count_key(self, key: str, status: str | None, facts: Mapping[str, object]) -> None:
+        """Who asked, and for how much. Keys beyond the first hundreds are counted together (danlu.metrics.emit)."""
+        self.count(catalog.SERVE_KEY_REQUESTS, 1, key=key, status=status or "client_gone")
+        for kind in ("prompt", "completion"):
+            if isinstance(tokens := facts.get(f"{kind}_tokens"), int):
+                self.count(catalog.SERVE_KEY_TOKENS, tokens, key=key, kind=kind)
 
     async def _call(
         self,
@@ -153,6 +204,7 @@ class Gateway:
         receive: Receive,
         began: float,
         stack: AsyncExitStack,
+        facts: dict[str, object],
     ) -> Call:
         """The request for its route; RequestError if there is none, or its body cannot be read."""
         if found is None:
@@ -168,7 +220,7 @@ class Gateway:
                 raise RequestError(f"the content type is {told}", status=415, param="content-type", fix="content-type: application/json")
             body = await read_body(headers, receive, limit=self.limits.max_body_bytes)
         key: Key | None = scope.get("danlu.key")
-        return Call(body, began, key, path[len(found) :], stack)
+        return Call(body, began, key, path[len(found) :], stack, facts)
 
     def _refused(self, error: RequestError, extra: dict[str, str], found: str | None) -> Reply:
         if error.retry_after_s is not None:
@@ -240,3 +292,15 @@ async def _follow(receive: Receive | None) -> AsyncGenerator[None]:
         raise
     finally:
         watcher.cancel()
+
+
+def _attributes(status: str | None, facts: Mapping[str, object]) -> dict[str, object]:
+    """A request's facts by OpenTelemetry's names: https://opentelemetry.io/docs/specs/semconv/gen-ai/gen-ai-spans/"""
+    return {
+        "http.response.status_code": None if status is None else int(status),
+        "error.type": facts.get("error") or ("client_gone" if status is None else None),
+        "gen_ai.request.model": facts.get("model"),
+        "gen_ai.response.id": facts.get("answer_id"),
+        "gen_ai.usage.input_tokens": facts.get("prompt_tokens"),
+        "gen_ai.usage.output_tokens": facts.get("completion_tokens"),
+    }

@@ -107,6 +107,8 @@ class Delta:
     """On the first delta, if asked for."""
     finish_reason: FinishReason | None = None
     usage: Usage | None = None
+    begun: float | None = None
+    """On the first delta, of an engine that lets sequences wait: time.perf_counter() when it began to read the prompt."""
 
 
 @runtime_checkable

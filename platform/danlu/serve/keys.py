@@ -29,6 +29,8 @@ OPEN_PATHS = ("/healthz", "/readyz", "/docs", "/openapi.json")
 """Answered without a key: probes of a kubelet, and pages that hold no answers."""
 
 logger = logging.getLogger("danlu.serve.keys")
+requests = logging.getLogger("danlu.serve")
+"""The log that has a line for each request."""
 
 
 class Key(BaseModel):
@@ -121,7 +123,7 @@ class KeyRing:
 
     def __init__(self, path: Path) -> None:
         self.path, self.keys = path, read_keys(path)
-        self.seen, self.looked = self._stamp(), time.monotonic()
+        self.seen, self.looked, self.is_readable = self._stamp(), time.monotonic(), True
 
     def find(self, secret: str) -> Key | None:
         """Whose key it is, in a time that does not depend on what was given; None if it is nobody's, expired or revoked."""
@@ -136,18 +138,27 @@ class KeyRing:
         self._look()
         return not self.keys
 
+    def next_expiry(self) -> float:
+        """Unix time at which the first of the valid keys expires; 0 if none will."""
+        self._look()
+        now = datetime.now(UTC)
+        return min((key.expires.timestamp() for key in self.keys if key.expires and key.state(now) == "valid"), default=0.0)
+
     def _look(self) -> None:
         now = time.monotonic()
         if now - self.looked < LOOK_EVERY_S:
             return
         self.looked = now
         stamp = self._stamp()
-        if stamp == self.seen:
+        if stamp == self.seen and self.is_readable:
             return
         try:
-            self.keys, self.seen = read_keys(self.path), stamp
+            self.keys, self.is_readable = read_keys(self.path), True
         except DanluError as error:
-            logger.warning("keys: %s; those read before go on counting", error.problem)
+            if self.is_readable or stamp != self.seen:
+                logger.warning("keys: %s; those read before go on counting", error.problem)
+            self.is_readable = False
+        self.seen = stamp
 
     def _stamp(self) -> tuple[int, int, int] | None:
         """Changes with the file, also where Kubernetes swaps the link to a mounted secret."""
@@ -169,6 +180,8 @@ class Authenticated:
             key = self.ring.find(_bearer(scope["headers"]))
             if key is None:
                 self.count(catalog.SERVE_REFUSALS, 1, reason="401")
+                request_id = next((value.decode("latin-1")[:128] for name, value in scope["headers"] if name == b"x-request-id"), "")
+                requests.info("request", extra={"about": {"request_id": request_id, "method": scope["method"], "status": "401"}})
                 await _refuse(send)
                 return
             scope["danlu.key"] = key

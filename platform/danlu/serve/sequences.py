@@ -7,6 +7,7 @@ import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 
+from danlu import traces
 from danlu.errors import RequestError
 from danlu.metrics import catalog
 from danlu.serve.generation import Delta, Generation, TextEngine, Usage
@@ -34,6 +35,9 @@ class Sequences:
         self.came = asyncio.Event()
         self.error: Exception | None = None
         self.tasks: list[asyncio.Task[None]] = []
+        self.num_made = 0
+        self.first_token_s: float | None = None
+        self.waited_s: float | None = None
 
     async def __aenter__(self) -> Sequences:
         self.tasks = [asyncio.create_task(self._follow(i, one)) for i, one in enumerate(self.generations)]
@@ -88,20 +92,40 @@ class Sequences:
             completion_tokens=sum(one.completion_tokens for one in found),
         )
 
+    def facts(self) -> dict[str, object]:
+        """What there is to say of them in a log line, however they ended."""
+        waited, first = self.waited_s, self.first_token_s
+        return {
+            "prompt_tokens": sum(len(one.prompt) for one in self.generations[:: self.n] if isinstance(one.prompt, tuple)),
+            "completion_tokens": self.num_made,
+            **({} if waited is None else {"queue_s": round(waited, 6)}),
+            **({} if first is None else {"time_to_first_token_s": round(first, 6)}),
+            "finish_reasons": sorted({str(one.finish_reason) for one in self.finished.values()}),
+        }
+
     async def _follow(self, index: int, generation: Generation) -> None:
         assert isinstance(generation.prompt, tuple), "the routes give token ids"
         how, num_deltas, num_tokens = "error", 0, 0
-        last = self.began
+        came = time.perf_counter()
+        begun, first, last = came, None, self.began
         try:
             async with asyncio.timeout(self.silence_s) as clock, aclosing(self.engine.generate(generation)) as deltas:
                 async for delta in deltas:
                     now = time.perf_counter()
-                    if not num_deltas and not index % self.n:
-                        self.count(catalog.SERVE_PROMPT_TOKENS, len(generation.prompt))
+                    if not num_deltas:
+                        first = now
+                        if not index % self.n:
+                            self.count(catalog.SERVE_PROMPT_TOKENS, len(generation.prompt))
+                        if delta.begun is not None:
+                            begun = delta.begun
+                            self.waited_s = max(self.waited_s or 0.0, begun - came)
+                            self.count(catalog.SERVE_QUEUE_SECONDS, begun - came)
                     num_deltas += 1
                     if new := len(delta.token_ids):
                         metric = catalog.SERVE_INTER_TOKEN_SECONDS if num_tokens else catalog.SERVE_FIRST_TOKEN_SECONDS
                         self.count(metric, (now - last) / (new if num_tokens else 1))
+                        if self.first_token_s is None:
+                            self.first_token_s = now - self.began
                         num_tokens, last = num_tokens + new, now
                     clock.reschedule(asyncio.get_running_loop().time() + self.silence_s)
                     self.pending.setdefault(index, []).append(delta)
@@ -117,6 +141,9 @@ class Sequences:
         except Exception as error:  # noqa: BLE001  # it is raised where the answer is awaited
             self.fail(error)
         finally:
+            self.num_made += num_tokens
+            if traces.is_on():
+                _trace(index, generation, came, begun, first, num_tokens, how)
             self.count(catalog.SERVE_COMPLETION_TOKENS, num_tokens)
             self.count(catalog.SERVE_SEQUENCES, 1, finish_reason=how)
             usage = self.finished[index].usage if index in self.finished else None
@@ -134,7 +161,18 @@ def _joined(deltas: Sequence[Delta]) -> Delta:
         prompt_logprobs=deltas[0].prompt_logprobs,
         finish_reason=deltas[-1].finish_reason,
         usage=deltas[-1].usage,
+        begun=deltas[0].begun,
     )
+
+
+def _trace(index: int, generation: Generation, came: float, begun: float, first: float | None, num_tokens: int, how: str) -> None:
+    """A sequence's spans: waiting, reading its prompt, making its tokens. One that ended early has those that it came to."""
+    now, which = time.perf_counter(), {"gen_ai.choice.index": index}
+    traces.add("queue", came, begun, which)
+    traces.add("prefill", begun, first or now, which | {"gen_ai.usage.input_tokens": len(generation.prompt)})  # type: ignore[arg-type]
+    if first is not None:
+        made = {"gen_ai.usage.output_tokens": num_tokens, "gen_ai.response.finish_reasons": [how]}
+        traces.add("decode", first, now, which | made)
 
 
 def _silent(seconds: float) -> RequestError:

@@ -109,7 +109,8 @@ class _Cluster(Spec):
     """Who starts the pods: a queue, or a scheduler that starts all of them or none. Unset: Kubernetes' own, one by one."""
 
     env: dict[str, str] = {}
-    """For the libraries: HF_ENDPOINT, NCCL_SOCKET_IFNAME, AWS_ENDPOINT_URL. Nothing of Danlu's own is set by one."""
+    """For the libraries: HF_ENDPOINT, NCCL_SOCKET_IFNAME, AWS_ENDPOINT_URL, OTEL_EXPORTER_OTLP_ENDPOINT. Of Danlu's own there is only
+    DANLU_LOG_FORMAT."""
     secret_env: list[SecretEnv] = []
     volumes: list[Volume] = []
     """`storage:` is a folder in one of them, or an object store's URI."""

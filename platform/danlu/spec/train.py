@@ -125,6 +125,9 @@ class TrainJob(Spec):
     """Where curves are drawn besides. Unset: TensorBoard where it is installed; [] for none. W&B writes offline unless WANDB_MODE says
     otherwise, MLflow beside the run unless MLFLOW_TRACKING_URI does."""
 
+    budget_usd: PositiveFloat | None = None
+    """What the run may cost by the prices of metrics/prices.py. Alerts tell at 80 and at 100 %; nothing is stopped."""
+
     compress: Compress | None = None
     serve: ServeAfterTraining | None = None
     cluster: JobCluster | None = None

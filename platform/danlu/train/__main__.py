@@ -10,7 +10,7 @@ from pathlib import Path
 
 import typer
 
-from danlu import terminal, walk
+from danlu import logs, terminal, traces, walk
 from danlu.errors import DanluError
 from danlu.local_ray import join_ray
 from danlu.spec.files import load
@@ -30,8 +30,13 @@ def main(spec: Path) -> None:
 if __name__ == "__main__":
     with terminal.no_process_left():
         try:
-            main(Path(*sys.argv[1:2]))
+            logs.begin("json")
+            traces.begin("danlu-train")
+            with traces.span("job", carrier=traces.from_environment()):
+                main(Path(*sys.argv[1:2]))
         except DanluError as error:
             # The last lines of the log, which `danlu jobs show` looks for.
             typer.echo(f"error: {error}", err=True)
             sys.exit(error.exit_code)
+        finally:
+            traces.end()

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, replace
 from typing import Any
@@ -18,11 +19,13 @@ from ray.train.v2._internal.callbacks import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.exceptions import RayTrainError
 
+from danlu import logs, traces
 from danlu.errors import DanluError, ResourceError
 from danlu.metrics import emit
 from danlu.spec.files import dump, parse
 from danlu.spec.train import TrainJob
 from danlu.train.run import EventRecord, Record, record_from_dict, record_to_dict
+from danlu.train.seen import budget_of, run_id
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +43,13 @@ def fit(job: TrainJob, run_uri: str, listener: Callable[[Record], None]) -> dict
     mailbox = _mailbox()
     trainer = _Trainer(
         _worker,
-        train_loop_config={"job": dump(job), "run_uri": run_uri, "mailbox": mailbox},
+        train_loop_config={
+            "job": dump(job),
+            "run_uri": run_uri,
+            "mailbox": mailbox,
+            "trace": traces.carrier(),
+            "ordered": time.time(),
+        },
         scaling_config=ScalingConfig(
             num_workers=job.workers.num_workers,
             use_gpu=job.workers.gpus_per_worker > 0,
@@ -54,7 +63,7 @@ def fit(job: TrainJob, run_uri: str, listener: Callable[[Record], None]) -> dict
         ),
         torch_config=TorchConfig(backend="nccl" if job.workers.gpus_per_worker else "gloo"),
     )
-    with emit.training(job.name) as meter, _delivered(mailbox, _Heard(listener, meter)):
+    with emit.training(job.name, budget_of(job, run_uri)) as meter, _delivered(mailbox, _Heard(listener, meter)):
         try:
             result = trainer.fit()
         except KeyboardInterrupt:
@@ -144,6 +153,11 @@ def _mailbox() -> Any:
         def __init__(self) -> None:
             self.records: list[dict[str, Any]] = []
             self.mistake: DanluError | None = None
+            self.attempts = 0
+
+        def attempt(self) -> int:
+            self.attempts += 1
+            return self.attempts
 
         def push(self, record: dict[str, Any]) -> None:
             self.records.append(record)
@@ -170,18 +184,29 @@ def _worker(config: dict[str, Any]) -> dict[str, Any] | None:
 
     job = parse(TrainJob, config["job"], source="the job's spec")
     mailbox = config["mailbox"]
-
-    def listener(record: Record) -> None:
-        mailbox.push.remote(record_to_dict(record))
-
+    run = RayRun(get_device(), lambda record: mailbox.push.remote(record_to_dict(record)))
+    logs.begin("json", train_job=job.name, run=run_id(config["run_uri"]), rank=run.rank)
+    traces.begin("danlu-train", **{"danlu.train_job": job.name, "danlu.rank": str(run.rank)})
+    log.info("worker starts", extra={"about": {"world_size": run.world_size, "device": str(run.device)}})
     # Ray Train restarts after any error; what a user has to mend comes out the same each time.
     if mistake := ray.get(mailbox.get_mistake.remote()):
         raise mistake
-    try:
-        outcome = work(job, RayRun(get_device(), listener), config["run_uri"])
-    except DanluError as error:
-        ray.get(mailbox.set_mistake.remote(error))
-        raise
+    with traces.span("worker", {"danlu.rank": run.rank}, carrier=config["trace"]):
+        if run.rank == 0 and ray.get(mailbox.attempt.remote()) == 1:
+            now = time.perf_counter()
+            traces.add("start workers", now - max(0.0, time.time() - config["ordered"]), now, {"danlu.num_workers": run.world_size})
+        try:
+            outcome = work(job, run, config["run_uri"])
+        except DanluError as error:
+            log.error("%s", error)
+            ray.get(mailbox.set_mistake.remote(error))
+            raise
+        except Exception:
+            log.exception("the worker failed")
+            raise
+        finally:
+            traces.flush()
+    traces.end()
     return asdict(outcome)
 
 

@@ -16,7 +16,7 @@ from alert_cases import ALIVE, CASES
 
 from danlu import cli
 from danlu.metrics import rules
-from danlu.metrics.alerts import ALERTS, WHOLE_ANSWERS
+from danlu.metrics.alerts import ALERTS, ERROR_RATIO, SLOW_RATIO, WHOLE_ANSWERS
 from danlu.metrics.dashboards import DASHBOARDS
 from danlu.serve.encoder_wire import routes_of
 from danlu.spec.task import EncoderTask
@@ -114,6 +114,17 @@ def test_every_alert_has_a_runbook_and_a_dashboard() -> None:
     assert {path.stem for path in (ROOT / "ops/runbooks").glob("*.md")} == {alert.name for alert in ALERTS}
 
 
+def test_the_page_of_objectives_has_each_burn_alert_and_what_it_reads() -> None:
+    page = (ROOT / "ops/SLO.md").read_text(encoding="utf-8")
+    for alert in ALERTS:
+        assert (f"[{alert.name}](runbooks/{alert.name}.md)" in page) == ("Budget" in alert.name and alert.component == "serve")
+    for recorded in (*ERROR_RATIO.values(), *SLOW_RATIO.values()):
+        assert f"`{recorded.exported}`" in page
+    # https://sre.google/workbook/alerting-on-slos: 0.5 % of 30 days are 216 minutes, 1 % twice as much.
+    assert "216 minutes" in page
+    assert "432 minutes" in page
+
+
 KUBECTL = {"get", "describe", "logs", "delete", "cordon"}
 ELSEWHERE = {"nvidia-smi", "dmesg", "df", "du", "top", "curl"}
 """Commands of a node, which a machine without a GPU or a kernel log need not have."""
@@ -121,7 +132,8 @@ ELSEWHERE = {"nvidia-smi", "dmesg", "df", "du", "top", "curl"}
 
 def test_every_command_in_a_runbook_exists() -> None:
     ours = typer.main.get_command(cli.app)
-    options = {option for command in ours.commands.values() for parameter in command.params for option in parameter.opts}  # type: ignore[attr-defined]
+    commands = [one for command in ours.commands.values() for one in (command, *getattr(command, "commands", {}).values())]  # type: ignore[attr-defined]
+    options = {option for command in commands for parameter in command.params for option in parameter.opts}
     ray = run(_script("ray"), "--help")
     seen = set()
     for alert in ALERTS:

@@ -9,7 +9,7 @@ import pytest
 
 from danlu.metrics import catalog as c
 from danlu.metrics.prices import USD_PER_HOUR
-from danlu.metrics.training import Sample, TrainingMeter
+from danlu.metrics.training import Budget, Sample, TrainingMeter, spent
 
 START: dict[str, Any] = {
     "kind": "start", "step": 0, "num_steps": 100, "save_steps": 10, "world_size": 2, "threads_per_worker": 3, "device": "cpu",
@@ -27,8 +27,8 @@ def step(number: int, seconds: float = 1.0, loss: float = 1.0) -> dict[str, Any]
 class Job:
     """A meter under a clock of its own."""
 
-    def __init__(self) -> None:
-        self.meter, self.now = TrainingMeter("a"), 100.0
+    def __init__(self, budget: Budget | None = None) -> None:
+        self.meter, self.now = TrainingMeter("a", budget), 100.0
         self.totals: defaultdict[tuple[str, ...], float] = defaultdict(float)
         self.take(self.meter.begin(self.now, 0.0))
 
@@ -118,3 +118,21 @@ def test_the_first_failure_of_a_job_is_an_increase() -> None:
     assert (c.TRAIN_FAILURES.name, "diverged") in job.totals
     job.take(job.meter.end(200.0, "diverged"))
     assert job[c.TRAIN_FAILURES.name, "diverged"] == 1
+
+
+def test_a_budget_counts_every_attempt_of_a_run() -> None:
+    an_hour = 6 * USD_PER_HOUR["cpu"]
+    # Half an hour, of which 20 minutes were lost; ten minutes of nobody; a quarter of an hour.
+    times = [(START, 0.0), (step(1), 600.0), (step(2), 1800.0), (START | {"step": 1}, 2400.0), (step(2), 3300.0)]
+    before = spent([record | {"time": when} for record, when in times])
+    assert before == pytest.approx(0.75 * an_hour)
+    assert spent([]) == 0.0
+    job = Job(Budget(usd=2 * an_hour, spent=before))
+    job.hear(START | {"step": 2}, after=60.0)
+    job.hear(step(3), after=3600.0)
+    # The start record is from the end of the start: its minute is paid as well.
+    assert job[c.TRAIN_BUDGET_USED.name,] == pytest.approx((0.75 + 61 / 60) / 2)
+    assert job[c.TRAIN_BUDGET.name,] == 2 * an_hour
+    unpriced = Job(Budget(1.0))
+    unpriced.hear(START | {"device": "abacus"}, after=1.0)
+    assert (c.TRAIN_BUDGET_USED.name,) not in unpriced.totals

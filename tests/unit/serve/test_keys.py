@@ -144,6 +144,26 @@ def test_a_secret_that_kubernetes_swaps_is_read_again(path: Path) -> None:
     assert ring.find(second) is not None
 
 
+def test_a_ring_tells_which_expiry_is_next_and_that_its_file_cannot_be_read(path: Path) -> None:
+    create_key(path, "for-ever")
+    ring = KeyRing(path)
+    assert (ring.next_expiry(), ring.is_readable) == (0.0, True)
+    now = datetime.now(UTC)
+    create_key(path, "later", lifetime=timedelta(days=9), now=now)
+    create_key(path, "sooner", lifetime=timedelta(days=2), now=now)
+    create_key(path, "over", lifetime=timedelta(seconds=1), now=now - timedelta(days=1))
+    assert ring.next_expiry() == pytest.approx((now + timedelta(days=2)).timestamp(), abs=1)
+    revoke_key(path, "sooner")
+    assert ring.next_expiry() == pytest.approx((now + timedelta(days=9)).timestamp(), abs=1)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:40])
+    assert ring.next_expiry() == pytest.approx((now + timedelta(days=9)).timestamp(), abs=1), "those read before go on counting"
+    assert not ring.is_readable
+    path.write_bytes(whole)
+    assert ring.next_expiry()
+    assert ring.is_readable
+
+
 def test_a_key_with_a_limit_hears_429_beyond_it_and_others_are_answered(path: Path, meter: Any, served: Served) -> None:
     limited, other = create_key(path, "limited", max_ongoing_requests=1), create_key(path, "other")
     gateway = Gateway(EchoTextEngine(EchoText(time_per_output_token_ms=20)), "echo", Limits(), meter)

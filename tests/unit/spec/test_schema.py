@@ -82,6 +82,7 @@ FULL_JOB: Document = {
     "seed": 0,
     "max_failures": 2,
     "trackers": ["tensorboard", "wandb", "mlflow"],
+    "budget_usd": 120.5,
     "storage": "s3://bucket/runs",
     "compress": {"quantization": {"kind": "bnb_nf4", "double_quant": False}, "max_quality_drop": 1, "min_speedup": 1.5},
     "serve": {
@@ -486,6 +487,7 @@ BAD: dict[str, tuple[type[Spec], Document, str, object]] = {
         "max_steps": [0],
         "seed": [-1, 1.5, None],
         "trackers": ["tensorboard", ["neptune"], [1]],
+        "budget_usd": [0, -1, "120 USD"],
         "storage": [None, 3],
         "compress.quantization": [{}, None, "int8", {"kind": "int3"}, {"kind": "int8", "double_quant": True}],
         "compress.max_quality_drop": [1.1, -0.1],

@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import codecs
 import json
+import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from itertools import count
 from pathlib import Path
 from typing import Any
 
+from danlu import traces
 from danlu.errors import ModelError, RequestError, ResourceError
 from danlu.metrics import catalog
 from danlu.metrics.catalog import Metric
@@ -37,8 +39,9 @@ class EchoEngine:
         self.running = True
 
     async def predict(self, inputs: Sequence[Example]) -> list[Answer]:
-        if self.spec.latency_ms:
-            await asyncio.sleep(self.spec.latency_ms / 1000)
+        with traces.span("forward", {"danlu.inputs": len(inputs)}):
+            if self.spec.latency_ms:
+                await asyncio.sleep(self.spec.latency_ms / 1000)
         return [self._answer(one) for one in inputs if isinstance(one, Text)]
 
     def check_health(self) -> None:
@@ -90,12 +93,13 @@ class EchoTextEngine:
         text, num_tokens = _Text(sampling.stop), 0
         cached = self._cached(prompt)
         reason: FinishReason | None = None if limit else "length"
+        begun: float | None = time.perf_counter()  # nobody waits here
         self.active += 1
         self.idle.clear()
         try:
             if not limit:
                 await self._wait_until(began, 0)
-                yield Delta(prompt_logprobs=read, finish_reason=reason, usage=Usage(len(prompt), cached, 0))
+                yield Delta(prompt_logprobs=read, finish_reason=reason, usage=Usage(len(prompt), cached, 0), begun=begun)
             while reason is None:
                 await self._wait_until(began, num_tokens)
                 token = _token(answer, num_tokens, endless=sampling.ignore_eos or num_tokens < sampling.min_tokens)
@@ -107,8 +111,8 @@ class EchoTextEngine:
                     reason = "length"
                 logprobs = (_logprob(token, sampling.logprobs),) if sampling.logprobs is not None else ()
                 usage = Usage(len(prompt), cached, num_tokens) if reason else None
-                yield Delta(piece + (text.rest() if reason else ""), (token,), logprobs, read, reason, usage)
-                read = ()
+                yield Delta(piece + (text.rest() if reason else ""), (token,), logprobs, read, reason, usage, begun)
+                read, begun = (), None
         finally:
             self.active -= 1
             if not self.active:

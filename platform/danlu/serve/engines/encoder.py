@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from danlu import traces
 from danlu.artifact.bundle import Bundle
 from danlu.compress.load import load_predictor
 from danlu.data.encode import Encoded, ends
@@ -40,6 +41,8 @@ class Job:
     encoded: Encoded | None = None
     sequences: Encoded | None = None
     outputs: list[np.ndarray] = field(default_factory=list)
+    begun: float = 0.0
+    """When its first forward began."""
 
     @property
     def next_sequence(self) -> int:
@@ -101,7 +104,11 @@ class EncoderEngine:
             self.check_health()
             self.jobs.append(job)
             self.wake.notify()
-        return await job.done
+        answers = await job.done
+        if traces.is_on():
+            traces.add("queue", job.arrived, job.begun)
+            traces.add("forward", job.begun, time.perf_counter(), {"danlu.inputs": len(inputs)})
+        return answers
 
     def check_health(self) -> None:
         if self.failure is not None:
@@ -185,7 +192,8 @@ class EncoderEngine:
             for place, piece in zip(order, pieces, strict=True):
                 placed[place] = piece
             waited = [began - job.arrived for job, at in taken if at == 0]
-            for (job, _), piece in zip(taken, placed, strict=True):
+            for (job, at), piece in zip(taken, placed, strict=True):
+                job.begun = job.begun if at else began
                 job.outputs.append(piece)
             finished = [(job, self._answers(predictor, job)) for job in jobs if job.is_whole]
             if self.on_batch is not None:

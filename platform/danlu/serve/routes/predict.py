@@ -56,8 +56,10 @@ class PredictApi:
                     kind="server_error",
                     fix="fewer texts, or again later",
                 ) from error
+        num_tokens = sum(answer.num_tokens for answer in answers)
         self.count(catalog.SERVE_INPUTS, len(answers))
-        self.count(catalog.SERVE_TOKENS, sum(answer.num_tokens for answer in answers))
+        self.count(catalog.SERVE_TOKENS, num_tokens)
+        call.facts["inputs"], call.facts["prompt_tokens"] = len(answers), num_tokens
         return Reply(wire.respond(self.model, request, answers, self.engine.labels))
 
 

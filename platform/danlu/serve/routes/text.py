@@ -88,6 +88,7 @@ class TextApi:
         prompt = self._read(conversation(request), request.limit, param="messages")
         how = sampling(request, max_tokens=request.limit, logprobs=request.num_logprobs)
         head = _head("chatcmpl-", name)
+        call.facts["answer_id"] = head["id"]
         asked = generations([prompt], request.n or 1, head["id"], how, adapter, guide(request, forced_call(request)))
         sequences = await self._start(call, asked, request.n or 1)
         if request.stream:
@@ -103,6 +104,7 @@ class TextApi:
         reads_prompt = bool(request.echo) and request.logprobs is not None
         how = sampling(request, max_tokens=limit, logprobs=request.logprobs, prompt_logprobs=reads_prompt)
         head = _head("cmpl-", name)
+        call.facts["answer_id"] = head["id"]
         asked = generations(read, n, head["id"], how, adapter, guide(request))
         texts = [self._text(prompt) if request.echo else "" for prompt in given]
         choices = Choices(request, head, [text for text in texts for _ in range(n)])
@@ -154,6 +156,7 @@ class TextApi:
             )
         call.stack.enter_context(self.admission.room_for(len(asked), call.key))
         sequences = Sequences(self.engine, asked, n, self.count, began=call.began, silence_s=self.limits.request_timeout_s)
+        call.stack.callback(lambda: call.facts.update(sequences.facts()))
         await call.stack.enter_async_context(sequences)
         self.open.add(sequences)
         call.stack.callback(self.open.discard, sequences)
@@ -167,6 +170,7 @@ class TextApi:
         """The name that is answered to, and the adapter's."""
         name = name or self.model
         check_model(name, [self.model, *self.engine.adapters()], call.key)
+        call.facts["model"] = name
         return name, None if name == self.model else name
 
     def _read(self, prompt: str | tuple[int, ...] | Chat, max_tokens: int | None, *, param: str) -> tuple[int, ...]:

@@ -298,7 +298,7 @@ class TorchEngine:
             if piece.is_last and sequence.max_tokens == 0:
                 self.scheduler.remove(sequence)
                 usage = Usage(sequence.prompt_length, sequence.num_cached, 0)
-                only_read.append((sequence.stream, Delta("", (), (), tuple(sequence.prompt_logprobs), "length", usage)))
+                only_read.append((sequence.stream, Delta("", (), (), tuple(sequence.prompt_logprobs), "length", usage, sequence.begun)))
             elif piece.is_last:
                 last.append((piece, row - 1 - len(piece.draft)))
         made = self._made(last, logits)
@@ -355,7 +355,8 @@ class TorchEngine:
             usage = Usage(sequence.prompt_length, sequence.num_cached, sequence.num_made)
             self.scheduler.remove(sequence)
         told = (self._told(chosen),) if chosen.logprob is not None else ()
-        return Delta(piece, (chosen.token_id,), told, tuple(sequence.prompt_logprobs) if is_first else (), finish, usage)
+        read, begun = (tuple(sequence.prompt_logprobs), sequence.begun) if is_first else ((), None)
+        return Delta(piece, (chosen.token_id,), told, read, finish, usage, begun)
 
     def _prompt_logprobs(self, piece: Piece, logits: torch.Tensor) -> list[TokenLogprob]:
         """Of the prompt's tokens behind those of a piece: logits at a position speak of the next one."""

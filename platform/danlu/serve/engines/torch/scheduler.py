@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from dataclasses import dataclass, replace
 
@@ -74,6 +75,7 @@ class Scheduler:
         # A prompt that is just being read for another waits for it, and who came later with it: a few steps at most.
         while self.waiting and self.slots.free and not self.slots.is_being_read(self.waiting[0]):
             sequence = self.waiting.popleft()
+            sequence.begun = time.perf_counter()
             self.running.append(sequence)
             if (copy := self.slots.take(sequence)) is not None:
                 copies.append(copy)

@@ -38,6 +38,8 @@ class Sequence:
     num_cached: int = 0
     """Those of them that the prefix cache gave."""
     cancelled: bool = False
+    begun: float | None = None
+    """time.perf_counter() when it got its slot."""
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
     drafter: Drafter = field(default_factory=Drafter)
 
@@ -94,6 +96,7 @@ def joined(deltas: list[Delta]) -> Delta:
         tuple(one for delta in deltas for one in delta.prompt_logprobs),
         deltas[-1].finish_reason,
         deltas[-1].usage,
+        deltas[0].begun,
     )
 
 
