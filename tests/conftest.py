@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -205,6 +206,8 @@ def ray_local() -> Iterator[object]:
     # `ray.init` has no word for this port, and of two Rays on one machine the second could not take jobs.
     parameter.RayParams = partial(parameter.RayParams, dashboard_agent_listen_port=0)
     os.environ.setdefault("RAY_worker_niceness", "0")
+    # As in the image: `python`, which jobs are started with, is the one that has Danlu.
+    os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
     context = ray.init(address="local", num_cpus=4, include_dashboard=True, dashboard_port=0, log_to_driver=False)
     yield context

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -161,13 +160,9 @@ def resume(kube: Kube, name: str) -> str:
     return f"{name} goes on"
 
 
-def delete(kube: Kube, kind: str, name: str) -> str:
-    """Delete a job or a service and its pods. Its runs and bundles stay in the storage."""
-    from danlu.k8s import client
-
-    if not client.delete(kube, kind, name):
-        raise _unknown(kube, kind, name)
-    return f"{name} is deleted; what it stored stays"
+def delete(kube: Kube, name: str) -> str:
+    """Delete a job and its pods. Its runs and bundles stay in the storage."""
+    return _delete(kube, "RayJob", name)
 
 
 def deploy(kube: Kube, service: Service, *, dry_run: bool = False) -> None:
@@ -220,6 +215,11 @@ def rollback(kube: Kube, name: str) -> Service:
     return spec
 
 
+def delete_service(kube: Kube, name: str) -> str:
+    """Delete a service and its pods. Its bundles stay in the storage."""
+    return _delete(kube, "RayService", name)
+
+
 def dry_run(kube: Kube, spec: TrainJob | Service) -> Sequence[str]:
     """Ask the API server whether it would take a spec's objects; their names."""
     if isinstance(spec, TrainJob):
@@ -227,6 +227,14 @@ def dry_run(kube: Kube, spec: TrainJob | Service) -> Sequence[str]:
     else:
         deploy(kube, spec, dry_run=True)
     return [f"{one['kind']} {one['metadata']['name']}" for one in render(spec)]
+
+
+def _delete(kube: Kube, kind: str, name: str) -> str:
+    from danlu.k8s import client
+
+    if not client.delete(kube, kind, name):
+        raise _unknown(kube, kind, name)
+    return f"{name} is deleted; what it stored stays"
 
 
 def _explained(kube: Kube, job: Object) -> JobStatus:
@@ -295,12 +303,5 @@ def _unknown(kube: Kube, kind: str, name: str) -> ClusterError:
     return ClusterError(
         f"there is no {what} named {name!r} in namespace {kube.namespace}" + (f"; there is: {', '.join(there[:8])}" if there else ""),
         where=f"context {kube.context}",
-        fix="--namespace or --context for another place",
+        fix="--namespace or --context for another place" + ("; --on local --storage URI shows what a job left" if kind == "RayJob" else ""),
     )
-
-
-def as_json(one: JobStatus | ServiceStatus) -> str:
-    """One line of JSON."""
-    from dataclasses import asdict
-
-    return json.dumps(asdict(one), ensure_ascii=False)

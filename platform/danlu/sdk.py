@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import socket
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -119,7 +121,7 @@ def train(
             listener(record)
 
     run.write(SPEC, dump(job))
-    run.set_status("running", spec_digest=digest)
+    run.set_status("running", spec_digest=digest, host=socket.gethostname(), pid=os.getpid())
     try:
         with tracked(job, run) as track:
             outcome = _fit(_portable(job), run.uri, prepared, listen)

@@ -152,49 +152,59 @@ def render(spec: Path, overrides: Sequence[str]) -> None:
     print(manifests.text(manifests.render(found)), end="")
 
 
-def is_local(on: str, *, fresh: bool = False, dry_run: str | None, context: str | None, namespace: str | None) -> bool:
-    """True for this machine, False for Kubernetes; SpecError for anything else, and for options that have no effect there."""
-    if on not in ("local", "k8s"):
-        raise SpecError(f"{on!r} is no place to run", where="--on", fix="local or k8s")
-    given = {"--dry-run": dry_run, "--context": context, "--namespace": namespace} if on == "local" else {"--fresh": fresh}
-    for name, value in given.items():
-        if value:
-            raise SpecError(f"it has no effect with --on {on}", where=name, fix="leave it out" + (", or --on k8s" if on == "local" else ""))
-    if dry_run not in (None, "server"):
-        raise SpecError(
-            f"{dry_run!r} is no dry run", where="--dry-run", fix="--dry-run=server; `danlu render` prints without asking a server"
-        )
-    return on == "local"
-
-
-def submit(spec: Path, overrides: Sequence[str], *, dry_run: bool, context: str | None, namespace: str | None) -> None:
-    """Hand a job to Kubernetes."""
+def submit(
+    spec: Path, overrides: Sequence[str], *, on: str, dry_run: bool = False, context: str | None = None, namespace: str | None = None
+) -> None:
+    """Hand a job to a cluster."""
     job = load(TrainJob, spec, overrides)
-    from danlu import remote
-    from danlu.k8s.client import connect
+    if on == "k8s":
+        from danlu import remote
+        from danlu.k8s.client import connect
 
-    kube = connect(context, namespace or (job.cluster.namespace if job.cluster else None))
-    if dry_run:
-        _show_taken(kube.context, remote.dry_run(kube, job))
-        return
-    remote.submit(kube, job)
-    show(f"{job.name} is submitted to {kube.context}, namespace {kube.namespace}")
-    show(f"  danlu jobs logs -f {job.name}    follows it; show, wait, cancel, resume, delete are there too")
+        kube = connect(context, namespace or (job.cluster.namespace if job.cluster else None))
+        if dry_run:
+            _show_taken(kube.context, remote.dry_run(kube, job))
+            return
+        remote.submit(kube, job)
+        where, options = f"{kube.context}, namespace {kube.namespace}", ""
+    else:
+        from danlu import on_ray
+
+        on_ray.submit(on_ray.connect(on), job)
+        where, options = on, f" --on {on}"
+    show(f"{job.name} is submitted to {where}")
+    show(f"  danlu jobs logs -f {job.name}{options}    follows it; show, wait, cancel, resume, delete are there too")
 
 
-def deploy(spec: Path, overrides: Sequence[str], *, bundle: str | None, dry_run: bool, context: str | None, namespace: str | None) -> None:
-    """Hand a service to Kubernetes."""
+def deploy(
+    spec: Path,
+    overrides: Sequence[str],
+    *,
+    on: str,
+    bundle: str | None,
+    dry_run: bool = False,
+    context: str | None = None,
+    namespace: str | None = None,
+) -> None:
+    """Hand a service to a cluster."""
     service = _service(spec, overrides, bundle)
-    from danlu import remote
-    from danlu.k8s.client import connect
+    if on == "k8s":
+        from danlu import remote
+        from danlu.k8s.client import connect
 
-    kube = connect(context, namespace or (service.cluster.namespace if service.cluster else None))
-    if dry_run:
-        _show_taken(kube.context, remote.dry_run(kube, service))
-        return
-    remote.deploy(kube, service)
-    show(f"{service.name} is deployed to {kube.context}, namespace {kube.namespace}")
-    show(f"  danlu services show {service.name}    says whether it answers; scale, rollback, delete are there too")
+        kube = connect(context, namespace or (service.cluster.namespace if service.cluster else None))
+        if dry_run:
+            _show_taken(kube.context, remote.dry_run(kube, service))
+            return
+        remote.deploy(kube, service)
+        where, options = f"{kube.context}, namespace {kube.namespace}", ""
+    else:
+        from danlu import on_ray
+
+        on_ray.deploy(on_ray.connect(on), service)
+        where, options = f"{on}, {service.http.host}:{service.http.port} of every node", f" --on {on}"
+    show(f"{service.name} is deployed to {where}")
+    show(f"  danlu services show {service.name}{options}    says whether it answers; scale, rollback, delete are there too")
 
 
 def _show_taken(context: str, names: Sequence[str]) -> None:
