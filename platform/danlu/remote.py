@@ -10,7 +10,7 @@ from danlu.errors import ClusterError, SpecError
 from danlu.k8s.manifests import render
 from danlu.k8s.pods import KIND, NAME, Object
 from danlu.k8s.rayjob import SPEC_FILE, config_map, config_map_name, ray_job
-from danlu.k8s.rayservice import ray_service
+from danlu.k8s.rayservice import ray_service, upgrade
 from danlu.k8s.status import ENDED, JobStatus, ServiceStatus, job_status, service_status
 from danlu.spec.files import dump, parse
 from danlu.spec.serve import Service
@@ -165,8 +165,8 @@ def delete(kube: Kube, name: str) -> str:
     return _delete(kube, "RayJob", name)
 
 
-def deploy(kube: Kube, service: Service, *, dry_run: bool = False) -> None:
-    """Make or change a service. The spec before is kept beside it, for `rollback`."""
+def deploy(kube: Kube, service: Service, *, dry_run: bool = False) -> str:
+    """Make or change a service; how it is brought there. The spec before is kept beside it, for `rollback`."""
     from danlu.k8s import client
 
     before = client.get(kube, "RayService", service.name)
@@ -179,6 +179,9 @@ def deploy(kube: Kube, service: Service, *, dry_run: bool = False) -> None:
     one = ray_service(service)
     one["metadata"] = {**one["metadata"], "annotations": notes}
     client.apply(kube, one, dry_run=dry_run)
+    if before is None:
+        return "new: it answers once its pods are up"
+    return "as it was" if last == notes[SPEC] else upgrade(ray_service(parse(Service, last)) if last else before, ray_service(service))
 
 
 def services(kube: Kube) -> list[ServiceStatus]:

@@ -196,7 +196,7 @@ def deploy(
         if dry_run:
             _show_taken(kube.context, remote.dry_run(kube, service))
             return
-        remote.deploy(kube, service)
+        show(f"  {remote.deploy(kube, service)}")
         where, options = f"{kube.context}, namespace {kube.namespace}", ""
     else:
         from danlu import on_ray
