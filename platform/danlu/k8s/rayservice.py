@@ -95,7 +95,7 @@ def _keys_are_mounted(service: Service, cluster: ServiceCluster) -> None:
     if service.auth is None:
         return
     file = service.auth.keys_file
-    mounts = [one.mount_path for one in (*cluster.volumes, *cluster.secret_volumes)]
+    mounts = [*(one.mount_path for one in cluster.volumes), *(one.mount_path for one in cluster.secret_volumes)]
     if not any(file.startswith(f"{mount}/") for mount in mounts):
         raise SpecError(
             f"{file} is in none of the pods' volumes",

@@ -136,7 +136,7 @@ class _Cluster(Spec):
 
     @model_validator(mode="after")
     def _every_mount_has_its_own_path(self) -> Self:
-        paths = [one.mount_path for one in (*self.volumes, *self.secret_volumes)]
+        paths = [*(one.mount_path for one in self.volumes), *(one.mount_path for one in self.secret_volumes)]
         taken = [*OWN_PATHS, *paths]
         if twice := next((path for path in paths if taken.count(path) > 1), None):
             raise ValueError(f"mount_path={twice} is taken; each volume needs a path of its own, and the pods' are {', '.join(OWN_PATHS)}")
