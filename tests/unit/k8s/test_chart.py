@@ -128,7 +128,12 @@ def test_the_chart_makes_of_every_spec_what_the_renderer_makes(tmp_path: Path) -
         | {"name": "limits", "limits": {"request_timeout_s": 2.5, "max_body_bytes": 100_000_000}, "autoscaling": {"max_replicas": 3}},
         SERVICE | {"name": "to-zero", "autoscaling": {"min_replicas": 0}},
         {"name": "echo", "engine": {"kind": "echo", "latency_ms": 0.5}, "cluster": {"image": "i", "gpu_type": None}},
-        {"name": "echo-text", "engine": {"kind": "echo_text"}, "auth": {"keys_file": "/keys/keys.json"}, "cluster": {"image": "i"}},
+        {
+            "name": "echo-text",
+            "engine": {"kind": "echo_text"},
+            "auth": {"keys_file": "/keys/keys.json"},
+            "cluster": {"image": "i", "secret_volumes": [{"secret": "keys", "mount_path": "/keys"}]},
+        },
         {
             "name": "language",
             "engine": {"kind": "torch", "model_name_or_path": "/models/qwen", "num_gpus": 1, "num_threads": 4},
