@@ -67,12 +67,12 @@ def train(
     namespace: cli_cluster.Namespace = None,
 ) -> None:
     """Fine-tune, score on dev and test, and store a bundle. Goes on with an unfinished run of the same spec."""
-    from danlu import places, walk
+    from danlu import places, walk, walk_cluster
 
     if places.place(on, fresh=fresh, dry_run=dry_run, context=context, namespace=namespace) == "local":
         walk.train(spec, set_ or [], fresh=fresh)
     else:
-        walk.submit(spec, set_ or [], on=on, dry_run=dry_run is not None, context=context, namespace=namespace)
+        walk_cluster.submit(spec, set_ or [], on=on, dry_run=dry_run is not None, context=context, namespace=namespace)
 
 
 @app.command()
@@ -166,12 +166,12 @@ def serve(
     namespace: cli_cluster.Namespace = None,
 ) -> None:
     """Serve a bundle on Ray Serve until Ctrl-C. Takes a service spec, or a training job's (its `production` bundle)."""
-    from danlu import places, walk
+    from danlu import places, walk, walk_cluster
 
     if places.place(on, dry_run=dry_run, context=context, namespace=namespace) == "local":
         walk.serve(spec, set_ or [], bundle=bundle)
     else:
-        walk.deploy(spec, set_ or [], on=on, bundle=bundle, dry_run=dry_run is not None, context=context, namespace=namespace)
+        walk_cluster.deploy(spec, set_ or [], on=on, bundle=bundle, dry_run=dry_run is not None, context=context, namespace=namespace)
 
 
 @app.command()
@@ -227,9 +227,9 @@ def top(
 @app.command()
 def render(spec: SpecFile, set_: Set = None) -> None:
     """Print what a spec is on Kubernetes, for a Git repository. The objects that --on k8s makes."""
-    from danlu import walk
+    from danlu import walk_cluster
 
-    walk.render(spec, set_ or [])
+    walk_cluster.render(spec, set_ or [])
 
 
 @app.command()

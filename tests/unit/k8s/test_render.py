@@ -224,7 +224,7 @@ def test_a_services_keys_are_a_secret_that_its_pods_have() -> None:
     assert "secret_volumes" in refused.value.fix
 
 
-GPU_SERVICE = {**SERVICE, "engine": {"kind": "encoder", "num_gpus": 2}, "autoscaling": {"min_replicas": 3, "max_replicas": 8}}
+GPU_SERVICE = {**SERVICE, "engine": {"kind": "encoder", "num_gpus": 1}, "autoscaling": {"min_replicas": 3, "max_replicas": 8}}
 INCREMENTAL = {"upgrade": {"kind": "incremental", "gateway_class": "istio", "step_size_percent": 10, "max_surge_percent": 50}}
 
 
@@ -233,11 +233,11 @@ INCREMENTAL = {"upgrade": {"kind": "incremental", "gateway_class": "istio", "ste
     [
         ({"bundle": "topics@v2"}, "in place: "),
         ({"autoscaling": {"min_replicas": 1, "max_replicas": 9}}, "in place: "),
-        ({"cluster": {"image": "registry/danlu:2"}}, "new cluster: .* 3 more pods than now and 6 more GPUs"),
+        ({"cluster": {"image": "registry/danlu:2"}}, "new cluster: .* 3 more pods than now and 3 more GPUs"),
         ({"cluster": {"image": "registry/danlu:1", "memory": "32Gi"}}, "new cluster: "),
         (
             {"cluster": {"image": "registry/danlu:2", **INCREMENTAL}},
-            "incremental: .* 10 % of the requests at a time; up to 2 more pods than now and 4 more",
+            "incremental: .* 10 % of the requests at a time; up to 2 more pods than now and 2 more GPUs",
         ),
         ({"cluster": {"image": "registry/danlu:2", "upgrade": {"kind": "in_place"}}}, "in place: .* are left out"),
     ],
