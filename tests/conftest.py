@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -261,6 +262,8 @@ def ray_local() -> Iterator[object]:
 
     # `ray.init` has no word for this port, and of two Rays on one machine the second could not take jobs.
     parameter.RayParams = partial(parameter.RayParams, dashboard_agent_listen_port=0)
+    # As in the image: `python`, which jobs are started with, is the one that has Danlu.
+    os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     for name, value in (local_ray.ENVIRONMENT | local_ray.OF_THIS_MACHINE).items():
         os.environ.setdefault(name, value)
     context = ray.init(address="local", num_cpus=4, include_dashboard=True, dashboard_port=0, log_to_driver=False)

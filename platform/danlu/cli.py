@@ -37,7 +37,7 @@ Set = Annotated[
     typer.Option("--set", metavar="FIELD=VALUE", help="Change one field: --set optim.learning_rate=1e-4. May be repeated."),
 ]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Start anew instead of going on with an unfinished run.")]
-On = Annotated[str, typer.Option("--on", metavar="WHERE", help="local, or k8s: the cluster of the kubeconfig.")]
+On = Annotated[str, typer.Option("--on", metavar="WHERE", help="local; k8s, the cluster of the kubeconfig; ray://HOST, a Ray cluster.")]
 DryRun = Annotated[
     str | None, typer.Option("--dry-run", metavar="server", help="With --on k8s: ask the API server whether it would take it.")
 ]
@@ -68,12 +68,12 @@ def train(
     namespace: cli_cluster.Namespace = None,
 ) -> None:
     """Fine-tune, score on dev and test, and store a bundle. Goes on with an unfinished run of the same spec."""
-    from danlu import walk
+    from danlu import places, walk, walk_cluster
 
-    if walk.is_local(on, fresh=fresh, dry_run=dry_run, context=context, namespace=namespace):
+    if places.place(on, fresh=fresh, dry_run=dry_run, context=context, namespace=namespace) == "local":
         walk.train(spec, set_ or [], fresh=fresh)
     else:
-        walk.submit(spec, set_ or [], dry_run=dry_run is not None, context=context, namespace=namespace)
+        walk_cluster.submit(spec, set_ or [], on=on, dry_run=dry_run is not None, context=context, namespace=namespace)
 
 
 @app.command()
@@ -167,12 +167,12 @@ def serve(
     namespace: cli_cluster.Namespace = None,
 ) -> None:
     """Serve a bundle on Ray Serve until Ctrl-C. Takes a service spec, or a training job's (its `production` bundle)."""
-    from danlu import walk
+    from danlu import places, walk, walk_cluster
 
-    if walk.is_local(on, dry_run=dry_run, context=context, namespace=namespace):
+    if places.place(on, dry_run=dry_run, context=context, namespace=namespace) == "local":
         walk.serve(spec, set_ or [], bundle=bundle)
     else:
-        walk.deploy(spec, set_ or [], bundle=bundle, dry_run=dry_run is not None, context=context, namespace=namespace)
+        walk_cluster.deploy(spec, set_ or [], on=on, bundle=bundle, dry_run=dry_run is not None, context=context, namespace=namespace)
 
 
 @app.command()
@@ -228,9 +228,9 @@ def top(
 @app.command()
 def render(spec: SpecFile, set_: Set = None) -> None:
     """Print what a spec is on Kubernetes, for a Git repository. The objects that --on k8s makes."""
-    from danlu import walk
+    from danlu import walk_cluster
 
-    walk.render(spec, set_ or [])
+    walk_cluster.render(spec, set_ or [])
 
 
 @app.command()

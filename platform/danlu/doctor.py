@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from danlu.errors import ClusterError, DanluError
 
@@ -190,6 +190,7 @@ def _kubernetes(context: str | None, namespace: str | None) -> Iterator[Finding]
         else:
             yield Finding("Kubernetes", "ok", f"{found}: everything that is needed is allowed")
         yield from _kuberay(client.crd(kube, "rayjobs.ray.io"))
+        yield _prometheus(client.crd(kube, "podmonitors.monitoring.coreos.com"))
     except client.Refused as refused:
         if refused.status == 403:
             yield Finding("KubeRay", "warning", "its version cannot be read: CRDs are not yours to look at")
@@ -212,3 +213,11 @@ def _kuberay(crd: dict[str, object] | None) -> Iterator[Finding]:
         yield Finding("KubeRay", "warning", f"its CRDs are older than 1.7: no {', '.join(lacks)}", fix)
     else:
         yield Finding("KubeRay", "ok", "ray.io/v1, 1.7 or newer")
+
+
+def _prometheus(crd: dict[str, Any] | None) -> Finding:
+    if crd is None:
+        fix = "helm install prometheus prometheus-community/kube-prometheus-stack; the chart's monitoring: needs it, and nothing else does"
+        return Finding("Prometheus", "warning", "its operator is not installed", fix)
+    version = crd.get("metadata", {}).get("annotations", {}).get("operator.prometheus.io/version", "of an unknown version")
+    return Finding("Prometheus", "ok", f"its operator's objects are {version}")

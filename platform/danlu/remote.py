@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,7 +13,7 @@ from danlu.errors import ClusterError, SpecError
 from danlu.k8s.manifests import render
 from danlu.k8s.pods import KIND, NAME, Object
 from danlu.k8s.rayjob import SPEC_FILE, config_map, config_map_name, ray_job
-from danlu.k8s.rayservice import ray_service
+from danlu.k8s.rayservice import ray_service, upgrade
 from danlu.k8s.status import ENDED, JobStatus, ServiceStatus, job_status, service_status
 from danlu.spec.files import dump, parse
 from danlu.spec.serve import Service
@@ -168,17 +167,13 @@ def resume(kube: Kube, name: str) -> str:
     return f"{name} goes on"
 
 
-def delete(kube: Kube, kind: str, name: str) -> str:
-    """Delete a job or a service and its pods. Its runs and bundles stay in the storage."""
-    from danlu.k8s import client
-
-    if not client.delete(kube, kind, name):
-        raise _unknown(kube, kind, name)
-    return f"{name} is deleted; what it stored stays"
+def delete(kube: Kube, name: str) -> str:
+    """Delete a job and its pods. Its runs and bundles stay in the storage."""
+    return _delete(kube, "RayJob", name)
 
 
-def deploy(kube: Kube, service: Service, *, dry_run: bool = False) -> None:
-    """Make or change a service. The spec before is kept beside it, for `rollback`."""
+def deploy(kube: Kube, service: Service, *, dry_run: bool = False) -> str:
+    """Make or change a service; how it is brought there. The spec before is kept beside it, for `rollback`."""
     from danlu.k8s import client
 
     before = client.get(kube, "RayService", service.name)
@@ -191,6 +186,9 @@ def deploy(kube: Kube, service: Service, *, dry_run: bool = False) -> None:
     one = ray_service(service)
     one["metadata"] = {**one["metadata"], "annotations": notes}
     client.apply(kube, one, dry_run=dry_run)
+    if before is None:
+        return "new: it answers once its pods are up"
+    return "as it was" if last == notes[SPEC] else upgrade(ray_service(parse(Service, last)) if last else before, ray_service(service))
 
 
 def services(kube: Kube) -> list[ServiceStatus]:
@@ -227,6 +225,11 @@ def rollback(kube: Kube, name: str) -> Service:
     return spec
 
 
+def delete_service(kube: Kube, name: str) -> str:
+    """Delete a service and its pods. Its bundles stay in the storage."""
+    return _delete(kube, "RayService", name)
+
+
 def dry_run(kube: Kube, spec: TrainJob | Service) -> Sequence[str]:
     """Ask the API server whether it would take a spec's objects; their names."""
     if isinstance(spec, TrainJob):
@@ -234,6 +237,14 @@ def dry_run(kube: Kube, spec: TrainJob | Service) -> Sequence[str]:
     else:
         deploy(kube, spec, dry_run=True)
     return [f"{one['kind']} {one['metadata']['name']}" for one in render(spec)]
+
+
+def _delete(kube: Kube, kind: str, name: str) -> str:
+    from danlu.k8s import client
+
+    if not client.delete(kube, kind, name):
+        raise _unknown(kube, kind, name)
+    return f"{name} is deleted; what it stored stays"
 
 
 def _explained(kube: Kube, job: Object) -> JobStatus:
@@ -302,12 +313,5 @@ def _unknown(kube: Kube, kind: str, name: str) -> ClusterError:
     return ClusterError(
         f"there is no {what} named {name!r} in namespace {kube.namespace}" + (f"; there is: {', '.join(there[:8])}" if there else ""),
         where=f"context {kube.context}",
-        fix="--namespace or --context for another place",
+        fix="--namespace or --context for another place" + ("; --on local --storage URI shows what a job left" if kind == "RayJob" else ""),
     )
-
-
-def as_json(one: JobStatus | ServiceStatus) -> str:
-    """One line of JSON."""
-    from dataclasses import asdict
-
-    return json.dumps(asdict(one), ensure_ascii=False)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import socket
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -125,7 +127,7 @@ def train(
             listener(record)
 
     run.write(SPEC, dump(job))
-    run.set_status("running", spec_digest=digest)
+    run.set_status("running", spec_digest=digest, host=socket.gethostname(), pid=os.getpid())
     ids = {"train_job": job.name, "run": f"{run.number:04d}"}
     try:
         with logs.naming(**ids), traces.span("train", {f"danlu.{name}": value for name, value in ids.items()}), tracked(job, run) as track:

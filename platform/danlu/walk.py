@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from danlu import sdk, traces
+from danlu import sdk
 from danlu.errors import DataError, SpecError
 from danlu.spec.base import Spec
 from danlu.spec.files import load, parse, read, which
@@ -133,73 +133,12 @@ def quantize(spec: Path, overrides: Sequence[str], *, bundle: str | None) -> Non
 
 def serve(spec: Path, overrides: Sequence[str], *, bundle: str | None) -> None:
     """Serve until Ctrl-C."""
-    service = _service(spec, overrides, bundle)
+    service = service_of(spec, overrides, bundle)
     heading(f"Starting {service.name}")
     with sdk.serving(service) as endpoint:
         _show_endpoint(endpoint)
         show("  Ctrl-C stops it")
         _wait()
-
-
-def render(spec: Path, overrides: Sequence[str]) -> None:
-    """Print a spec's Kubernetes objects."""
-    from danlu.k8s import manifests
-
-    text = read(spec)
-    kind = which((TrainJob, Service), text, source=str(spec))
-    found = parse(kind, text, overrides, source=str(spec))
-    assert isinstance(found, TrainJob | Service)
-    print(manifests.text(manifests.render(found)), end="")
-
-
-def is_local(on: str, *, fresh: bool = False, dry_run: str | None, context: str | None, namespace: str | None) -> bool:
-    """True for this machine, False for Kubernetes; SpecError for anything else, and for options that have no effect there."""
-    if on not in ("local", "k8s"):
-        raise SpecError(f"{on!r} is no place to run", where="--on", fix="local or k8s")
-    given = {"--dry-run": dry_run, "--context": context, "--namespace": namespace} if on == "local" else {"--fresh": fresh}
-    for name, value in given.items():
-        if value:
-            raise SpecError(f"it has no effect with --on {on}", where=name, fix="leave it out" + (", or --on k8s" if on == "local" else ""))
-    if dry_run not in (None, "server"):
-        raise SpecError(
-            f"{dry_run!r} is no dry run", where="--dry-run", fix="--dry-run=server; `danlu render` prints without asking a server"
-        )
-    return on == "local"
-
-
-def submit(spec: Path, overrides: Sequence[str], *, dry_run: bool, context: str | None, namespace: str | None) -> None:
-    """Hand a job to Kubernetes."""
-    job = load(TrainJob, spec, overrides)
-    from danlu import remote
-    from danlu.k8s.client import connect
-
-    kube = connect(context, namespace or (job.cluster.namespace if job.cluster else None))
-    if dry_run:
-        _show_taken(kube.context, remote.dry_run(kube, job))
-        return
-    with traces.span("submit", {"danlu.train_job": job.name}, kind="client"):
-        remote.submit(kube, job)
-    show(f"{job.name} is submitted to {kube.context}, namespace {kube.namespace}")
-    show(f"  danlu jobs logs -f {job.name}    follows it; show, wait, cancel, resume, delete are there too")
-
-
-def deploy(spec: Path, overrides: Sequence[str], *, bundle: str | None, dry_run: bool, context: str | None, namespace: str | None) -> None:
-    """Hand a service to Kubernetes."""
-    service = _service(spec, overrides, bundle)
-    from danlu import remote
-    from danlu.k8s.client import connect
-
-    kube = connect(context, namespace or (service.cluster.namespace if service.cluster else None))
-    if dry_run:
-        _show_taken(kube.context, remote.dry_run(kube, service))
-        return
-    remote.deploy(kube, service)
-    show(f"{service.name} is deployed to {kube.context}, namespace {kube.namespace}")
-    show(f"  danlu services show {service.name}    says whether it answers; scale, rollback, delete are there too")
-
-
-def _show_taken(context: str, names: Sequence[str]) -> None:
-    show(f"{context} would take {', '.join(names)}")
 
 
 def predict(spec: Path, overrides: Sequence[str], texts: Sequence[str], *, bundle: str | None, explain: bool = False) -> None:
@@ -301,7 +240,8 @@ def _train(prepared: sdk.Prepared, *, fresh: bool) -> sdk.Trained:
     return trained
 
 
-def _service(spec: Path, overrides: Sequence[str], bundle: str | None) -> Service:
+def service_of(spec: Path, overrides: Sequence[str], bundle: str | None) -> Service:
+    """The service that a file describes: its own, or what a training job serves."""
     text = read(spec)
     if which((TrainJob, Service), text, source=str(spec)) is TrainJob:
         job = parse(TrainJob, text, overrides, source=str(spec))

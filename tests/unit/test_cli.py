@@ -347,3 +347,14 @@ def test_compare_shows_two_bundles_on_the_same_rows(trained: str, tmp_path: Path
     assert document["differences"]["accuracy"]["change"] == 0
     assert document["mcnemar"]["p_value"] == 1
     assert "both are endpoints" in refusal(invoke("compare", "http://127.0.0.1:1", "http://127.0.0.1:2"), SpecError)
+
+
+def test_a_jobs_own_spec_is_gone_on_with_from_its_storage(trained: str) -> None:
+    storage = load(TrainJob, trained).storage
+    local = ("--on", "local", "--storage", storage)
+    before = len(invoke("jobs", "logs", "topics", *local).output.splitlines())
+    result = invoke("jobs", "resume", "topics", *local)
+    assert "topics is finished, and stored as topics@v2" in result.output
+    shown = invoke("jobs", "show", "topics", *local).output
+    assert shown.startswith("topics: succeeded, stored as topics@v2\n"), shown
+    assert len(invoke("jobs", "logs", "topics", *local).output.splitlines()) == before

@@ -69,6 +69,21 @@ imagePullPolicy: {{ . }}
 securityContext:
   allowPrivilegeEscalation: false
   capabilities: {drop: [ALL]}
+  readOnlyRootFilesystem: true
+{{- end }}
+
+{{- define "danlu.scratchMounts" -}}
+{{- $facts := include "danlu.facts" . | fromJson }}
+{{- range $facts.writable }}
+- {name: {{ .name }}, mountPath: {{ .path }}}
+{{- end }}
+{{- end }}
+
+{{- define "danlu.scratchVolumes" -}}
+{{- $facts := include "danlu.facts" . | fromJson }}
+{{- range $facts.writable }}
+- {name: {{ .name }}, emptyDir: {}}
+{{- end }}
 {{- end }}
 
 {{- define "danlu.tolerations" -}}
@@ -133,8 +148,8 @@ spec:
           nvidia.com/gpu: {{ $.gpus | toString | quote }}
           {{- end }}
         {{- end }}
-      {{- if or .configMap $c.shared_memory $c.volumes }}
       volumeMounts:
+        {{- include "danlu.scratchMounts" . | nindent 8 }}
         {{- if .configMap }}
         - {name: spec, mountPath: /etc/danlu, readOnly: true}
         {{- end }}
@@ -148,7 +163,9 @@ spec:
           readOnly: true
           {{- end }}
         {{- end }}
-      {{- end }}
+        {{- range $i, $volume := $c.secret_volumes }}
+        - {name: secret-{{ $i }}, mountPath: {{ .mount_path | quote }}, readOnly: true}
+        {{- end }}
   {{- $nodes := merge (dict) (ternary (default dict $c.node_selector) (default dict (dig "head" "node_selector" dict $c)) $worker) }}
   {{- if and $worker $c.gpu_type }}{{ $_ := set $nodes "nvidia.com/gpu.product" $c.gpu_type }}{{ end }}
   {{- if and $worker $spot }}{{ $_ := set $nodes $spot.label $spot.value }}{{ end }}
@@ -183,8 +200,8 @@ spec:
       whenUnsatisfiable: ScheduleAnyway
       labelSelector: {matchLabels: {danlu.ai/name: {{ .name }}, ray.io/node-type: worker}}
   {{- end }}
-  {{- if or .configMap $c.shared_memory $c.volumes }}
   volumes:
+    {{- include "danlu.scratchVolumes" . | nindent 4 }}
     {{- with .configMap }}
     - {name: spec, configMap: {name: {{ . }}}}
     {{- end }}
@@ -194,7 +211,9 @@ spec:
     {{- range $i, $volume := $c.volumes }}
     - {name: volume-{{ $i }}, persistentVolumeClaim: {claimName: {{ .claim }}}}
     {{- end }}
-  {{- end }}
+    {{- range $i, $volume := $c.secret_volumes }}
+    - {name: secret-{{ $i }}, secret: {secretName: {{ .secret }}}}
+    {{- end }}
 {{- end }}
 
 {{- define "danlu.rayCluster" -}}

@@ -37,6 +37,16 @@
    "port": 44227
   }
  ],
+ "writable": [
+  {
+   "name": "tmp",
+   "path": "/tmp"
+  },
+  {
+   "name": "home",
+   "path": "/home/danlu"
+  }
+ ],
  "spot": {
   "gke": {
    "label": "cloud.google.com/gke-spot",

@@ -44,6 +44,7 @@ def facts() -> str:
         "ray_version": pods.RAY_VERSION,
         "ray_env": pods.RAY_ENV,
         "head_ports": [{"name": name, "port": port} for name, port in pods.HEAD_PORTS.items()],
+        "writable": [{"name": name, "path": path} for name, path in pods.WRITABLE.items()],
         "spot": {name: {"label": label, "value": value, "taint": taint} for name, (label, value, taint) in pods.SPOT.items()},
         "head": _defaults(Head),
         "memory": JobCluster.model_fields["memory"].default,

@@ -38,6 +38,8 @@ HEAD_PORTS = {
 }
 RESTRICTED = {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
 """Pod Security's `restricted`, of a container."""
+WRITABLE = {"tmp": "/tmp", "home": "/home/danlu"}
+"""Folders that live as long as their pod: the rest of its file system is read-only."""
 
 Cluster = JobCluster | ServiceCluster
 
@@ -137,7 +139,7 @@ def pod_spec(cluster: Cluster, container: Object, **more: Any) -> Object:
                 "image": cluster.image,
                 **_set(imagePullPolicy=cluster.image_pull_policy),
                 **container,
-                "securityContext": RESTRICTED,
+                "securityContext": {**RESTRICTED, "readOnlyRootFilesystem": True},
             }
         ],
         **_set(**more),
@@ -205,8 +207,7 @@ def _env(cluster: Cluster, env: Mapping[str, str]) -> list[Object]:
 
 
 def _volumes(cluster: Cluster, config_map: str | None) -> tuple[list[Object], list[Object]]:
-    volumes: list[Object] = []
-    mounts: list[Object] = []
+    volumes, mounts = scratch()
     if config_map:
         volumes.append({"name": "spec", "configMap": {"name": config_map}})
         mounts.append({"name": "spec", "mountPath": "/etc/danlu", "readOnly": True})
@@ -216,7 +217,15 @@ def _volumes(cluster: Cluster, config_map: str | None) -> tuple[list[Object], li
     for i, volume in enumerate(cluster.volumes):
         volumes.append({"name": f"volume-{i}", "persistentVolumeClaim": {"claimName": volume.claim}})
         mounts.append({"name": f"volume-{i}", "mountPath": volume.mount_path, **({"readOnly": True} if volume.read_only else {})})
+    for i, secret in enumerate(cluster.secret_volumes):
+        volumes.append({"name": f"secret-{i}", "secret": {"secretName": secret.secret}})
+        mounts.append({"name": f"secret-{i}", "mountPath": secret.mount_path, "readOnly": True})
     return volumes, mounts
+
+
+def scratch() -> tuple[list[Object], list[Object]]:
+    """The volumes that a process writes to, and where they are mounted."""
+    return [{"name": name, "emptyDir": {}} for name in WRITABLE], [{"name": name, "mountPath": path} for name, path in WRITABLE.items()]
 
 
 def _affinity(cluster: Cluster, name: str, *, worker: bool) -> Object:

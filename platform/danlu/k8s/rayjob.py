@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from danlu.k8s.pods import Object, labels, metadata, needed, pod_spec, ray_cluster, tolerations
+from danlu.k8s.pods import Object, labels, metadata, needed, pod_spec, ray_cluster, scratch, tolerations
 from danlu.spec.cluster import JobCluster, Kueue, Rules, Ttl
 from danlu.spec.files import dump
 from danlu.spec.train import TrainJob
@@ -101,8 +101,9 @@ def _rule(status: str, seconds: int, policy: str) -> Object:
 def _submitter(cluster: JobCluster, name: str) -> Object:
     """The pod that hands the job to Ray and then follows its log: `kubectl logs` still has it when the Ray cluster is gone."""
     resources = {"cpu": "500m", "memory": "512Mi"}
-    container = {"name": "ray-job-submitter", "resources": {"requests": resources, "limits": resources}}
-    pod = {**pod_spec(cluster, container, tolerations=tolerations(cluster)), "restartPolicy": "Never"}
+    volumes, mounts = scratch()
+    container = {"name": "ray-job-submitter", "resources": {"requests": resources, "limits": resources}, "volumeMounts": mounts}
+    pod = {**pod_spec(cluster, container, tolerations=tolerations(cluster), volumes=volumes), "restartPolicy": "Never"}
     return {"metadata": {"labels": labels("train", name)}, "spec": pod}
 
 

@@ -6,7 +6,8 @@ import math
 
 import yaml
 
-from danlu.k8s.pods import Object, metadata, needed, ray_cluster
+from danlu.errors import SpecError
+from danlu.k8s.pods import GPU, Object, metadata, needed, ray_cluster
 from danlu.spec.cluster import Incremental, InPlace, NewCluster, ServiceCluster
 from danlu.spec.files import dump
 from danlu.spec.serve import Encoder, Service, Torch
@@ -21,6 +22,7 @@ def ray_service(service: Service) -> Object:
     needed(service.cluster, service.storage if service.bundle else "memory://", writes=False)
     cluster, scaling, engine = service.cluster, service.autoscaling, service.engine
     assert cluster is not None
+    _keys_are_mounted(service, cluster)
     each = cluster.replicas_per_pod
     return {
         "apiVersion": "ray.io/v1",
@@ -46,6 +48,40 @@ def ray_service(service: Service) -> Object:
     }
 
 
+def upgrade(before: Object, after: Object) -> str:
+    """How KubeRay brings a service from one RayService to another, and what that needs."""
+    step = after["spec"]["upgradeStrategy"]
+    had, has = (_pods_alone(one["spec"]["rayClusterConfig"]) for one in (before, after))
+    if had == has:
+        return "in place: no pod is replaced, new replicas take over on those there are"
+    if step["type"] == "None":
+        return "in place: cluster.upgrade.kind=in_place keeps the pods as they are, and the new image or resources are left out"
+    gpus, pods = _asked(after)
+    surge = step.get("clusterUpgradeOptions", {}).get("maxSurgePercent", 100)
+    more = math.ceil(pods * surge / 100)
+    needs = f"{more} more pods than now" + (f" and {more * gpus} more GPUs" if gpus else "") + " until the old ones have gone"
+    if step["type"] == "NewCluster":
+        return f"new cluster: a second set of pods takes over once it is ready; at least {needs}"
+    moved = f"{step['clusterUpgradeOptions']['stepSizePercent']} % of the requests at a time"
+    return f"incremental: a second set of pods takes over {moved}; up to {needs}"
+
+
+def _pods_alone(config: Object) -> Object:
+    """What KubeRay compares: a cluster whose number of pods alone differs is scaled."""
+    groups = [
+        {name: value for name, value in group.items() if name not in ("replicas", "minReplicas", "maxReplicas")}
+        for group in config["workerGroupSpecs"]
+    ]
+    return {**config, "workerGroupSpecs": groups}
+
+
+def _asked(service: Object) -> tuple[int, int]:
+    """GPUs of a pod, and pods at least."""
+    (group,) = service["spec"]["rayClusterConfig"]["workerGroupSpecs"]
+    limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
+    return int(limits.get(GPU, 0)), int(group["replicas"])
+
+
 def serve_config(service: Service) -> Object:
     """Ray Serve's own configuration. Its arguments are the spec without `cluster:`, so that other pods are no new application."""
     spec = yaml.safe_load(dump(service.model_copy(update={"cluster": None})))
@@ -54,6 +90,19 @@ def serve_config(service: Service) -> Object:
         "http_options": {"host": "0.0.0.0", "port": PORT, "request_timeout_s": service.limits.request_timeout_s + 5},
         "applications": [{"name": service.name, "route_prefix": "/", "import_path": IMPORT_PATH, "args": spec}],
     }
+
+
+def _keys_are_mounted(service: Service, cluster: ServiceCluster) -> None:
+    if service.auth is None:
+        return
+    file = service.auth.keys_file
+    mounts = [*(one.mount_path for one in cluster.volumes), *(one.mount_path for one in cluster.secret_volumes)]
+    if not any(file.startswith(f"{mount}/") for mount in mounts):
+        raise SpecError(
+            f"{file} is in none of the pods' volumes",
+            where="auth.keys_file",
+            fix="keys_file: /etc/danlu-keys/keys.json, with cluster.secret_volumes: [{secret: danlu-keys, mount_path: /etc/danlu-keys}]",
+        )
 
 
 def _upgrade(cluster: ServiceCluster) -> Object:

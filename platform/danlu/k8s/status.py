@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from danlu.k8s.pods import Object
@@ -44,10 +45,11 @@ class ServiceStatus:
     why: str = ""
     fix: str = ""
     endpoints: int = 0
+    of: Literal["pods", "replicas"] = "pods"
 
     def text(self) -> str:
         """For a terminal."""
-        told = f"{self.name}: {self.phase}, {self.endpoints} pods answer" + (f"; {self.why}" if self.why else "")
+        told = f"{self.name}: {self.phase}, {self.endpoints} {self.of} answer" + (f"; {self.why}" if self.why else "")
         return told + (f"\n  try: {self.fix}" if self.fix else "")
 
 
@@ -101,6 +103,17 @@ def service_status(service: Object, pods: Sequence[Object] = (), events: Sequenc
         return ServiceStatus(name, "running", endpoints=endpoints)
     why, fix = _why_starting(pods, events)
     return ServiceStatus(name, "starting", why, fix, endpoints)
+
+
+def why_of_log(log: Sequence[str], said: str) -> tuple[str, str]:
+    """Why a driver ended, by its log, else by what is `said` of it; after which step; and what would help."""
+    why = _danlu_error(log) or said.strip().rpartition("\n")[2]
+    return "; ".join(part for part in (why, _last_step(log)) if part), _fix_in(log)
+
+
+def as_json(one: JobStatus | ServiceStatus) -> str:
+    """One line of JSON."""
+    return json.dumps(asdict(one), ensure_ascii=False)
 
 
 def _queue(job: Object) -> str | None:
@@ -198,13 +211,11 @@ def _why_failed(found: Object, pods: Sequence[Object], log: Sequence[str]) -> tu
             )
         case "ValidationFailed":
             return f"KubeRay refuses it: {said}", "danlu doctor compares the versions"
-    error = _danlu_error(log)
     kill, fix = _memory_kill(pods)
-    step = _last_step(log)
-    told = "; ".join(part for part in (error or kill or (said.strip().splitlines()[-1:] and said.strip().splitlines()[-1]), step) if part)
-    if error and kill:
-        told = f"{told}; {kill}"
-    return told or str(found.get("reason") or "no reason is given"), fix or _fix_in(log)
+    why, fix_of_log = why_of_log(log, kill or said)
+    if kill and _danlu_error(log):
+        why = f"{why}; {kill}"
+    return why or str(found.get("reason") or "no reason is given"), fix or fix_of_log
 
 
 def _memory_kill(pods: Sequence[Object]) -> tuple[str, str]:

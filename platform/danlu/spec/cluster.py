@@ -14,6 +14,8 @@ LabelKey = Annotated[str, Field(pattern=r"^([a-z0-9]([-a-z0-9.]*[a-z0-9])?/)?[A-
 Bytes = Annotated[str, Field(pattern=r"^[1-9][0-9]*(Mi|Gi|Ti)$")]
 """Memory as Kubernetes writes it: 512Mi, 64Gi."""
 AbsolutePath = Annotated[str, Field(pattern=r"^/[^:]*[^:/]$")]
+OWN_PATHS = ("/tmp", "/home/danlu", "/etc/danlu", "/dev/shm")
+"""Where pods have volumes of their own: the rest of their file system is read-only."""
 EnvName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
 
 
@@ -41,6 +43,13 @@ class Volume(Spec):
     claim: KubeName
     mount_path: AbsolutePath
     read_only: bool = False
+
+
+class SecretVolume(Spec):
+    """A Secret as files in every pod, read-only: API keys for `auth.keys_file`, a cloud's key file, certificates."""
+
+    secret: KubeName
+    mount_path: AbsolutePath
 
 
 class Head(Spec):
@@ -114,6 +123,8 @@ class _Cluster(Spec):
     secret_env: list[SecretEnv] = []
     volumes: list[Volume] = []
     """`storage:` is a folder in one of them, or an object store's URI."""
+    secret_volumes: list[SecretVolume] = []
+    """They follow their Secrets within a minute or so: a key that is made or revoked needs no new pods."""
 
     @model_validator(mode="after")
     def _shared_memory_is_part_of_memory(self) -> Self:
@@ -122,6 +133,14 @@ class _Cluster(Spec):
                 f"shared_memory={self.shared_memory} is part of a pod's memory and leaves nothing of memory={self.memory} or "
                 f"head.memory={self.head.memory}; raise them, or lower it"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _every_mount_has_its_own_path(self) -> Self:
+        paths = [*(one.mount_path for one in self.volumes), *(one.mount_path for one in self.secret_volumes)]
+        taken = [*OWN_PATHS, *paths]
+        if twice := next((path for path in paths if taken.count(path) > 1), None):
+            raise ValueError(f"mount_path={twice} is taken; each volume needs a path of its own, and the pods' are {', '.join(OWN_PATHS)}")
         return self
 
 

@@ -24,12 +24,20 @@ class Access(Spec):
 
 
 class Storage(Spec):
-    """A PersistentVolumeClaim for runs and bundles, where there is no object store. It outlives the release."""
+    """A PersistentVolumeClaim. For runs and bundles, where there is no object store. It outlives the release."""
 
     claim: KubeName
     size: Bytes = "100Gi"
     storage_class: KubeName | None = None
     access_modes: list[Literal["ReadWriteOnce", "ReadWriteMany", "ReadWriteOncePod"]] = ["ReadWriteMany"]
+
+
+class ApiKeys(Spec):
+    """A Secret with API keys, for services that name it in `cluster.secret_volumes` and its file in `auth.keys_file`."""
+
+    secret: KubeName
+    keys: Annotated[str, Field(min_length=1)]
+    """The text of what `danlu keys create --file keys.json` writes: hashes, never keys. --set-file 'api_keys[0].keys=keys.json'"""
 
 
 class Queue(Spec):
@@ -92,7 +100,11 @@ class Install(Spec):
     services: list[Service] = []
     """Service specs, each as in its own file, with `cluster:`."""
     access: Access = Access()
+    api_keys: list[ApiKeys] = []
+    """Secrets made from values. One that is there already is named in `cluster.secret_volumes` alone."""
     storage: Storage | None = None
+    model_cache: Storage | None = None
+    """Another, for models of a hub: mount it with `cluster.volumes` and name its folder in `cluster.env`, {HF_HOME: /models}."""
     queues: list[Queue] = []
     gateways: list[Gateway] = []
     network: Network = Network()

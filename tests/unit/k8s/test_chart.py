@@ -49,6 +49,15 @@ VALUES: dict[str, Object] = {
     "a route": {"services": [SERVICE], "gateways": [{"kind": "http_route", "gateway": "public", **GATEWAY}]},
     "no policies": {"jobs": [JOB], "services": [SERVICE], "network": {"enabled": False}, "disruption_budget": False},
     "narrow policies": {"services": [SERVICE], "network": {"ingress_namespace": "ingress-nginx", "monitoring_namespace": "prometheus"}},
+    "keys from values": {
+        "api_keys": [{"secret": "danlu-keys", "keys": '{"keys": []}'}],
+        "services": [
+            SERVICE
+            | {"auth": {"keys_file": "/etc/danlu-keys/keys.json"}}
+            | {"cluster": SERVICE["cluster"] | {"secret_volumes": [{"secret": "danlu-keys", "mount_path": "/etc/danlu-keys"}]}}
+        ],
+    },
+    "a cache of models": {"storage": {"claim": "c"}, "model_cache": {"claim": "models", "size": "1Ti"}},
     "one writer": {"storage": {"claim": "c", "access_modes": ["ReadWriteOnce"]}},
     "a quota of GPUs": {"quota": {"gpus": 1}},
     "a sub-chart's": {"global": {"imageRegistry": "x"}, "services": [SERVICE], "test_image": "registry/curl:8"},
@@ -119,7 +128,12 @@ def test_the_chart_makes_of_every_spec_what_the_renderer_makes(tmp_path: Path) -
         | {"name": "limits", "limits": {"request_timeout_s": 2.5, "max_body_bytes": 100_000_000}, "autoscaling": {"max_replicas": 3}},
         SERVICE | {"name": "to-zero", "autoscaling": {"min_replicas": 0}},
         {"name": "echo", "engine": {"kind": "echo", "latency_ms": 0.5}, "cluster": {"image": "i", "gpu_type": None}},
-        {"name": "echo-text", "engine": {"kind": "echo_text"}, "auth": {"keys_file": "/keys/keys.json"}, "cluster": {"image": "i"}},
+        {
+            "name": "echo-text",
+            "engine": {"kind": "echo_text"},
+            "auth": {"keys_file": "/keys/keys.json"},
+            "cluster": {"image": "i", "secret_volumes": [{"secret": "keys", "mount_path": "/keys"}]},
+        },
         {
             "name": "language",
             "engine": {"kind": "torch", "model_name_or_path": "/models/qwen", "num_gpus": 1, "num_threads": 4},
@@ -193,6 +207,24 @@ def test_what_is_asked_for_around_the_specs_is_there_and_nothing_else(tmp_path: 
     }
 
 
+def test_keys_that_are_made_here_are_a_secret_of_the_chart_and_open_the_service(tmp_path: Path) -> None:
+    """From `danlu keys` over the chart's own Secret, as its pods have it, to what a service reads."""
+    from danlu.serve.keys import create_key, read_keys
+
+    file = tmp_path / "keys.json"
+    create_key(file, "team")
+    values = {**VALUES["keys from values"], "api_keys": [{"secret": "danlu-keys", "keys": file.read_text()}]}
+    objects = rendered(values, tmp_path)
+    (secret,) = [one for one in objects if one["kind"] == "Secret"]
+    (mounted,) = Service.model_validate(values["services"][0]).cluster.secret_volumes  # type: ignore[union-attr]
+    assert secret["metadata"]["name"] == mounted.secret
+    in_the_pod = tmp_path / "pod"
+    in_the_pod.mkdir()
+    for name, text in secret["stringData"].items():
+        (in_the_pod / name).write_text(text)
+    assert read_keys(in_the_pod / "keys.json") == read_keys(file)
+
+
 def test_the_role_is_what_the_client_asks_of_a_cluster_and_no_more(tmp_path: Path) -> None:
     (role,) = [one for one in rendered(VALUES["everything of one team"], tmp_path) if one["kind"] == "Role"]
     rights = {(resource, verb) for rule in role["rules"] for resource in rule["resources"] for verb in rule["verbs"]}
@@ -213,6 +245,11 @@ BAD: dict[str, tuple[Object, str]] = {
         {"services": [SERVICE], "gateways": [{"kind": "ingress", "service": "topic", "host": "h"}]},
         "services has: topics",
     ),
+    "keys that no pod has": (
+        {"services": [SERVICE | {"auth": {"keys_file": "/etc/danlu-keys/keys.json"}}]},
+        "auth.keys_file: /etc/danlu-keys/keys.json",
+    ),
+    "keys that are none": ({"api_keys": [{"secret": "danlu-keys", "keys": ""}]}, "/api_keys/0/keys"),
     "a route without a gateway": ({"services": [SERVICE], "gateways": [{"kind": "http_route", **GATEWAY}]}, "needs gateway:"),
 }
 

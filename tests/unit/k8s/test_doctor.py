@@ -13,6 +13,7 @@ from danlu import doctor
 from danlu.cli import app
 
 REVIEW = "post /apis/authorization.k8s.io/v1/selfsubjectaccessreviews"
+PODMONITORS = "get /apis/apiextensions.k8s.io/v1/customresourcedefinitions/podmonitors.monitoring.coreos.com"
 CRD = "get /apis/apiextensions.k8s.io/v1/customresourcedefinitions/rayjobs.ray.io"
 
 
@@ -21,11 +22,14 @@ def found(api: Any, *, allowed: bool = True, fields: tuple[str, ...] = doctor.NE
     api.answer(REVIEW, {"status": {"allowed": allowed}})
     schema = {"openAPIV3Schema": {"properties": {"spec": {"properties": {name: {} for name in fields}}}}}
     api.answer(CRD, {"spec": {"versions": [{"name": "v1", "schema": schema}]}})
+    api.answer(PODMONITORS, {"metadata": {"annotations": {"operator.prometheus.io/version": "0.88.1"}}})
     return {one.what: one for one in doctor._kubernetes(None, None)}
 
 
 def test_a_cluster_that_has_everything(api: Any) -> None:
-    assert {one.verdict for one in found(api).values()} == {"ok"}
+    every = found(api)
+    assert {one.verdict for one in every.values()} == {"ok"}
+    assert "0.88.1" in every["Prometheus"].found
 
 
 def test_a_right_that_is_missing_is_named_with_the_role_that_gives_it(api: Any) -> None:
@@ -46,8 +50,10 @@ def test_an_older_kuberay_is_told_by_the_fields_it_lacks(api: Any) -> None:
 def test_a_cluster_without_kuberay(api: Any) -> None:
     api.answer(REVIEW, {"status": {"allowed": True}})
     api.answer(CRD, 404, {"reason": "NotFound", "message": "not found"})
-    (_, kuberay) = doctor._kubernetes(None, None)
+    api.answer(PODMONITORS, 404, {"reason": "NotFound", "message": "not found"})
+    (_, kuberay, prometheus) = doctor._kubernetes(None, None)
     assert (kuberay.verdict, kuberay.what) == ("missing", "KubeRay")
+    assert (prometheus.verdict, "kube-prometheus-stack" in prometheus.fix) == ("warning", True)
 
 
 def test_without_a_cluster_a_machine_is_well_enough(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

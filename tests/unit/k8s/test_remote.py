@@ -369,7 +369,12 @@ def test_a_service_is_deployed_scaled_and_rolled_back(api: Any, service_file: st
         (application,) = yaml.safe_load(one["spec"]["serveConfigV2"])["applications"]
         return Service.model_validate(application["args"])
 
-    assert "echo is deployed to here" in danlu("serve", service_file, "--on", "k8s").output
+    first = danlu("serve", service_file, "--on", "k8s").output
+    assert "new: it answers once its pods are up" in first
+    assert "echo is deployed to here" in first
+    again = danlu("serve", service_file, "--on", "k8s", "--set", "cluster.image=registry/danlu:2")
+    assert "new cluster: a second set of pods takes over once it is ready; at least 1 more pods than now" in again.output
+    assert danlu("services", "rollback", "echo").exit_code == 0
     assert danlu("services", "scale", "echo", "--max", "5").output == "echo has 1 to 5 replicas\n"
     assert deployed().autoscaling.max_replicas == 5
     assert api.get("rayservices", "echo")["spec"]["rayClusterConfig"]["workerGroupSpecs"][0]["maxReplicas"] == 5

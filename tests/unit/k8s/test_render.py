@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import copy
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from kube import check, core_errors, crd_errors, tool
 from danlu.errors import SpecError
 from danlu.k8s import pods
 from danlu.k8s.manifests import render, text
+from danlu.k8s.rayservice import upgrade
 from danlu.spec.files import load, parse, read, which
 from danlu.spec.serve import Service
 from danlu.spec.train import TrainJob
@@ -44,6 +46,10 @@ JOB_CLUSTERS: dict[str, dict[str, Any]] = {
     "shared memory": {"memory": "64Gi", "shared_memory": "7Gi"},
     "env": {"env": {"A": "1", "RAY_worker_niceness": "5"}, "secret_env": [{"name": "T", "secret": "hub", "key": "token"}]},
     "volumes": {"volumes": [{"claim": "c", "mount_path": "/data"}, {"claim": "d", "mount_path": "/x/y", "read_only": True}]},
+    "secrets as files": {
+        "volumes": [{"claim": "c", "mount_path": "/data"}],
+        "secret_volumes": [{"secret": "danlu-keys", "mount_path": "/etc/danlu-keys"}, {"secret": "gcp", "mount_path": "/gcp"}],
+    },
     "kueue": {"scheduler": {"kind": "kueue", "queue": "q"}, "priority_class": "p"},
     "volcano": {"scheduler": {"kind": "volcano", "queue": "q"}, "priority_class": "p"},
     "volcano without a queue": {"scheduler": {"kind": "volcano"}},
@@ -197,7 +203,54 @@ def test_every_container_fits_the_restricted_pod_security_standard() -> None:
         assert pod["securityContext"]["runAsNonRoot"]
         assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
         for container in pod["containers"]:
-            assert container["securityContext"] == {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
+            restricted = {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}, "readOnlyRootFilesystem": True}
+            assert container["securityContext"] == restricted
+            mounts = {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]}
+            written = {volume["name"] for volume in pod["volumes"] if "emptyDir" in volume}
+            assert {mounts["/tmp"], mounts["/home/danlu"]} <= written, "Ray writes to one, the libraries' caches to the other"
+
+
+def test_a_services_keys_are_a_secret_that_its_pods_have() -> None:
+    keys = {"auth": {"keys_file": "/etc/danlu-keys/keys.json"}}
+    cluster = SERVICE["cluster"] | {"secret_volumes": [{"secret": "danlu-keys", "mount_path": "/etc/danlu-keys"}]}
+    (one,) = render(Service.model_validate(SERVICE | keys | {"cluster": cluster}))
+    check(one)
+    worker = containers(one["spec"])["worker"]
+    assert {"name": "secret-0", "secret": {"secretName": "danlu-keys"}} in worker["volumes"]
+    assert {"name": "secret-0", "mountPath": "/etc/danlu-keys", "readOnly": True} in worker["containers"][0]["volumeMounts"]
+    with pytest.raises(SpecError, match="none of the pods' volumes") as refused:
+        render(Service.model_validate(SERVICE | keys))
+    assert refused.value.where == "auth.keys_file"
+    assert "secret_volumes" in refused.value.fix
+
+
+GPU_SERVICE = {**SERVICE, "engine": {"kind": "encoder", "num_gpus": 1}, "autoscaling": {"min_replicas": 3, "max_replicas": 8}}
+INCREMENTAL = {"upgrade": {"kind": "incremental", "gateway_class": "istio", "step_size_percent": 10, "max_surge_percent": 50}}
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"bundle": "topics@v2"}, "in place: "),
+        ({"autoscaling": {"min_replicas": 1, "max_replicas": 9}}, "in place: "),
+        ({"cluster": {"image": "registry/danlu:2"}}, "new cluster: .* 3 more pods than now and 3 more GPUs"),
+        ({"cluster": {"image": "registry/danlu:1", "memory": "32Gi"}}, "new cluster: "),
+        (
+            {"cluster": {"image": "registry/danlu:2", **INCREMENTAL}},
+            "incremental: .* 10 % of the requests at a time; up to 2 more pods than now and 2 more GPUs",
+        ),
+        ({"cluster": {"image": "registry/danlu:2", "upgrade": {"kind": "in_place"}}}, "in place: .* are left out"),
+    ],
+)
+def test_an_upgrade_says_how_it_goes_and_what_it_needs(change: dict[str, Any], told: str) -> None:
+    before, after = (render(Service.model_validate(one))[0] for one in (GPU_SERVICE, GPU_SERVICE | change))
+    assert re.match(told, upgrade(before, after)), upgrade(before, after)
+
+
+@pytest.mark.parametrize("path", ["/tmp", "/home/danlu", "/etc/danlu", "/data"])
+def test_two_volumes_never_have_one_path(path: str) -> None:
+    with pytest.raises(ValueError, match=f"mount_path={path} is taken"):
+        job(volumes=[{"claim": "c", "mount_path": "/data"}], secret_volumes=[{"secret": "s", "mount_path": path}])
 
 
 def test_ray_serve_takes_the_configuration_and_builds_the_service_from_it() -> None:

@@ -1,0 +1,190 @@
+"""Jobs as their runs under a storage URI tell of them: those of this machine, and what a job left that ran on a cluster which is gone."""
+
+from __future__ import annotations
+
+import json
+import signal
+import socket
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import PurePosixPath
+from types import SimpleNamespace
+from typing import Any, cast
+
+import fsspec
+import psutil
+
+from danlu import sdk
+from danlu.artifact.runs import RECORDS, SPEC, RunFolder, latest_run
+from danlu.errors import ClusterError
+from danlu.k8s.status import ENDED, JobStatus, State
+from danlu.spec.files import parse
+from danlu.spec.train import TrainJob
+from danlu.terminal import TrainingView, step_line
+
+POLL_S = 0.5
+LAST_LINES = 3
+
+
+def connect(storage: str) -> str:
+    """The storage URI, whatever folder this process is in."""
+    return sdk.absolute(storage)
+
+
+def jobs(at: str) -> list[JobStatus]:
+    """The latest run of every job under the storage."""
+    filesystem, path = fsspec.core.url_to_fs(f"{at}/runs")
+    names = [PurePosixPath(folder).name for folder in filesystem.ls(path, detail=False)] if filesystem.exists(path) else []
+    return [_status(name, run) for name in sorted(names) if (run := latest_run(at, name)) is not None]
+
+
+def status(at: str, name: str) -> JobStatus:
+    """A job's state, and why; its last lines, which end in its scores."""
+    return _status(name, _run(at, name), explain=True)
+
+
+def logs(at: str, name: str, *, follow: bool) -> Iterator[str]:
+    """The run's records as lines. With `follow`, until the job has ended."""
+    run, told = _run(at, name), 0
+    while True:
+        ended = _status(name, run).state in ENDED  # asked before the records are read: none is missed
+        lines = _lines(run)
+        yield from lines[told:]
+        told = len(lines)
+        if ended or not follow:
+            return
+        time.sleep(POLL_S)
+
+
+def wait(at: str, name: str, *, timeout_s: float | None = None) -> JobStatus | None:
+    """A job's state once it has ended; None if that took longer than `timeout_s`."""
+    ends = None if timeout_s is None else time.monotonic() + timeout_s
+    while (found := status(at, name)).state not in ENDED:
+        if ends is not None and time.monotonic() >= ends:
+            return None
+        time.sleep(POLL_S)
+    return found
+
+
+def cancel(at: str, name: str) -> str:
+    """Stop a job as Ctrl-C does; what there is to say."""
+    run = _run(at, name)
+    found = _status(name, run)
+    if found.state in ENDED:
+        return f"{name} has ended already: {found.state}"
+    details = run.status()
+    process = _process(details)
+    if process is None or not any("danlu" in word for word in process.cmdline()):
+        where = f"process {details.get('pid')} of {details.get('host')}"
+        raise ClusterError(f"{name} runs in {where}, which is no danlu command of this machine", where="jobs cancel", fix="stop it there")
+    process.send_signal(signal.SIGTERM)
+    return f"{name} is cancelled; danlu jobs resume {name} --on local --storage {at} goes on from its last checkpoint"
+
+
+def resume(at: str, name: str) -> str:
+    """Go on with a job that was cancelled, that failed or that has ended, here and now, from its last checkpoint."""
+    run = _run(at, name)
+    found = _status(name, run)
+    if found.state not in ENDED:
+        raise ClusterError(
+            f"{name} is {found.state} already", where="jobs resume", fix=f"danlu jobs logs -f {name} --on local --storage {at}"
+        )
+    job = parse(TrainJob, run.read(SPEC) or "", source=f"the spec of {name}").model_copy(update={"storage": at})
+    prepared = sdk.prepare(job)
+    with TrainingView().live() as view:
+        trained = sdk.train(job, listener=view, prepared=prepared)
+    return f"{name} is finished, and stored as {trained.reference}"
+
+
+def delete(at: str, name: str) -> str:
+    """Delete a job's runs. Its bundles stay."""
+    if (found := _status(name, _run(at, name))).state not in ENDED:
+        raise ClusterError(f"{name} is {found.state}", where="jobs delete", fix=f"danlu jobs cancel {name} --on local --storage {at}")
+    filesystem, path = fsspec.core.url_to_fs(f"{at}/runs/{name}")
+    filesystem.rm(path, recursive=True)
+    return f"the runs of {name} are deleted; its bundles stay"
+
+
+def _run(at: str, name: str) -> RunFolder:
+    run = latest_run(at, name)
+    if run is None:
+        there = [one.name for one in jobs(at)]
+        raise ClusterError(
+            f"there is no run of {name!r}" + (f"; there is: {', '.join(there[:8])}" if there else ""),
+            where=f"--storage {at}",
+            fix="--storage URI",
+        )
+    return run
+
+
+def _status(name: str, run: RunFolder, *, explain: bool = False) -> JobStatus:
+    details = run.status()
+    state, why = _state(details)
+    ended = _time(details.get("time")) if state in ENDED else ""
+    lines = _lines(run)[-LAST_LINES:] if explain else []
+    return JobStatus(
+        name, state, why, "" if state != "cancelled" else f"danlu jobs resume {name} --on local", ended=ended, log=tuple(lines)
+    )
+
+
+def _state(details: dict[str, Any]) -> tuple[State, str]:
+    match details["state"]:
+        case "finished":
+            return "succeeded", f"stored as {details['bundle']}" if details.get("bundle") else ""
+        case "failed" if "KeyboardInterrupt" in str(details.get("reason")):
+            return "cancelled", "it was interrupted"
+        case "failed":
+            return "failed", str(details.get("reason", "")).splitlines()[0] if details.get("reason") else ""
+        case "running" if details.get("host") == socket.gethostname() and _process(details) is None:
+            return "failed", "its process is gone: it was killed, or the machine went down"
+        case "running":
+            return "running", f"in process {details['pid']} of {details['host']}" if "pid" in details else ""
+        case _:
+            return "starting", "it has written no status yet"
+
+
+def _process(details: dict[str, Any]) -> psutil.Process | None:
+    """The process that writes the run, if it is one of this machine and still there."""
+    if details.get("host") != socket.gethostname():
+        return None
+    try:
+        process = psutil.Process(int(details["pid"]))
+        # A number that was given anew belongs to somebody who came later.
+        return process if process.create_time() < details["time"] and process.status() != psutil.STATUS_ZOMBIE else None
+    except psutil.NoSuchProcess:
+        return None
+
+
+def _lines(run: RunFolder) -> list[str]:
+    found = []
+    for line in (run.read(RECORDS) or "").splitlines():
+        try:
+            values = json.loads(line)
+        except ValueError:  # half of it is written yet
+            continue
+        if told := _line(values):
+            found.append(told)
+    return found
+
+
+def _line(values: dict[str, Any]) -> str:
+    match values.get("kind"):
+        case "step":
+            return step_line(cast(Any, SimpleNamespace(**values)))
+        case "eval":
+            scores = "  ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in values["metrics"].items())
+            return f"step {values['step']}: dev {scores}{'  (best so far)' if values.get('is_best') else ''}"
+        case "event":
+            return f"step {values['step']}: {values['event']}{': ' + values['detail'] if values.get('detail') else ''}"
+        case "quantized":
+            return str(values.get("verdict", ""))
+        case _:
+            return ""
+
+
+def _time(seconds: float | None) -> str:
+    return "" if seconds is None else datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+__all__ = ["cancel", "connect", "delete", "jobs", "logs", "resume", "status", "wait"]

@@ -1,0 +1,85 @@
+"""The commands' bodies that hand a spec to a cluster, or show what it is there."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from danlu import traces
+from danlu.spec.files import load, parse, read, which
+from danlu.spec.serve import Service
+from danlu.spec.train import TrainJob
+from danlu.terminal import show
+from danlu.walk import service_of
+
+
+def render(spec: Path, overrides: Sequence[str]) -> None:
+    """Print a spec's Kubernetes objects."""
+    from danlu.k8s import manifests
+
+    text = read(spec)
+    kind = which((TrainJob, Service), text, source=str(spec))
+    found = parse(kind, text, overrides, source=str(spec))
+    assert isinstance(found, TrainJob | Service)
+    print(manifests.text(manifests.render(found)), end="")
+
+
+def submit(
+    spec: Path, overrides: Sequence[str], *, on: str, dry_run: bool = False, context: str | None = None, namespace: str | None = None
+) -> None:
+    """Hand a job to a cluster."""
+    job = load(TrainJob, spec, overrides)
+    if on == "k8s":
+        from danlu import remote
+        from danlu.k8s.client import connect
+
+        kube = connect(context, namespace or (job.cluster.namespace if job.cluster else None))
+        if dry_run:
+            _show_taken(kube.context, remote.dry_run(kube, job))
+            return
+        with traces.span("submit", {"danlu.train_job": job.name}, kind="client"):
+            remote.submit(kube, job)
+        where, options = f"{kube.context}, namespace {kube.namespace}", ""
+    else:
+        from danlu import on_ray
+
+        with traces.span("submit", {"danlu.train_job": job.name}, kind="client"):
+            on_ray.submit(on_ray.connect(on), job)
+        where, options = on, f" --on {on}"
+    show(f"{job.name} is submitted to {where}")
+    show(f"  danlu jobs logs -f {job.name}{options}    follows it; show, wait, cancel, resume, delete are there too")
+
+
+def deploy(
+    spec: Path,
+    overrides: Sequence[str],
+    *,
+    on: str,
+    bundle: str | None,
+    dry_run: bool = False,
+    context: str | None = None,
+    namespace: str | None = None,
+) -> None:
+    """Hand a service to a cluster."""
+    service = service_of(spec, overrides, bundle)
+    if on == "k8s":
+        from danlu import remote
+        from danlu.k8s.client import connect
+
+        kube = connect(context, namespace or (service.cluster.namespace if service.cluster else None))
+        if dry_run:
+            _show_taken(kube.context, remote.dry_run(kube, service))
+            return
+        show(f"  {remote.deploy(kube, service)}")
+        where, options = f"{kube.context}, namespace {kube.namespace}", ""
+    else:
+        from danlu import on_ray
+
+        on_ray.deploy(on_ray.connect(on), service)
+        where, options = f"{on}, {service.http.host}:{service.http.port} of every node", f" --on {on}"
+    show(f"{service.name} is deployed to {where}")
+    show(f"  danlu services show {service.name}{options}    says whether it answers; scale, rollback, delete are there too")
+
+
+def _show_taken(context: str, names: Sequence[str]) -> None:
+    show(f"{context} would take {', '.join(names)}")

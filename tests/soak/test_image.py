@@ -1,0 +1,82 @@
+"""The image that ops/docker/Dockerfile makes, built and run by Docker: as nobody of note, with a root that cannot be written.
+
+Skipped where no Docker daemon answers or the base image is not there. Where there is no registry, any Debian 12 with Python 3.11 that
+is tagged as the Dockerfile's base does, and $TORCH_INDEX names another index for torch.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[2]
+BASE = "python:3.11-slim-bookworm"
+IMAGE = "danlu:test-cpu"
+
+pytestmark = pytest.mark.soak
+
+
+def docker(*arguments: str, timeout_s: float = 600) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "DOCKER_BUILDKIT": "0"}  # what an older builder has
+    return subprocess.run(["docker", *arguments], capture_output=True, text=True, timeout=timeout_s, env=environment, cwd=ROOT)
+
+
+@pytest.fixture(scope="module")
+def image() -> str:
+    if not shutil.which("docker") or docker("version").returncode:
+        pytest.skip("no Docker daemon answers")
+    if docker("image", "inspect", BASE).returncode and docker("pull", BASE).returncode:
+        pytest.skip(f"there is no image {BASE}, and no registry that has it")
+    index = [f"--build-arg=TORCH_INDEX={os.environ['TORCH_INDEX']}"] if "TORCH_INDEX" in os.environ else []
+    built = docker("build", "--network=host", *index, "-f", "ops/docker/Dockerfile", "--target", "cpu", "-t", IMAGE, ".", timeout_s=3600)
+    assert built.returncode == 0, built.stdout[-3000:] + built.stderr[-3000:]
+    return IMAGE
+
+
+def in_a_pod(image: str, *command: str, mounts: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+    """As pods run it: no right, no root's disk; two folders that can be written."""
+    scratch = ["--tmpfs", "/tmp:mode=1777", "--tmpfs", "/home/danlu:uid=1000,gid=1000"]
+    restricted = ["--read-only", "--cap-drop=ALL", "--security-opt=no-new-privileges", "--network=none", "--shm-size=1g"]
+    return docker("run", "--rm", *restricted, *scratch, *(f"--volume={mount}" for mount in mounts), image, *command)
+
+
+def test_it_runs_as_user_1000_and_cannot_write_its_root(image: str) -> None:
+    assert in_a_pod(image, "id", "-u").stdout == "1000\n"
+    assert in_a_pod(image, "touch", "/opt/danlu/x").returncode != 0
+
+
+def test_the_doctor_finds_everything_that_is_the_images(image: str) -> None:
+    found = in_a_pod(image, "danlu", "doctor", "--storage", "/tmp/runs")
+    lines = [line for line in found.stdout.splitlines() if line.split()[:1] in (["ok"], ["warning"], ["missing"])]
+    assert {"Python", "torch", "Ray", "storage"} <= {line.split()[1] for line in lines if line.split()[0] == "ok"}, (
+        found.stdout + found.stderr
+    )
+    assert not [line for line in lines if line.split()[0] == "missing"], found.stdout
+
+
+def test_it_trains_and_stores_a_bundle(image: str, tiny_model: Path, topic_files: dict[str, str], tmp_path: Path) -> None:
+    work = tmp_path / "work"
+    work.mkdir()
+    shutil.copytree(tiny_model, work / "model")
+    for name, path in topic_files.items():
+        shutil.copy(path, work / Path(path).name)
+        topic_files = {**topic_files, name: f"/work/{Path(path).name}"}
+    job = {
+        "name": "topics",
+        "model": {"model_name_or_path": "/work/model", "max_length": 32},
+        "data": {**topic_files, "cache_dir": "/tmp/cache"},
+        "precision": "fp32",
+        "max_steps": 8,
+        "storage": "/work/runs",
+    }
+    (work / "job.yaml").write_text(yaml.safe_dump(job))
+    for path in (tmp_path, work, *work.rglob("*")):
+        path.chmod(0o777 if path.is_dir() else 0o666)
+    done = in_a_pod(image, "danlu", "train", "/work/job.yaml", mounts=(f"{work}:/work",))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "stored as topics@v1" in done.stdout
