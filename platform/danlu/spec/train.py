@@ -29,6 +29,9 @@ from danlu.spec.task import (
 )
 from danlu.spec.tuning import Adalora, Full, Tuning, VirtualTokens, is_merged
 
+STREAMED = ("classification", "pretrain", "chat")
+"""Tasks whose training rows may be read from files, by need."""
+
 PROMPTED = ("classification", "multi_label_classification", "regression")
 """Encoders' tasks that learn behind virtual tokens, as every decoder's task does."""
 
@@ -265,6 +268,10 @@ class TrainJob(Spec):
 
     @model_validator(mode="after")
     def _task_reads_the_columns(self) -> Self:
+        if self.data.streaming and self.task.kind not in STREAMED:
+            raise ValueError(
+                f"data.streaming goes with task.kind: {', '.join(STREAMED)}; task.kind={self.task.kind} holds rows in memory: leave it out"
+            )
         for role, name in self.data.columns:
             if name is not None and role not in COLUMNS[self.task.kind]:
                 there = ", ".join(COLUMNS[self.task.kind]) or "rows of known forms, whatever form they have"

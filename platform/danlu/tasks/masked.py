@@ -39,7 +39,7 @@ def splits(data: Data, task: Pretrain, tokenizer: PreTrainedTokenizerBase, *, ma
         rows["dev"] = rows["train"]
     made = {name: Split(pieces(split.texts, tokenizer, max_length), None, split) for name, split in texts.items()}
     report = data_report({name: (split.texts, split.encoded) for name, split in made.items()}, rows, max_length=max_length)
-    mask = _masking(task, tokenizer)
+    mask = masking(task, tokenizer)
     made["train"] = replace(made["train"], corrupt=mask)
     for name in ("dev", "test"):
         if name in made:
@@ -59,7 +59,7 @@ def given_split(
     """Texts of other files than the job's, masked once."""
     rows = read_given(source, data)
     texts = labelled(rows, data.columns, where="--data", need_label=False)
-    return Split(masked_once(pieces(texts.texts, tokenizer, max_length), _masking(task, tokenizer), 0), None, texts)
+    return Split(masked_once(pieces(texts.texts, tokenizer, max_length), masking(task, tokenizer), 0), None, texts)
 
 
 def pieces(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoded:
@@ -77,7 +77,8 @@ def masked_once(encoded: Encoded, mask: Corrupt, seed: int) -> Encoded:
     return encoded_rows([ids for ids, _ in drawn], [False] * len(drawn), token_labels=[targets for _, targets in drawn])
 
 
-def _masking(task: Pretrain, tokenizer: PreTrainedTokenizerBase) -> Corrupt:
+def masking(task: Pretrain, tokenizer: PreTrainedTokenizerBase) -> Corrupt:
+    """What masks a row anew each time it is trained on."""
     assert isinstance(task.objective, MaskedLm)
     if tokenizer.mask_token_id is None:
         raise ModelError(

@@ -57,6 +57,7 @@ FULL_JOB: Document = {
         "columns": {"text": "a", "text_pair": "b", "label": "c"},
         "dev_size": 0.2,
         "max_rows": 100,
+        "streaming": True,
         "cache_dir": "cache",
     },
     "task": {"kind": "classification", "labels": ["a", "b"], "label_smoothing": 0.1},
