@@ -21,6 +21,7 @@ from danlu.spec.task import (
     Embed,
     EncoderTask,
     ExtractiveQA,
+    Kto,
     Preference,
     Pretrain,
     Seq2Seq,
@@ -259,6 +260,8 @@ class TrainJob(Spec):
     def _task_fits_the_batches(self) -> Self:
         if isinstance(self.task, Embed) and self.micro_batch_size < 2:
             raise ValueError("micro_batch_size=1 leaves task.kind=embedding no other texts to tell apart; at least 2")
+        if isinstance(self.task, Preference) and isinstance(self.task.loss, Kto) and self.micro_batch_size < 2:
+            raise ValueError("micro_batch_size=1 leaves task.loss.kind=kto one row to estimate its KL divergence from; at least 2")
         if isinstance(self.task, ExtractiveQA) and (self.task.doc_stride or 0) > self.model.max_length // 2:
             raise ValueError(
                 f"task.doc_stride={self.task.doc_stride} is more than half of model.max_length={self.model.max_length}: windows would "
