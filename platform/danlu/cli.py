@@ -180,11 +180,12 @@ def predict(
     text: Annotated[list[str] | None, typer.Argument(help="Texts; without any, one a line from standard input.")] = None,
     set_: Set = None,
     bundle: ProductionOf = None,
+    explain: Annotated[bool, typer.Option("--explain", help="Of classification: say which words did most to each answer.")] = False,
 ) -> None:
     """Answer in this process, without a server. Takes texts, or JSON as the task's endpoint does; prints one JSON object a line."""
     from danlu import walk
 
-    walk.predict(spec, set_ or [], text or [], bundle=bundle)
+    walk.predict(spec, set_ or [], text or [], bundle=bundle, explain=explain)
 
 
 @app.command()

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from danlu.data.clean import Cleaned
     from danlu.data.profile import Example, Profile
     from danlu.evaluate.analysis import Analysis
+    from danlu.evaluate.explain import Explained
     from danlu.evaluate.score import Evaluation
     from danlu.evaluate.versus import Versus
     from danlu.tasks.rows import Split
@@ -176,6 +177,22 @@ def compare(a: str, b: str, *, storage: str = "runs", data: Sequence[str] | str 
     return versus(first.meta.task, split, outputs[a], outputs[b], first.meta.labels, names=(a, b), split_name=name)
 
 
+def explain(
+    reference: str | Bundle, inputs: Sequence[str | Mapping[str, Any]], pairs: Sequence[str] | None = None, *, storage: str = "runs"
+) -> Sequence[Explained]:
+    """A classifier's answers, as `predict` gives them, with what each word did to them."""
+    from danlu.compress.load import load_predictor
+    from danlu.evaluate.explain import explain as explained
+    from danlu.tasks.exchange import BadExample, Text, read_examples
+
+    predictor = load_predictor(open_bundle(reference, storage))
+    try:
+        asked = read_examples(inputs, pairs, predictor.task)
+    except BadExample as error:
+        raise DataError(error.problem, where="texts", fix=error.fix) from error
+    return explained(predictor, [one for one in asked if isinstance(one, Text)])
+
+
 def _check_same_tokens(one: Any, other: Any, bundle: Bundle) -> None:
     """SpecError if another language model reads rows as other tokens: losses a token could not be set side by side."""
     if isinstance(bundle.meta.task, EncoderTask):
@@ -241,7 +258,8 @@ def _temperature(bundle: Bundle, judge: Any, name: str) -> tuple[float, str] | N
     from danlu.evaluate.calibration import fit_temperature
     from danlu.tasks.task import read_splits
 
-    if bundle.meta.task.kind != "classification" or name == "dev":
+    task = bundle.meta.task
+    if not isinstance(task, Classification) or task.calibration is not None or name == "dev":
         return None
     job = TrainJob.model_validate(bundle.meta.lineage.spec)
     try:

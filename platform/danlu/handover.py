@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,13 +13,14 @@ from danlu.artifact.bundle import Bundle, BundleMeta, Lineage, Probe, canonical_
 from danlu.artifact.runs import RunFolder
 from danlu.artifact.store import Store
 from danlu.errors import StorageError
-from danlu.spec.task import LOWER_IS_BETTER, EncoderTask, Pretrain, is_decoders
+from danlu.spec.task import LOWER_IS_BETTER, Classification, EncoderTask, Pretrain, is_decoders
 from danlu.spec.train import TrainJob
 from danlu.spec.tuning import Freeze, Full
 
 if TYPE_CHECKING:
     from danlu.evaluate.score import Delta, Evaluation
     from danlu.plan import Plan
+    from danlu.tasks.exchange import Example
     from danlu.tasks.judge import LanguageJudge
     from danlu.tasks.predictor import Predictor
     from danlu.tasks.rows import Split, Splits
@@ -78,6 +79,8 @@ def make_bundle(prepared: Prepared, run: RunFolder, outcome: dict[str, Any], spe
 
     from danlu.compress.load import load_judge
     from danlu.evaluate.score import evaluate as score
+    from danlu.evaluate.settle import settle
+    from danlu.tasks.predictor import Predictor
 
     job, splits = prepared.job, prepared.splits
     whole = isinstance(job.tuning, Full | Freeze)
@@ -100,8 +103,12 @@ def make_bundle(prepared: Prepared, run: RunFolder, outcome: dict[str, Any], spe
         _write_generation_defaults(prepared, folder / "model")
         draft = write_bundle(folder, meta)
         judge = load_judge(draft)
-        parts = {"dev": splits.dev} | ({"test": splits.test} if splits.test is not None else {})
-        evaluations = {name: score(judge, split) for name, split in parts.items()}
+        evaluations = {"dev": score(judge, splits.dev)}
+        if isinstance(judge, Predictor) and isinstance(judge.task, Classification):
+            evaluations["dev"] = settle(judge, splits.dev, evaluations["dev"])
+            draft = replace(draft, meta=draft.meta.model_copy(update={"task": judge.task}))
+        if splits.test is not None:
+            evaluations["test"] = score(judge, splits.test)
         scores = {name: dict(evaluation.scores.metrics()) for name, evaluation in evaluations.items()}
         probes = make_probes(judge, splits.test or splits.dev)
         write_bundle(folder, draft.meta.model_copy(update={"scores": scores, "probes": probes}))
@@ -227,19 +234,19 @@ def within_budget(job: TrainJob, delta: Delta) -> tuple[bool, str]:
     return True, f"kept: {told}"
 
 
-def surest_errors(prepared: Prepared, trained: Trained, number: int = 12) -> list[tuple[str, str, str, float]]:
-    from danlu.tasks.exchange import shown
+def surest_errors(prepared: Prepared, trained: Trained, number: int = 12) -> list[tuple[Example, str, str, float]]:
+    """Wrong answers of the test (else dev) rows: what was asked, the truth, the answer, its probability; the surest first."""
     from danlu.tasks.task import encoder_file
 
     name = "test" if prepared.splits.test is not None else "dev"
     split = prepared.splits.test or prepared.splits.dev
-    task = prepared.job.task
+    task = trained.bundle.meta.task
     if not split.references or not isinstance(task, EncoderTask):
         return []
     outputs = trained.evaluations[name].outputs
     answers = encoder_file(task).predictions(outputs, split.encoded, split.examples, prepared.splits.label_names, task)
     wrong = [
-        (shown(example), references[0] if references else "", found.label, max(found.probabilities, default=1.0))
+        (example, references[0] if references else "", found.label, found.probability)
         for example, references, found in zip(split.examples, split.references, answers, strict=True)
         if found.label not in (references or ("",))
     ]

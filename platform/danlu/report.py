@@ -12,7 +12,9 @@ from danlu.spec.files import dump
 
 if TYPE_CHECKING:
     from danlu.evaluate.analysis import Analysis
+    from danlu.evaluate.explain import Word
     from danlu.served import Exchange
+    from danlu.tasks.exchange import Example
 
 
 def report(
@@ -26,6 +28,7 @@ def report(
 ) -> str:
     """Write the run's HTML report; its URI. `exchanges`: what the endpoint was asked and answered; `endpoint`: where to look."""
     from danlu.evaluate.html import ReportData, render
+    from danlu.tasks.exchange import shown
 
     lineage = trained.bundle.meta.lineage
     facts = {
@@ -41,6 +44,7 @@ def report(
     }
     if quantized is not None and quantized.bundle is not None:
         facts["quantized bundle"] = f"{quantized.reference} ({quantized.bundle.meta.digest})"
+    errors = surest_errors(prepared, trained)
     data = ReportData(
         analyses=_analyses(prepared, trained),
         title=prepared.job.name,
@@ -54,7 +58,8 @@ def report(
         exchanges=[(one.question, one.answer, one.truth) for one in exchanges],
         endpoint=endpoint or {},
         example=prepared.splits.report.example,
-        errors=surest_errors(prepared, trained),
+        errors=[(shown(example), truth, answer, probability) for example, truth, answer, probability in errors],
+        explanations=_explained(trained, [example for example, *_ in errors]),
         lineage=facts,
         spec=dump(prepared.job),
     )
@@ -65,18 +70,30 @@ def report(
     return trained.run.write(REPORT, render(data))
 
 
+def _explained(trained: Trained, examples: Sequence[Example]) -> Sequence[Sequence[Word]]:
+    """What each word did to a classifier's answers."""
+    if trained.bundle.meta.task.kind != "classification" or not examples:
+        return ()
+    from danlu.compress.load import load_predictor
+    from danlu.evaluate.explain import explain
+    from danlu.tasks.exchange import Text
+
+    texts = [example for example in examples if isinstance(example, Text)]
+    return [found.words for found in explain(load_predictor(trained.bundle), texts)]
+
+
 def _analyses(prepared: Prepared, trained: Trained) -> dict[str, Analysis]:
     """Dev and test, with a temperature fitted on dev for test."""
     from danlu.evaluate.analysis import analyse
     from danlu.evaluate.calibration import fit_temperature
 
-    splits, names = prepared.splits, prepared.splits.label_names
+    splits, names, task = prepared.splits, prepared.splits.label_names, trained.bundle.meta.task
     found = {}
     for name, split in (("dev", splits.dev), ("test", splits.test)):
         if split is None or name not in trained.evaluations:
             continue
         temperature = None
-        if name == "test" and prepared.job.task.kind == "classification" and splits.dev.labels is not None:
+        if name == "test" and task.kind == "classification" and splits.dev.labels is not None:
             temperature = fit_temperature(trained.evaluations["dev"].outputs, splits.dev.labels), "dev"
-        found[name] = analyse(prepared.job.task, split, trained.evaluations[name].outputs, names, name=name, temperature=temperature)
+        found[name] = analyse(task, split, trained.evaluations[name].outputs, names, name=name, temperature=temperature)
     return found

@@ -14,7 +14,7 @@ from danlu.artifact.runs import SPEC, RunFolder, latest_run, open_run
 from danlu.artifact.store import Store, ensure_writable
 from danlu.benchmark import run_suite, suite_text
 from danlu.errors import DanluError, DataError, ModelError, ResourceError
-from danlu.examine import Examined, clean, compare, data_report, examine, scores_json, write_files
+from danlu.examine import Examined, clean, compare, data_report, examine, explain, scores_json, write_files
 from danlu.handover import (
     LATEST,
     PRODUCTION,
@@ -349,6 +349,7 @@ __all__ = [
     "evaluate",
     "examine",
     "exchanges",
+    "explain",
     "open_bundle",
     "predict",
     "prepare",

@@ -201,18 +201,31 @@ def _show_taken(context: str, names: Sequence[str]) -> None:
     show(f"{context} would take {', '.join(names)}")
 
 
-def predict(spec: Path, overrides: Sequence[str], texts: Sequence[str], *, bundle: str | None) -> None:
+def predict(spec: Path, overrides: Sequence[str], texts: Sequence[str], *, bundle: str | None, explain: bool = False) -> None:
     """Print one JSON object an input: a text, or what the task's endpoint takes, as JSON."""
     job = load(TrainJob, spec, overrides)
     lines = _not_empty(texts, "text") if texts else _not_empty(_standard_input(), "line")
     asked = [_asked(line, job.task.kind) for line in lines] if isinstance(job.task, EncoderTask) else lines
-    found = sdk.predict(bundle or f"{job.name}@{sdk.PRODUCTION}", asked, storage=job.storage)
+    reference = bundle or f"{job.name}@{sdk.PRODUCTION}"
+    if explain:
+        _predict_and_explain(job, reference, asked)
+        return
+    found = sdk.predict(reference, asked, storage=job.storage)
     from danlu.serve.encoder_wire import summary
     from danlu.tasks.judge import Completion
 
     for line, answer in zip(lines, found, strict=True):
         said = answer.to_dict() if isinstance(answer, Completion) else summary(answer)
         show(json.dumps(said | {"text": line}, ensure_ascii=False))
+
+
+def _predict_and_explain(job: TrainJob, reference: str, asked: Sequence[str | dict[str, Any]]) -> None:
+    found = sdk.explain(reference, asked, storage=job.storage)
+    from danlu.serve.encoder_wire import summary
+
+    for line, one in zip(asked, found, strict=True):
+        words = [word.to_dict() for word in one.strongest()]
+        show(json.dumps(summary(one.prediction) | {"text": line, "words": words}, ensure_ascii=False))
 
 
 def run(spec: Path, overrides: Sequence[str], *, fresh: bool, keep: bool | None) -> None:
@@ -367,8 +380,10 @@ def _show_answers(url: str, job: TrainJob, bundle: Bundle, split: Split) -> Sequ
     wire, asked = wire_of(job.task), split.examples[:200:67]
     response = httpx.post(f"{url}{wire.path}", json=wire.request(job.name, asked), timeout=60)
     response.raise_for_status()
+    names = bundle.meta.labels
     for example, (label, numbers) in zip(asked, wire.read(response.json()), strict=True):
-        show(f"  {label[:40]:<10} {max(numbers, default=0.0):.3f}  {' '.join(shown(example).split())[:90]}")
+        probability = numbers[names.index(label)] if label in names and len(numbers) == len(names) else max(numbers, default=0.0)
+        show(f"  {label[:40]:<10} {probability:.3f}  {' '.join(shown(example).split())[:90]}")
     return []
 
 

@@ -11,8 +11,10 @@ import numpy as np
 
 from danlu.data.columns import Labelled, as_label
 from danlu.evaluate.bootstrap import Interval, Score, intervals, label_score
-from danlu.evaluate.calibration import Calibration, Temperature, calibration, probabilities, scaled
+from danlu.evaluate.calibration import Calibration, Temperature, calibration, probabilities, scaled, unscaled
+from danlu.evaluate.cost import Decided, decided
 from danlu.spec.task import Classification, Task
+from danlu.tasks.decision import decide
 from danlu.tasks.rows import Split
 from danlu.tasks.task import task_file
 
@@ -56,6 +58,7 @@ class Analysis:
     slices: Sequence[Slice]
     calibration: Calibration | None
     temperature: Temperature | None
+    decision: Decided | None
     mistakes: Sequence[Mistake]
 
     def to_dict(self) -> dict[str, Any]:
@@ -74,6 +77,8 @@ class Analysis:
                 f"    logits / {fix.value:.3f} (fitted on {fix.fitted_on}): ECE {fix.before.ece:.4f} -> {fix.after.ece:.4f}, "
                 f"loss {fix.before.loss:.4f} -> {fix.after.loss:.4f}"
             )
+        if self.decision is not None:
+            lines += self.decision.lines()
         for by in dict.fromkeys(found.by for found in self.slices):
             some = [found for found in self.slices if found.by == by]
             width = max(len(found.value) for found in some)
@@ -114,7 +119,7 @@ def analyse(
     number: int = 1000,
 ) -> Analysis:
     """Everything that can be said of an evaluation's outputs (float [rows, width]). `columns` are sliced by too;
-    `temperature` was fitted on the split that is named with it."""
+    `temperature` was fitted on the split that is named with it, and is offered where the task has none."""
     score = score_of(task, outputs, split, label_names)
     classifies = isinstance(task, Classification) and split.labels is not None
     if not classifies:
@@ -134,9 +139,22 @@ def analyse(
         metrics=intervals(score, len(split), number=number),
         slices=sliced,
         calibration=calibration(outputs, split.labels) if classifies and split.labels is not None else None,
-        temperature=scaled(outputs, split.labels, *temperature) if classifies and temperature and split.labels is not None else None,
-        mistakes=mistakes(split.texts, outputs, split.labels, label_names) if classifies and split.labels is not None else [],
+        temperature=_temperature(task, outputs, split.labels, temperature),
+        decision=decided(task.decision, outputs, split.labels, label_names, number=number)
+        if isinstance(task, Classification) and task.decision is not None and split.labels is not None
+        else None,
+        mistakes=mistakes(split.texts, outputs, split.labels, label_names, task=task)
+        if isinstance(task, Classification) and split.labels is not None
+        else [],
     )
+
+
+def _temperature(task: Task, outputs: np.ndarray, labels: np.ndarray | None, offered: tuple[float, str] | None) -> Temperature | None:
+    if not isinstance(task, Classification) or labels is None:
+        return None
+    if task.calibration is not None and task.calibration.temperature is not None:
+        return unscaled(outputs, labels, task.calibration.temperature)
+    return scaled(outputs, labels, *offered) if offered else None
 
 
 def _within(score: Score, rows: np.ndarray) -> Score:
@@ -165,11 +183,18 @@ def length_bins(lengths: np.ndarray, number: int = LENGTH_BINS) -> list[str]:
 
 
 def mistakes(
-    texts: Labelled, logits: np.ndarray, labels: np.ndarray, label_names: Sequence[str], number: int = NUM_ERRORS
+    texts: Labelled,
+    logits: np.ndarray,
+    labels: np.ndarray,
+    label_names: Sequence[str],
+    number: int = NUM_ERRORS,
+    *,
+    task: Classification | None = None,
 ) -> list[Mistake]:
     """The wrong answers, the surest first."""
     chances = probabilities(logits)
-    answers = chances.argmax(axis=1)
+    decision = None if task is None else task.decision
+    answers = chances.argmax(axis=1) if decision is None else decide(chances, label_names, decision)[0]
     wrong = np.flatnonzero(answers != labels)
     surest = wrong[np.argsort(-chances[wrong, answers[wrong]], kind="stable")][:number]
     return [

@@ -8,7 +8,8 @@ from html import escape
 from danlu.data.page import heading, page, table, tiles
 from danlu.evaluate.analysis import Analysis, Mistake
 from danlu.evaluate.bootstrap import Interval
-from danlu.evaluate.calibration import Bin
+from danlu.evaluate.calibration import Bin, Calibration
+from danlu.evaluate.cost import Decided
 from danlu.evaluate.versus import Versus
 
 
@@ -26,14 +27,15 @@ def analysis_parts(analysis: Analysis) -> list[str]:
     if analysis.calibration is not None:
         found, fix = analysis.calibration, analysis.temperature
         parts.append(heading(f"Calibration on the {split} rows"))
-        plots = [_reliability("As it is", found.bins)]
-        rows = [("as it is", f"{found.ece:.4f}", f"{found.mce:.4f}", f"{found.brier:.4f}", f"{found.loss:.4f}")]
+        before = found if fix is None else fix.before
+        plots = [_reliability("As trained", before.bins)]
+        rows = [("as trained", *_errors(before))]
         if fix is not None:
-            after = fix.after
-            told = f"logits / {fix.value:.3f}, fitted on {fix.fitted_on}"
-            rows.append((told, f"{after.ece:.4f}", f"{after.mce:.4f}", f"{after.brier:.4f}", f"{after.loss:.4f}"))
-            plots.append(_reliability(f"Logits divided by {fix.value:.3f}", after.bins))
+            rows.append((f"logits / {fix.value:.3f}, fitted on {fix.fitted_on}", *_errors(fix.after)))
+            plots.append(_reliability(f"Logits divided by {fix.value:.3f}", fix.after.bins))
         parts += [table(("probabilities", "ECE", "MCE", "Brier", "loss"), rows), '<div class="charts">' + "".join(plots) + "</div>"]
+    if analysis.decision is not None:
+        parts += [heading(f"What the answers to the {split} rows cost"), *_decision(analysis.decision)]
     for by in dict.fromkeys(found.by for found in analysis.slices):
         some = [found for found in analysis.slices if found.by == by]
         names = list(some[0].metrics)
@@ -76,6 +78,19 @@ def _shown(found: Interval) -> str:
 def _intervals(metrics: Mapping[str, Interval]) -> str:
     rows = [(name, f"{one.value:.4f}", f"{one.low:.4f}", f"{one.high:.4f}") for name, one in metrics.items()]
     return table(("metric", "value", "95 % from", "to"), rows)
+
+
+def _errors(found: Calibration) -> tuple[str, str, str, str]:
+    return f"{found.ece:.4f}", f"{found.mce:.4f}", f"{found.brier:.4f}", f"{found.loss:.4f}"
+
+
+def _decision(found: Decided) -> list[str]:
+    rows = [(name, _shown(one), f"{accuracy:.4f}") for name, one, accuracy in found.rows()]
+    told = [table(("answers", "cost a row [95 % interval]", "accuracy"), rows)]
+    for title, counts in (("the likeliest label", found.confusion_of_likeliest), ("what costs least", found.confusion)):
+        cells = [(name, *(str(count) for count in line)) for name, line in zip(found.labels, counts, strict=True)]
+        told.append(table((f"truth / {title}", *found.labels), cells))
+    return told
 
 
 def _mistakes(rows: Sequence[Mistake]) -> str:

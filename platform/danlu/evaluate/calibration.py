@@ -39,12 +39,14 @@ class Calibration:
 
 @dataclass(frozen=True)
 class Temperature:
-    """What dividing the logits by `value`, found on other rows (`fitted_on`), does to these: the answers stay, the probabilities change."""
+    """What dividing the logits by `value`, found on other rows (`fitted_on`), does to these: the answers stay, the probabilities change.
+    `applied`: the bundle does so wherever it answers; otherwise it is offered (`task.calibration`)."""
 
     value: float
     fitted_on: str
     before: Calibration
     after: Calibration
+    applied: bool = False
 
 
 def probabilities(logits: np.ndarray) -> np.ndarray:
@@ -92,3 +94,9 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
 def scaled(logits: np.ndarray, labels: np.ndarray, temperature: float, fitted_on: str) -> Temperature:
     """Calibration before and after a temperature that was found on other rows."""
     return Temperature(temperature, fitted_on, calibration(logits, labels), calibration(logits / temperature, labels))
+
+
+def unscaled(logits: np.ndarray, labels: np.ndarray, temperature: float) -> Temperature:
+    """Calibration before and after a temperature that these logits were already divided by."""
+    before = calibration(logits * temperature, labels)
+    return Temperature(temperature, "dev, applied by the bundle", before, calibration(logits, labels), applied=True)

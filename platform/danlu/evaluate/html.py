@@ -11,6 +11,7 @@ from typing import Any
 from danlu.data.page import STYLE
 from danlu.evaluate.analysis import Analysis
 from danlu.evaluate.analysis_html import analysis_parts
+from danlu.evaluate.explain import Word
 from danlu.tasks.classification import Scores
 from danlu.tasks.rows import Scored
 
@@ -35,6 +36,8 @@ class ReportData:
     """Of a language model: the first row as it reads it, what it learns between ⟦ and ⟧."""
     errors: Sequence[tuple[str, str, str, float]] = ()
     """Wrong answers of the test split: text, truth, answer, its probability; the surest first."""
+    explanations: Sequence[Sequence[Word]] = ()
+    """Of a classifier: what each word did to each of these answers."""
     lineage: Mapping[str, str] = field(default_factory=dict)
     spec: str = ""
     analyses: Mapping[str, Analysis] = field(default_factory=dict)
@@ -71,7 +74,7 @@ def render(data: ReportData) -> str:
             f"<h2>The first row as the model reads it</h2><p>It learns what stands between ⟦ and ⟧.</p><pre>{escape(data.example)}</pre>"
         )
     if data.errors:
-        parts.append(f"<h2>Surest wrong answers</h2>{_errors(data.errors)}")
+        parts.append(f"<h2>Surest wrong answers</h2>{_errors(data.errors, data.explanations)}")
     for heading, text in (("Plan", data.plan), ("Data", data.data)):
         if text:
             parts.append(f"<h2>{heading}</h2><pre>{escape(text)}</pre>")
@@ -220,12 +223,29 @@ def _delta(delta: Mapping[str, Any]) -> str:
     return _table((f"on the {delta['split']} split", "original", str(delta["name"]), "change"), rows)
 
 
-def _errors(errors: Sequence[tuple[str, str, str, float]]) -> str:
+def _errors(errors: Sequence[tuple[str, str, str, float]], explanations: Sequence[Sequence[Word]] = ()) -> str:
+    words = explanations or [()] * len(errors)
     rows = "".join(
-        f'<tr><td class="text">{escape(text[:240])}{"…" if len(text) > 240 else ""}</td><td>{escape(truth)}</td><td>{escape(answer)}</td><td>{p:.3f}</td></tr>'
-        for text, truth, answer, p in errors
+        f'<tr><td class="text">{marked(text, some)}</td><td>{escape(truth)}</td><td>{escape(answer)}</td><td>{p:.3f}</td></tr>'
+        for (text, truth, answer, p), some in zip(errors, words, strict=True)
     )
-    return f'<div class="scroll"><table><tr><th>text</th><th>truth</th><th>answer</th><th>probability</th></tr>{rows}</table></div>'
+    told = "<p>Marked: words that speak for the answer; underlined: those that speak against it.</p>" if explanations else ""
+    return told + f'<div class="scroll"><table><tr><th>text</th><th>truth</th><th>answer</th><th>probability</th></tr>{rows}</table></div>'
+
+
+def marked(text: str, words: Sequence[Word], length: int = 240) -> str:
+    """The beginning of a text as HTML, its words as strongly marked as they changed the answer."""
+    most = max((abs(word.effect) for word in words), default=0.0) or 1.0
+    parts, at = [], 0
+    for word in words:
+        strength = abs(word.effect) / most
+        if word.in_pair or word.end > length or strength < 0.2:
+            continue
+        how = f"background:rgba(var(--cell),{0.75 * strength:.2f})" if word.effect > 0 else "background:none;text-decoration:underline"
+        inner = f'<mark style="color:inherit;{how}" title="{word.effect:+.2f}">{escape(text[word.start : word.end])}</mark>'
+        parts.append(escape(text[at : word.start]) + inner)
+        at = word.end
+    return "".join(parts) + escape(text[at:length]) + ("…" if len(text) > length else "")
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

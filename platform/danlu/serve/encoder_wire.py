@@ -302,7 +302,7 @@ def summary(prediction: Prediction) -> dict[str, Any]:
         case Embedding():
             return {"embedding": prediction.vector}
         case _:
-            return {"label": prediction.label, "probability": round(max(prediction.probabilities, default=1.0), 4)}
+            return {"label": prediction.label, "probability": round(prediction.probability, 4)}
 
 
 def read_entry(found: Mapping[str, Any], task: EncoderTask) -> tuple[str, list[float]]:

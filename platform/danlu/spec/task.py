@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
@@ -17,6 +18,43 @@ def _distinct(labels: list[str] | None) -> None:
         raise ValueError(f"labels names {twice} twice; each label stands once")
 
 
+class TemperatureScaling(Spec):
+    """Logits are divided by one number, which makes probabilities as likely as they say and leaves the likeliest label what it is
+    (https://arxiv.org/abs/1706.04599)."""
+
+    kind: Literal["temperature"] = "temperature"
+
+    temperature: PositiveFloat | None = None
+    """Unset: the one with the smallest loss on the dev rows. A bundle says which that was."""
+
+
+class Decision(Spec):
+    """Answer what costs least instead of what is likeliest. The probabilities stay."""
+
+    costs: Annotated[dict[str, dict[str, Annotated[float, Field(ge=0)]]], Field(min_length=1)]
+    """Truth -> answer -> what that costs, such as {bad: {good: 20}, good: {bad: 1}}; what is not named costs nothing."""
+
+    threshold: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """With two labels, the second (in the order of the model's outputs) is answered from this probability on. Unset: from the one on
+    that cost least on the dev rows; a bundle says which that was. With more labels there is none: the answer is the label with the least
+    expected cost."""
+
+    def problem(self, labels: Sequence[str]) -> str | None:
+        """What is wrong with it for these labels, and what would work."""
+        named = [*self.costs, *(answer for answers in self.costs.values() for answer in answers)]
+        if unknown := sorted(set(named) - set(labels)):
+            return f"decision.costs names {unknown[0]!r}, which is no label; there are: {', '.join(labels)}"
+        if self.threshold is not None and len(labels) != 2:
+            return f"decision.threshold stands between two labels, and there are {len(labels)}; leave it out"
+        for answer in labels:
+            if all(self.costs.get(truth, {}).get(answer, 0.0) <= min(self._costs_of(truth, labels)) for truth in labels):
+                return f"decision.costs makes {answer!r} the cheapest answer to every row, which takes no model; give it a cost, too"
+        return None
+
+    def _costs_of(self, truth: str, labels: Sequence[str]) -> list[float]:
+        return [self.costs.get(truth, {}).get(answer, 0.0) for answer in labels]
+
+
 class Classification(Spec):
     """One label per text or pair of texts, out of two or more."""
 
@@ -27,9 +65,17 @@ class Classification(Spec):
 
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
+    calibration: TemperatureScaling | None = None
+    """What is done to the trained model's logits before they become probabilities, wherever it answers. Unset: nothing."""
+
+    decision: Decision | None = None
+    """Unset: the likeliest label is the answer."""
+
     @model_validator(mode="after")
     def _labels_are_distinct(self) -> Self:
         _distinct(self.labels)
+        if self.labels is not None and self.decision is not None and (problem := self.decision.problem(self.labels)):
+            raise ValueError(problem)
         return self
 
 

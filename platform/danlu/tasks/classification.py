@@ -17,10 +17,12 @@ from danlu.data.encode import Encoded, encode
 from danlu.data.pack import Packed
 from danlu.data.report import check_labels, data_report
 from danlu.data.split import stratified_split
+from danlu.errors import SpecError
 from danlu.spec.data import Data
 from danlu.spec.task import Classification, EncoderTask
+from danlu.tasks.decision import decide
 from danlu.tasks.encoder import build_encoder, encoder_skeleton, head_of, head_parameters, text_examples
-from danlu.tasks.exchange import Prediction, Text
+from danlu.tasks.exchange import Decided, Prediction, Text
 from danlu.tasks.packed import PackedClassifier, inputs
 from danlu.tasks.rows import Split, Splits, hold_out, metrics_line, per_class_table, read_given, read_splits
 
@@ -34,6 +36,8 @@ def splits(data: Data, task: Classification, tokenizer: PreTrainedTokenizerBase,
     rows = read_splits(data)
     texts = {name: labelled(table, data.columns, where=f"data.{name}") for name, table in rows.items()}
     label_names = check_labels(texts["train"].labels or [], {name: split for name, split in texts.items() if name != "train"}, task.labels)
+    if task.decision is not None and (problem := task.decision.problem(label_names)):
+        raise SpecError(problem, where="task.decision")
     made = {name: _split(split, task, tokenizer, label_names, max_length, data.cache_dir) for name, split in texts.items()}
     report = data_report({name: (texts[name], split.encoded) for name, split in made.items()}, rows, max_length=max_length)
     if "dev" not in made:
@@ -186,8 +190,14 @@ def scores(logits: np.ndarray, split: Split, label_names: Sequence[str], task: E
 def predictions(
     logits: np.ndarray, encoded: Encoded, examples: Sequence[Text], label_names: Sequence[str], task: EncoderTask
 ) -> list[Prediction]:
-    """Labels and probabilities of logits (float [rows, labels])."""
+    """Labels and probabilities of logits (float [rows, labels]), calibrated as `Predictor` gives them."""
     probabilities = torch.from_numpy(logits).softmax(-1).numpy()
+    if isinstance(task, Classification) and task.decision is not None:
+        answers, margins = decide(probabilities, label_names, task.decision)
+        return [
+            Decided(label_names[int(answer)], [float(p) for p in row], int(answer), float(margin))
+            for row, answer, margin in zip(probabilities, answers, margins, strict=True)
+        ]
     return [Prediction(label_names[int(row.argmax())], [float(p) for p in row]) for row in probabilities]
 
 

@@ -191,6 +191,27 @@ class Prediction:
         """How far the best answer's probability is from the next one's: where it is small, rounding may swap them."""
         return margin_of(self.probabilities)
 
+    @property
+    def probability(self) -> float:
+        """Of what it says."""
+        return max(self.probabilities, default=1.0)
+
+
+@dataclass(frozen=True)
+class Decided(Prediction):
+    """One label that was chosen by what answers cost, and so need not be the likeliest. `index` is its place among the labels."""
+
+    index: int
+    least_margin: float
+
+    @property
+    def margin(self) -> float:
+        return self.least_margin
+
+    @property
+    def probability(self) -> float:
+        return self.probabilities[self.index]
+
 
 @dataclass(frozen=True)
 class LabelSet(Prediction):

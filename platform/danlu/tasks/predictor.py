@@ -37,20 +37,27 @@ class Predictor:
         self.task = task or Classification()
         self.file = encoder_file(self.task)
         self.device = next(model.parameters()).device
+        self.temperature = temperature_of(self.task)
 
     @property
     def num_bytes(self) -> int:
         """Bytes of the weights in memory."""
         return sum(p.numel() * p.element_size() for p in self.model.parameters())
 
+    def settle(self, task: EncoderTask) -> None:
+        """Answer by this task from now on: the same one, with what was fitted on the dev rows."""
+        self.task, self.temperature = task, temperature_of(task)
+
     def encode(self, inputs: Sequence[str | Example], pairs: Sequence[str] | None = None) -> Encoded:
         """Token ids of what is asked, a row each."""
         return self.file.encode_examples(as_examples(inputs, pairs), self.tokenizer, self.task, max_length=self.max_length)
 
     def forward(self, batch: Packed) -> np.ndarray:
-        """Outputs of one batch, float32 [sequences, width] or, where the task's are a token's, [tokens, width]."""
+        """Outputs of one batch, float32 [sequences, width] or, where the task's are a token's, [tokens, width]; logits are calibrated here,
+        so that scores, probes, int8 and endpoints all see the same."""
         with torch.inference_mode(), torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            return self.file.row_outputs(self.model, batch.to(self.device)).float().cpu().numpy()
+            found = self.file.row_outputs(self.model, batch.to(self.device)).float().cpu().numpy()
+        return found if self.temperature == 1.0 else found / np.float32(self.temperature)
 
     def outputs(self, encoded: Encoded, *, batch_tokens: int = 1024) -> np.ndarray:
         """Outputs of all sequences in their order; batches are filled by length."""
@@ -76,6 +83,12 @@ class Predictor:
         examples = as_examples(inputs, pairs)
         encoded = self.encode(examples)
         return self.predictions(self.outputs(encoded), encoded, examples)
+
+
+def temperature_of(task: EncoderTask) -> float:
+    """What logits are divided by; 1 before that was fitted."""
+    calibration = task.calibration if isinstance(task, Classification) else None
+    return 1.0 if calibration is None or calibration.temperature is None else calibration.temperature
 
 
 def as_examples(inputs: Sequence[str | Example], pairs: Sequence[str] | None = None) -> list[Example]:

@@ -216,7 +216,7 @@ def test_slices_are_the_scores_of_their_rows() -> None:
     assert (surest.truth, surest.text) == (NAMES[labels[surest.row - 1]], f"text {surest.row - 1}")
     json.dumps(found.to_dict())
     html = analysis_page("<i>topics</i>", found, {"bundle": "topics@v1"})
-    assert re.findall(r'<svg[^>]*aria-label="([^"]*)"', html) == ["Reliability: As it is", "Reliability: Logits divided by 1.500"]
+    assert re.findall(r'<svg[^>]*aria-label="([^"]*)"', html) == ["Reliability: As trained", "Reliability: Logits divided by 1.500"]
     assert not re.search(r"https?:|<script|<link|<img", html)
     assert "&lt;i&gt;topics" in html
     assert "by kind" in found.text()

@@ -229,6 +229,18 @@ GOOD: dict[str, tuple[type[Spec], Document]] = {
         )
     },
     "its labels": (TrainJob, JOB | {"task": {"kind": "classification", "labels": ["b", "a", "c"]}}),
+    "calibrated, and what its answers cost": (
+        TrainJob,
+        JOB
+        | {
+            "task": {
+                "kind": "classification",
+                "labels": ["good", "bad"],
+                "calibration": {"kind": "temperature", "temperature": 1.5},
+                "decision": {"costs": {"bad": {"good": 20}, "good": {"bad": 1.5}}, "threshold": 0.1},
+            }
+        },
+    ),
     **{
         f"task: {task}": (TrainJob, JOB | {"task": task, "data": {"train": "a.json", "columns": columns}})
         for task, columns in (
