@@ -74,7 +74,7 @@ def prepare_given(source: str | Sequence[str], data: spec.Data, seed: int) -> tu
     if not steps:
         return source, data
     files = [source] if isinstance(source, str) else list(source)
-    only = data.model_copy(update={"train": files, "dev": None, "test": None, "clean": steps, "split": None})
+    only = data.model_copy(update={"train": files, "dev": None, "test": None, "clean": steps, "split": None, "streaming": False})
     made, _ = prepare(only, seed)
     return made.train, made
 

@@ -154,7 +154,7 @@ def word_pieces(tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
         text = raw.decode("utf-8", "ignore")
         # A character of several bytes may be cut between two tokens.
         open_, inside = raw.decode("utf-8", "replace").endswith("\ufffd"), 0x80 <= raw[0] < 0xC0
-        found[0, index] = open_ or (text[-1:].isalnum() and not ALONE.match(text[-1]))
+        found[0, index] = open_ or text[-1:] == " " or (text[-1:].isalnum() and not ALONE.match(text[-1]))
         found[1, index] = inside or (text[:1].isalnum() and not ALONE.match(text[0]))
     return found
 

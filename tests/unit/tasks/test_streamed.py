@@ -25,7 +25,7 @@ from danlu.tasks import streamed
 from danlu.tasks.chat import end_of_turn_ids
 from danlu.tasks.from_scratch import start_folder
 from danlu.tasks.rows import Splits
-from danlu.tasks.task import read_splits
+from danlu.tasks.task import read_given, read_splits
 from danlu.tasks.tokenizer import load_tokenizer
 from danlu.train.loop import train
 from danlu.train.run import LocalRun, StepRecord
@@ -196,6 +196,15 @@ def test_a_broken_row_stops_a_streamed_job_before_it_is_tokenised_unless_it_is_d
     tolerant = read(job.model_copy(update={"data": job.data.model_copy(update={"clean": [DropBroken()]})}))
     assert tolerant.report.cleaned is not None
     assert tolerant.report.cleaned.removed["train"]["drop_broken"] == 1
+
+
+def test_other_files_than_a_streamed_jobs_are_scored_whole(models: dict[str, Path], tmp_path: Path) -> None:
+    job = job_of("causal", models, tmp_path, streaming=True, split=None, dev_size=0.5, clean=[{"kind": "normalize"}])
+    tokenizer = load_tokenizer(models["causal"])
+    split = read_given(str(tmp_path / "rows.jsonl"), job, tokenizer, (), max_length=24)
+    assert len(split.texts.texts) == len(ROWS["causal"])
+    drawn = read(job)
+    assert len(drawn.dev.texts.texts) == len(ROWS["causal"]) // 2, "without a split rule, dev_size of the rows is drawn"
 
 
 def test_rows_that_no_shard_can_learn_from_are_refused_with_the_split(models: dict[str, Path], tmp_path: Path) -> None:
