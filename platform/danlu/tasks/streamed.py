@@ -11,6 +11,7 @@ import fcntl
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
@@ -135,18 +136,15 @@ def _held(
         return task_file(task).given_split(source, data, task, tokenizer, names, max_length=max_length)
 
 
-class _named:
+@contextmanager
+def _named(split: str) -> Iterator[None]:
     """An error about `--data` is about a split of the job here."""
-
-    def __init__(self, name: str) -> None:
-        self.where = f"data.{name}"
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
-        if isinstance(error, DataError) and error.where == "--data":
-            raise DataError(error.problem, where=self.where, fix=error.fix) from error
+    try:
+        yield
+    except DataError as error:
+        if error.where != "--data":
+            raise
+        raise DataError(error.problem, where=f"data.{split}", fix=error.fix) from error
 
 
 def _is_masked(task: Task) -> bool:
