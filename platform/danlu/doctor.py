@@ -44,6 +44,7 @@ def examine(storage: str, *, context: str | None = None, namespace: str | None =
     checks: Sequence[Callable[[], Iterator[Finding]]] = (
         _python,
         _torch,
+        _kernels,
         _ray,
         _shared_memory,
         lambda: _disk(storage),
@@ -90,6 +91,26 @@ def _torch() -> Iterator[Finding]:
         yield Finding("GPUs", "missing", f"there is a driver ({driver}), and torch sees no GPU", fix)
     else:
         yield Finding("GPUs", "ok", "none, and no NVIDIA driver: training and serving use the CPU")
+
+
+def _kernels() -> Iterator[Finding]:
+    import torch
+
+    from danlu.serve.engines.torch.kernels import KernelsUnavailable, cache_folder, find_compiler, need_kernels
+    from danlu.tasks.device import has_native_bf16
+
+    try:
+        need_kernels(torch.bfloat16 if has_native_bf16(torch.device("cpu")) else torch.float32)
+    except KernelsUnavailable as error:
+        yield Finding("kernels", "ok", f"none of ours: {error}")
+        return
+    try:
+        told = f"{find_compiler()[0]} builds those of engine.kind=torch in {cache_folder()}"
+    except KernelsUnavailable as error:
+        fix = "a C++ compiler, as apt install g++ brings"
+        yield Finding("kernels", "warning", f"none, so engine.kind=torch is slower on CPU: {error}", fix)
+    else:
+        yield Finding("kernels", "ok", told)
 
 
 def _ray() -> Iterator[Finding]:

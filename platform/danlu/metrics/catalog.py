@@ -202,6 +202,16 @@ SERVE_PREFIX_QUERIED = Metric(
     "danlu_serve_prefix_queried_tokens", "counter", "tokens", "Tokens looked up in the prefix cache.", "serve", ("model",)
 )
 SERVE_PREFIX_HIT = Metric("danlu_serve_prefix_hit_tokens", "counter", "tokens", "Tokens found in the prefix cache.", "serve", ("model",))
+SERVE_DRAFTED = Metric(
+    "danlu_serve_draft_tokens", "counter", "tokens", "Tokens guessed ahead, to be checked by the next step.", "serve", ("model",)
+)
+SERVE_DRAFTED_RIGHT = Metric(
+    "danlu_serve_draft_tokens_right", "counter", "tokens", "Of the tokens guessed ahead, those that were right.", "serve", ("model",)
+)
+SERVE_KERNELS = Metric(
+    "danlu_serve_compiled_kernels", "gauge", "", "1 where compiled kernels make the engine's steps, 0 where PyTorch does.", "serve",
+    ("model",),
+)  # fmt: skip
 SERVE_ADAPTERS = Metric("danlu_serve_adapters", "gauge", "adapters", "LoRA adapters in a replica's memory.", "serve", ("model",))
 SERVE_ADAPTER_LOADS = Metric(
     "danlu_serve_adapter_loads", "counter", "", "LoRA adapters asked for at run time, by what came of it: loaded, failed.", "serve",

@@ -79,6 +79,14 @@ class Torch(Spec):
 
     num_gpus: Annotated[Literal[0, 1], Number] = 0
 
+    num_speculative_tokens: NonNegativeInt = 4
+    """Tokens that are guessed ahead where a text repeats itself (prompt lookup), and only while few sequences run and the guesses are
+    right. What is answered does not change; 0 guesses nothing."""
+
+    kernels: Literal["auto", "off"] = "auto"
+    """On CPU, small kernels for the Llama family that are compiled once for the machine (g++, some seconds) and kept in
+    TORCH_EXTENSIONS_DIR or the user's cache. Without a compiler, or with `off`, PyTorch's operations give the same answers, more slowly."""
+
     step_timeout_s: PositiveFloat = 120.0
     """A step that takes longer is stuck: all requests fail and the replica is replaced."""
 
@@ -91,6 +99,8 @@ class Torch(Spec):
             )
         if len(self.adapters) > self.max_loras:
             raise ValueError(f"{len(self.adapters)} adapters are more than max_loras={self.max_loras}; max_loras: {len(self.adapters)}")
+        if self.kernels == "off" and self.num_gpus:
+            raise ValueError("kernels=off has no effect on a GPU, where there are none; leave it out")
         if self.revision is not None and self.model_name_or_path is None:
             raise ValueError("revision has no effect without model_name_or_path; leave it out")
         return self

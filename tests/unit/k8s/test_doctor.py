@@ -58,6 +58,17 @@ def test_without_a_cluster_a_machine_is_well_enough(monkeypatch: pytest.MonkeyPa
     assert one.verdict == "missing", "a context that was asked for"
 
 
+def test_a_machine_without_a_compiler_is_told_what_is_slower(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "nosuch-g++")
+    monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: False)
+    (one,) = doctor._kernels()
+    assert one.verdict == "warning"
+    assert "nosuch-g++ is not on the PATH" in one.found
+    monkeypatch.setenv("CXX", "sh")
+    (one,) = doctor._kernels()
+    assert (one.verdict, one.fix) == ("ok", "")
+
+
 def test_the_table_says_what_to_do_and_the_exit_code_whether_something_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", str(tmp_path / "nowhere"))
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")

@@ -7,7 +7,8 @@ import random
 import numpy as np
 import pytest
 
-from danlu.serve.engines.torch.scheduler import Plan, Scheduler
+from danlu.serve.engines.torch.draft import Drafter
+from danlu.serve.engines.torch.scheduler import FREE_TOKENS, Plan, Scheduler
 from danlu.serve.engines.torch.sequence import Sequence
 from danlu.serve.engines.torch.slots import Slots
 from danlu.serve.generation import Generation
@@ -154,3 +155,46 @@ def test_another_adapters_prefix_is_another_prefix() -> None:
     slots.forget(("lora", 1))
     assert all(key != ("lora", 1) for key, _ in slots.left.values())
     assert np.array_equal(again.prompt, np.ones(40))
+
+
+def test_a_guess_is_what_followed_the_same_tokens_the_last_time() -> None:
+    drafter, tokens = Drafter(), [1, 2, 3, 9, 5, 2, 3, 7, 8, 1, 2, 3]
+    assert list(drafter.guess(tokens, 4)) == [9, 5, 2, 3], "after 1 2 3, and not after 2 3, which came later"
+    assert list(drafter.guess([*tokens, 7], 4)) == [8, 1, 2, 3]
+    assert list(drafter.guess([*tokens, 7, 30], 4)) == []
+    assert list(drafter.guess([*tokens, 7, 30, 2, 3], 9)) == [7, 30, 2, 3], "no more than there is"
+    for length in range(3):
+        assert list(Drafter().guess(tokens[:length], 4)) == []
+
+
+def test_wrong_guesses_make_a_drafter_quiet_and_a_right_one_makes_it_talk() -> None:
+    drafter, tokens, guessed = Drafter(), [1, 2] * 4, []
+    for _ in range(20):
+        if drafter.guess(tokens, 2):
+            drafter.judge(tokens, 0)
+            guessed.append(len(tokens))
+        tokens += [1, 2]
+    assert guessed == [8, 10, 12, 16, 24, 40], "it waits for 1, 2, 4, 8, 16 tokens"
+    tokens += [1, 2] * 16
+    assert list(drafter.guess(tokens, 2)) == [1, 2]
+    drafter.judge(tokens, 1)
+    assert list(drafter.guess(tokens, 2)) == [1, 2]
+
+
+def test_guesses_fill_a_small_step_only_and_no_slot_beyond_its_answer() -> None:
+    for number in range(1, 16):
+        made = Scheduler(
+            Slots(16, enable_prefix_caching=False), max_num_batched_tokens=512, prefill_chunk_tokens=64, num_speculative_tokens=4
+        )
+        for i in range(number):
+            made.add(sequence(str(i), list(range(1, 7)) * 3, 3 if i == 0 else 50))
+        for piece in made.plan().pieces:
+            piece.sequence.num_computed = piece.stop
+            piece.sequence.tokens.append(1)
+        plan = made.plan()
+        most = min(4, FREE_TOKENS // number - 1)
+        drafts = {piece.sequence.generation.request_id: piece.draft for piece in plan.pieces}
+        assert {one: len(draft) for one, draft in drafts.items()} == {
+            str(i): max(0, min(most, 1) if i == 0 else most) for i in range(number)
+        }
+        assert plan.num_tokens <= max(FREE_TOKENS, number)

@@ -158,7 +158,10 @@ GOOD: dict[str, tuple[type[Spec], Document]] = {
         },
     ),
     "holders of a key only": (Service, SERVICE | {"auth": {"keys_file": "keys.json"}}),
-    "a language model from a bundle": (Service, {"name": "w", "bundle": "w@v1", "engine": {"kind": "torch", "max_model_len": None}}),
+    "a language model from a bundle": (
+        Service,
+        {"name": "w", "bundle": "w@v1", "engine": {"kind": "torch", "max_model_len": None, "kernels": "off"}},
+    ),
     "a language model as it is": (
         Service,
         {
@@ -180,6 +183,7 @@ GOOD: dict[str, tuple[type[Spec], Document]] = {
                 "num_threads": 2,
                 "num_gpus": 1,
                 "step_timeout_s": 30,
+                "num_speculative_tokens": 0,
             },
         },
     ),

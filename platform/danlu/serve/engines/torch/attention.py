@@ -96,7 +96,7 @@ def num_wanted(piece: Piece) -> int:
     """Logits that a piece needs, its last tokens': all where the prompt's probabilities are asked for, else one behind a sequence's end."""
     if piece.start < piece.sequence.prompt_length and piece.sequence.generation.sampling.prompt_logprobs:
         return piece.stop - piece.start
-    return int(piece.is_last)
+    return 1 + len(piece.draft) if piece.is_last else 0
 
 
 def make_batch(pieces: Sequence[Piece], *, device: torch.device, all_wanted: bool = False) -> Batch:
@@ -110,9 +110,10 @@ def make_batch(pieces: Sequence[Piece], *, device: torch.device, all_wanted: boo
     for piece in pieces:
         sequence, start = piece.sequence, len(ids)
         assert sequence.slot is not None
-        length = piece.stop - piece.start
+        length = piece.num_tokens
         ids += sequence.tokens[piece.start : piece.stop]
-        positions += range(piece.start, piece.stop)
+        ids += piece.draft
+        positions += range(piece.start, piece.start + length)
         slots += [sequence.slot] * length
         wanted += range(start + length - (length if all_wanted else num_wanted(piece)), start + length)
         if length == 1 and not chunks:

@@ -9,21 +9,21 @@ import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Mapping
 from collections.abc import Sequence as Several
-from dataclasses import dataclass
 
 import torch
 
 from danlu.artifact.bundle import Bundle
-from danlu.errors import DanluError, ModelError, RequestError, ResourceError
+from danlu.errors import ModelError, RequestError, ResourceError
 from danlu.metrics import catalog
 from danlu.metrics.catalog import Metric
 from danlu.serve.engines.torch.attention import make_batch, num_wanted
+from danlu.serve.engines.torch.command import Command
 from danlu.serve.engines.torch.lora import Adapter, read_adapter
 from danlu.serve.engines.torch.requests import Reader
 from danlu.serve.engines.torch.runner import Runner, make_runner
 from danlu.serve.engines.torch.sampler import Chooser, Chosen, choose, logprobs
 from danlu.serve.engines.torch.scheduler import Piece, Scheduler
-from danlu.serve.engines.torch.sequence import Key, Sequence, Stream, deliver
+from danlu.serve.engines.torch.sequence import Key, Sequence, Stream, deliver, joined
 from danlu.serve.engines.torch.slots import Slots
 from danlu.serve.generation import Delta, FinishReason, Generation, Prompt, TokenLogprob, Usage
 from danlu.spec.serve import Torch
@@ -54,6 +54,7 @@ class TorchEngine:
         self.keys: dict[str, Key] = {}
         """Name of an adapter -> what its keys and values go by. Written on the engine's thread, but for a name that is to go."""
         self.num_loaded = 0
+        self.guessed, self.guessed_right = 0, 0
 
     async def start(self) -> None:
         loop = asyncio.get_running_loop()
@@ -119,6 +120,9 @@ class TorchEngine:
             catalog.SERVE_CACHE_USE: slots.usage,
             catalog.SERVE_PREFIX_QUERIED: slots.queried,
             catalog.SERVE_PREFIX_HIT: slots.hit,
+            catalog.SERVE_DRAFTED: self.guessed,
+            catalog.SERVE_DRAFTED_RIGHT: self.guessed_right,
+            catalog.SERVE_KERNELS: self.runner.tier == "compiled kernels",
         }
 
     def check_health(self) -> None:
@@ -203,7 +207,10 @@ class TorchEngine:
         self.max_model_len = runner.cache.max_model_len
         slots = Slots(runner.cache.num_slots, enable_prefix_caching=self.spec.enable_prefix_caching)
         self.scheduler = Scheduler(
-            slots, max_num_batched_tokens=self.spec.max_num_batched_tokens, prefill_chunk_tokens=self.spec.prefill_chunk_tokens
+            slots,
+            max_num_batched_tokens=self.spec.max_num_batched_tokens,
+            prefill_chunk_tokens=self.spec.prefill_chunk_tokens,
+            num_speculative_tokens=self.spec.num_speculative_tokens,
         )
         for name, source in self.spec.adapters.items():
             self._install(name, read_adapter(source, name, self.storage))
@@ -271,7 +278,7 @@ class TorchEngine:
         self.step_began = time.monotonic()
         plan = self.scheduler.plan()
         self.cache.copy(plan.copies)
-        self.runner.adapters.begin([(piece.sequence.key, piece.stop - piece.start) for piece in plan.pieces])
+        self.runner.adapters.begin([(piece.sequence.key, piece.num_tokens) for piece in plan.pieces])
         logits = self.runner.forward(make_batch(plan.pieces, device=self.runner.device), self.cache)
         outbox = self._after(plan.pieces, logits)
         self.step_began = None
@@ -279,7 +286,7 @@ class TorchEngine:
             deliver(outbox)
 
     def _after(self, pieces: list[Piece], logits: torch.Tensor) -> Outbox:
-        last: list[tuple[Sequence, int]] = []
+        last: list[tuple[Piece, int]] = []
         only_read: Outbox = []
         row = 0
         for piece in pieces:
@@ -293,12 +300,36 @@ class TorchEngine:
                 usage = Usage(sequence.prompt_length, sequence.num_cached, 0)
                 only_read.append((sequence.stream, Delta("", (), (), tuple(sequence.prompt_logprobs), "length", usage)))
             elif piece.is_last:
-                last.append((sequence, row - 1))
-        if not last:
-            return only_read
-        every = logits if len(last) == len(logits) else logits[[row for _, row in last]]
-        chosen = choose(every, [_chooser(sequence) for sequence, _ in last])
-        return only_read + [(sequence.stream, self._add(sequence, one)) for (sequence, _), one in zip(last, chosen, strict=True)]
+                last.append((piece, row - 1 - len(piece.draft)))
+        made = self._made(last, logits)
+        return only_read + [(piece.sequence.stream, joined(deltas)) for (piece, _), deltas in zip(last, made, strict=True)]
+
+    def _made(self, pieces: list[tuple[Piece, int]], logits: torch.Tensor) -> list[list[Delta]]:
+        """Of each piece, whose logits begin at a row: a token more, and another one for each token that was guessed right."""
+        made: list[list[Delta]] = [[] for _ in pieces]
+        going = list(range(len(pieces)))
+        turn = 0
+        while going:
+            rows = [pieces[i][1] + turn for i in going]
+            every = logits if len(rows) == len(logits) else logits[rows]
+            following = []
+            chosen = choose(every, [_chooser(pieces[i][0].sequence) for i in going])
+            for i, one in zip(going, chosen, strict=True):
+                sequence, draft = pieces[i][0].sequence, pieces[i][0].draft
+                is_right = turn < len(draft) and one.token_id == draft[turn]
+                sequence.num_computed += is_right  # before the sequence may end and leave its slot to the prefix cache
+                made[i].append(self._add(sequence, one))
+                if is_right and made[i][-1].finish_reason is None:
+                    following.append(i)
+                elif draft:
+                    self._judge(sequence, len(draft), turn + is_right)
+            going, turn = following, turn + 1
+        return made
+
+    def _judge(self, sequence: Sequence, guessed: int, right: int) -> None:
+        sequence.drafter.judge(sequence.tokens, right)
+        self.guessed += guessed
+        self.guessed_right += right
 
     def _add(self, sequence: Sequence, chosen: Chosen) -> Delta:
         """A token more: its text, and the end if it is one."""
@@ -358,33 +389,6 @@ class TorchEngine:
         deliver([(sequence.stream, ResourceError(why)) for sequence in left])
         for command in commands:
             command.fail(ResourceError(why))
-
-
-@dataclass(frozen=True)
-class Command:
-    """Something to be done between two steps, for a coroutine that waits for it."""
-
-    run: Callable[[], bool]
-    loop: asyncio.AbstractEventLoop
-    done: asyncio.Future[None]
-
-    def has_run(self) -> bool:
-        """Try; False if it has to be tried again behind the next step."""
-        try:
-            if not self.run():
-                return False
-        except DanluError as error:
-            self.fail(error)
-            return True
-        self._settle(lambda: self.done.set_result(None))
-        return True
-
-    def fail(self, error: Exception) -> None:
-        self._settle(lambda: self.done.set_exception(error))
-
-    def _settle(self, how: Callable[[], None]) -> None:
-        if not self.loop.is_closed():
-            self.loop.call_soon_threadsafe(lambda: None if self.done.done() else how())
 
 
 def _unknown(adapter: str) -> RequestError:

@@ -12,7 +12,9 @@ from transformers import PreTrainedModel
 
 from danlu.serve.engines.torch.attention import Batch, attend
 from danlu.serve.engines.torch.cache import Cache
+from danlu.serve.engines.torch.kernels import Kernels
 from danlu.serve.engines.torch.linear import Linear
+from danlu.serve.engines.torch.native import NativeStep
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 ROPES = ("default", "linear", "llama3", "yarn")
@@ -35,9 +37,10 @@ class Layer:
 
 
 class FusedForward:
-    """Query, key and value in one product, gate and up in another, rotary angles looked up, residuals added in place."""
+    """Query, key and value in one product, gate and up in another, rotary angles looked up, residuals added in place. With the compiled
+    kernels they multiply, and make all of a step that is no long prompt's."""
 
-    def __init__(self, model: PreTrainedModel, max_model_len: int) -> None:
+    def __init__(self, model: PreTrainedModel, max_model_len: int, kernels: Kernels | None = None) -> None:
         config, backbone = model.config, model.model
         names = {module: name for name, module in model.named_modules()}
         self.embedding: torch.Tensor = backbone.embed_tokens.weight.detach()
@@ -50,9 +53,11 @@ class FusedForward:
         self.cos = cos[0].clone()
         # x * cos + rotate_half(x) * sin, where rotate_half negates what it moves up: the sign may as well stand in the table.
         self.sin = torch.cat([-sin[0, :, :half], sin[0, :, half:]], dim=-1)
+        self.kernels = kernels
         self.layers = [self._layer(layer, names) for layer in backbone.layers]
         self.norm: torch.Tensor = backbone.norm.weight.detach()
-        self.head = Linear([(names[model.lm_head], model.lm_head)])
+        self.head = Linear([(names[model.lm_head], model.lm_head)], kernels)
+        self.native = None if kernels is None else NativeStep(kernels, self)
 
     @property
     def linears(self) -> list[Linear]:
@@ -60,6 +65,8 @@ class FusedForward:
         return [linear for one in self.layers for linear in (one.qkv, one.out, one.gate_up, one.down)]
 
     def __call__(self, batch: Batch, cache: Cache) -> torch.Tensor:
+        if self.native is not None and self.native.takes(batch):
+            return self.native(batch, cache)
         hidden = self.embedding[batch.input_ids]
         cos, sin = self.cos[batch.position_ids, None], self.sin[batch.position_ids, None]
         for layer, kept in zip(self.layers, cache.layers.values(), strict=True):
@@ -87,7 +94,7 @@ class FusedForward:
         attention, mlp = layer.self_attn, layer.mlp
 
         def product(*modules: nn.Linear) -> Linear:
-            made = Linear([(names[module], module) for module in modules])
+            made = Linear([(names[module], module) for module in modules], self.kernels)
             for module in modules:  # a second copy of a model is what nobody has room for
                 module.weight = nn.Parameter(module.weight.new_empty(0), requires_grad=False)
             return made
@@ -117,6 +124,8 @@ def can_be_fused(model: PreTrainedModel) -> bool:
     shapes = config.model_type in FAMILIES and config.hidden_act == "silu" and plain
     # Quantized linears and adapters bring their own classes; bottleneck adapters are hooks.
     products = [module for name, module in model.named_modules() if name.endswith(("_proj", "lm_head"))]
+    if len({parameter.dtype for parameter in model.parameters()}) > 1:
+        return False
     return shapes and all(type(module) is nn.Linear and not module._forward_hooks for module in products)
 
 

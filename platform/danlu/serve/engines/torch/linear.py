@@ -10,6 +10,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from danlu.serve.engines.torch.kernels import Kernels, LinearStruct
 from danlu.serve.engines.torch.lora import LoraSite
 
 
@@ -25,7 +26,7 @@ class Part:
 class Linear:
     """One product: a linear layer, or several that read the same input, side by side."""
 
-    def __init__(self, layers: Sequence[tuple[str, nn.Linear]]) -> None:
+    def __init__(self, layers: Sequence[tuple[str, nn.Linear]], kernels: Kernels | None = None) -> None:
         weight = torch.cat([layer.weight.detach() for _, layer in layers])
         biases = [layer.weight.new_zeros(len(layer.weight)) if layer.bias is None else layer.bias.detach() for _, layer in layers]
         self.bias = None if all(layer.bias is None for _, layer in layers) else torch.cat(biases)
@@ -34,20 +35,33 @@ class Linear:
             start = self.parts[-1].stop if self.parts else 0
             self.parts.append(Part(name, start, start + layer.out_features))
         self.shape = tuple(weight.shape)
-        self.packed = weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and packing_works()
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, None) if self.packed else weight
+        self.kernels = kernels
+        self.packed = kernels is None and weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and packing_works()
+        if kernels is not None:
+            self.weight = kernels.pack(weight)
+            self.own = self.struct()
+        else:
+            self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, None) if self.packed else weight
         self.lora: LoraSite | None = None
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x: [tokens, in]; returns [tokens, out]."""
         y: torch.Tensor
-        if self.packed:
+        if self.kernels is not None:
+            y = self.kernels.linear(self.own, x)
+        elif self.packed:
             y = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
         else:
             y = nn.functional.linear(x, self.weight, self.bias)
         if self.lora is not None:
             self.lora.add(x, y)
         return y
+
+    def struct(self) -> LinearStruct:
+        """For the kernels; without adapters."""
+        assert self.kernels is not None
+        bias = None if self.bias is None else self.bias.data_ptr()
+        return LinearStruct(weight=self.weight.data_ptr(), bias=bias, outs=self.shape[0], ins=self.shape[1])
 
 
 class LinearModule(nn.Module):

@@ -47,12 +47,18 @@ class LoraSite:
 
     def add(self, x: torch.Tensor, y: torch.Tensor) -> None:
         """x: [tokens, in]; added to y [tokens, out] in place."""
+        mask = self.owned()
+        if mask is not None:
+            y.addmm_((x @ self.down).mul_(mask), self.up)
+
+    def owned(self) -> torch.Tensor | None:
+        """Of the step that runs: [tokens, rank], 1 where a rank is of the token's adapter; None where no token has one."""
         if self.mask.of_tokens is None:
-            return
+            return None
         mask = self.mask.by_owner.get(self.owners)
         if mask is None:
             mask = self.mask.by_owner[self.owners] = self.mask.of_tokens[:, list(self.owners)]
-        y.addmm_((x @ self.down).mul_(mask), self.up)
+        return mask
 
 
 class Adapters:
@@ -128,6 +134,10 @@ class Adapters:
             if not downs:
                 linear.lora = None
                 continue
+            if len(owners) % 2:  # bf16 is multiplied in pairs
+                downs.append(torch.zeros(linear.shape[1], 1))
+                ups.append(torch.zeros(1, linear.shape[0]))
+                owners.append(owners[-1])
             down, up = torch.cat(downs, dim=1).contiguous(), torch.cat(ups)
             linear.lora = LoraSite(down.to(self.device, self.dtype), up.to(self.device, self.dtype), tuple(owners), self.mask)
 

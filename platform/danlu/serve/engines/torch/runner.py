@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
+from transformers import PreTrainedModel
 
 from danlu.artifact.bundle import Bundle, BundleMeta, Probe
 from danlu.errors import ModelError, QualityError
@@ -13,6 +15,7 @@ from danlu.serve.engines.torch.attention import make_batch
 from danlu.serve.engines.torch.cache import Cache, num_slots
 from danlu.serve.engines.torch.forward import Forward, HuggingFaceForward, check_answers, own_logits, trial_row
 from danlu.serve.engines.torch.fused import FusedForward, can_be_fused
+from danlu.serve.engines.torch.kernels import Kernels, KernelsUnavailable, load_kernels, need_kernels
 from danlu.serve.engines.torch.linear import exchange_linears
 from danlu.serve.engines.torch.load import Loaded, load
 from danlu.serve.engines.torch.lora import Adapters
@@ -25,6 +28,9 @@ from danlu.tasks.agreement import Tolerance, change, tolerance
 
 log = logging.getLogger(__name__)
 
+Tier = Literal["compiled kernels", "fused PyTorch", "the model's own classes"]
+"""Who runs a step, the fastest first. Their answers are the same."""
+
 
 @dataclass(frozen=True)
 class Runner:
@@ -35,25 +41,45 @@ class Runner:
     reader: Reader
     adapters: Adapters
     device: torch.device
+    tier: Tier
 
 
 def make_runner(spec: Torch, bundle: Bundle | None) -> Runner:
     """Load, check that packed and cached answers are the model's own, and that a bundle's probes come out as its evaluation had them."""
     loaded = load(spec, bundle)
-    runner = None
+    kernels = _kernels(spec, loaded.model)
+    tiers: list[Tier] = ["the model's own classes"]
     if can_be_fused(loaded.model):
+        tiers = ["fused PyTorch", *tiers] if kernels is None else ["compiled kernels", "fused PyTorch", *tiers]
+    for tier in tiers:
         try:
-            runner = _assemble(spec, loaded, fuses=True)
+            runner = _assemble(spec, loaded, tier, kernels)
         except ModelError as error:
-            log.warning("the fused forward does not fit this model (%s): its own classes answer, more slowly", error.problem)
-            loaded = load(spec, bundle)  # the fused forward has taken the other one's weights
-    runner = runner or _assemble(spec, loaded, fuses=False)
+            if tier == tiers[-1]:
+                raise
+            log.warning("not by %s, which gives other answers (%s): this model is answered more slowly", tier, error.problem)
+            loaded = load(spec, bundle)  # they have taken the other one's weights
+        else:
+            break
+    log.info("a step is run by %s", f"{tier} for {kernels.vectors}" if kernels is not None and tier == "compiled kernels" else tier)
     if bundle is not None:
         check_probes(runner, loaded, bundle, spec.max_num_batched_tokens)
     return runner
 
 
-def _assemble(spec: Torch, loaded: Loaded, *, fuses: bool) -> Runner:
+def _kernels(spec: Torch, model: PreTrainedModel) -> Kernels | None:
+    """The compiled kernels, where they are wanted and this machine and model are theirs; the log says why not."""
+    if spec.kernels == "off" or model.device.type != "cpu":
+        return None
+    try:
+        need_kernels(model.dtype)
+        return load_kernels()
+    except KernelsUnavailable as error:
+        log.warning("no compiled kernels, so answers come more slowly: %s", error)
+        return None
+
+
+def _assemble(spec: Torch, loaded: Loaded, tier: Tier, kernels: Kernels | None) -> Runner:
     """ModelError if its answers are not the model's own."""
     model = loaded.model
     ids = trial_row(model)[: loaded.max_model_len]
@@ -61,8 +87,8 @@ def _assemble(spec: Torch, loaded: Loaded, *, fuses: bool) -> Runner:
     plain = HuggingFaceForward(model)
     shapes = plain.shapes()
     forward: Forward = plain
-    if fuses:
-        forward = fused = FusedForward(model, loaded.max_model_len)
+    if tier != "the model's own classes":
+        forward = fused = FusedForward(model, loaded.max_model_len, kernels if tier == "compiled kernels" else None)
         linears = fused.linears
     else:
         linears = exchange_linears(model, model.get_output_embeddings())
@@ -71,7 +97,7 @@ def _assemble(spec: Torch, loaded: Loaded, *, fuses: bool) -> Runner:
     check_answers(forward, reference, ids, cache, model)
     reader = Reader(loaded.tokenizer, loaded.vocab_size, loaded.max_model_len, loaded.end_ids)
     adapters = Adapters(linears, max_loras=spec.max_loras, dtype=model.dtype, device=model.device)
-    return Runner(forward, cache, reader, adapters, model.device)
+    return Runner(forward, cache, reader, adapters, model.device, tier)
 
 
 def check_probes(runner: Runner, loaded: Loaded, bundle: Bundle, chunk: int) -> None:

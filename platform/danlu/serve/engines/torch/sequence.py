@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from danlu.serve.engines.torch.draft import Drafter
 from danlu.serve.generation import Delta, Generation, TokenLogprob
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ class Sequence:
     """Those of them that the prefix cache gave."""
     cancelled: bool = False
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
+    drafter: Drafter = field(default_factory=Drafter)
 
     def __post_init__(self) -> None:
         self.prompt_length = len(self.tokens)
@@ -78,11 +80,13 @@ class Stream:
             assert self.error is not None
             raise self.error
         found, self.waiting = self.waiting, []
-        return found[0] if len(found) == 1 else joined(found)
+        return joined(found)
 
 
 def joined(deltas: list[Delta]) -> Delta:
     """Several deltas of a sequence as one."""
+    if len(deltas) == 1:
+        return deltas[0]
     return Delta(
         "".join(delta.text for delta in deltas),
         tuple(token for delta in deltas for token in delta.token_ids),

@@ -1,0 +1,550 @@
+// A decoder's step on a CPU in one call: every product, norm, rotation and attention of all layers, without a way back to Python between
+// them. Built by kernels.py with nothing but a C++ compiler; plain pointers, no PyTorch headers, so that it takes seconds. One file, longer
+// than others here: one command builds it, and what it is built of is one key.
+//
+// T is float or bf16; sums are made in float, and what PyTorch would round to T between two operations is rounded here too. Where the CPU
+// multiplies bf16 (AVX512-BF16) its instruction does; elsewhere GCC's vector extensions become whatever the CPU has.
+//
+// A product's weights lie in panels of 32 outputs: float [outs / 32][ins][32]; bf16 [outs / 32][ins / 2][32][2].
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+#include <omp.h>
+#include <sys/mman.h>
+#include <type_traits>
+#include <vector>
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+
+namespace {
+
+struct bf16 {
+    uint16_t bits;
+};
+
+#ifdef __AVX512F__
+constexpr int LANES = 16;
+#elif defined(__AVX__)
+constexpr int LANES = 8;
+#else
+constexpr int LANES = 4;
+#endif
+constexpr int PANEL = 32;
+constexpr int VECTORS = PANEL / LANES;
+constexpr int ROWS = LANES == 16 ? 12 : 3;  // of a tile: its sums and its weights fit the registers
+constexpr int KEYS = 16;
+
+typedef float vec __attribute__((vector_size(4 * LANES)));
+typedef float vec_u __attribute__((vector_size(4 * LANES), aligned(4)));
+typedef uint32_t uvec __attribute__((vector_size(4 * LANES)));
+typedef uint32_t uvec_u __attribute__((vector_size(4 * LANES), aligned(2)));
+typedef uint16_t halves_u __attribute__((vector_size(2 * LANES), aligned(2)));
+
+inline float to_float(float x) { return x; }
+inline float to_float(bf16 x) { return __builtin_bit_cast(float, uint32_t(x.bits) << 16); }
+
+template <typename T> inline T rounded(float x);
+template <> inline float rounded<float>(float x) { return x; }
+template <> inline bf16 rounded<bf16>(float x) {
+    const uint32_t bits = __builtin_bit_cast(uint32_t, x);
+    const uint32_t nearest = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // ties to even
+    return {uint16_t((bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : nearest)};
+}
+
+inline vec load(const float* from) { return *reinterpret_cast<const vec_u*>(from); }
+inline vec load(const bf16* from) {
+    const uvec wide = __builtin_convertvector(*reinterpret_cast<const halves_u*>(from), uvec) << 16;
+    return (vec)wide;
+}
+
+// Cephes' expf: within 2 ulp, and a loop around it becomes vector code without -ffast-math.
+inline float exponential(float x) {
+    x = std::min(std::max(x, -87.0f), 88.0f);
+    const float n = (x * 1.44269504f + 12582912.0f) - 12582912.0f;
+    const float r = x - n * 0.693359375f + n * 2.12194440e-4f;
+    float y = 1.9875691500e-4f;
+    y = y * r + 1.3981999507e-3f;
+    y = y * r + 8.3334519073e-3f;
+    y = y * r + 4.1665795894e-2f;
+    y = y * r + 1.6666665459e-1f;
+    y = y * r + 5.0000001201e-1f;
+    y = y * r * r + r + 1.0f;
+    return y * __builtin_bit_cast(float, (int32_t(n) + 127) << 23);
+}
+
+// ---------------------------------------------------------------------------------------------------------------- threads
+
+// Threads take a phase's units as they come free: on a machine that others use too, the fast one does more.
+class Team {
+  public:
+    explicit Team(std::atomic<int64_t>* taken) : taken_(taken) {}
+
+    template <typename Run> void share(int64_t units, Run run) {
+        const int64_t threads = omp_get_num_threads();
+        const int64_t grain = std::max<int64_t>(1, units / (threads * 8));
+        std::atomic<int64_t>& taken = taken_[8 * phase_++];  // a cache line each
+        for (int64_t start; (start = taken.fetch_add(grain, std::memory_order_relaxed)) < units;)
+            for (int64_t unit = start; unit < std::min(units, start + grain); ++unit) run(unit);
+#pragma omp barrier
+    }
+
+  private:
+    std::atomic<int64_t>* taken_;
+    int64_t phase_ = 0;
+};
+
+template <typename Run> void in_parallel(int64_t phases, Run run) {
+    std::vector<std::atomic<int64_t>> taken(8 * phases);
+    for (auto& one : taken) one.store(0, std::memory_order_relaxed);
+#pragma omp parallel
+    {
+        Team team(taken.data());
+        run(team);
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------------- products
+
+struct Linear {
+    const void* weight;
+    const void* bias;
+    int64_t outs, ins;
+    const void* down;  // of the LoRA adapters side by side: [rank, ins] and [outs, rank], in panels too; null if there are none
+    const void* up;
+    int64_t rank;
+    const void* mask;  // [tokens, rank]: 1 where the token is the adapter's; null if no token of this step has an adapter
+};
+
+inline const float* panel_of(const void* weight, int64_t panel, int64_t ins, float) {
+    return static_cast<const float*>(weight) + panel * ins * PANEL;
+}
+inline const bf16* panel_of(const void* weight, int64_t panel, int64_t ins, bf16) {
+    return static_cast<const bf16*>(weight) + panel * ins * PANEL;
+}
+
+template <int R> inline void multiply_once(const float* x, int64_t stride, const float* w, vec (&sums)[R][VECTORS]) {
+    vec weights[VECTORS];
+    for (int v = 0; v < VECTORS; ++v) weights[v] = load(w + v * LANES);
+    for (int r = 0; r < R; ++r)
+        for (int v = 0; v < VECTORS; ++v) sums[r][v] += weights[v] * x[r * stride];
+}
+
+template <int R> inline void multiply_once(const bf16* x, int64_t stride, const bf16* w, vec (&sums)[R][VECTORS]) {
+#ifdef __AVX512BF16__
+    __m512bh weights[VECTORS];
+    for (int v = 0; v < VECTORS; ++v) weights[v] = (__m512bh)_mm512_loadu_si512(w + 2 * v * LANES);
+    for (int r = 0; r < R; ++r) {
+        int32_t pair;
+        std::memcpy(&pair, x + r * stride, 4);
+        const __m512bh both = (__m512bh)_mm512_set1_epi32(pair);
+        for (int v = 0; v < VECTORS; ++v) sums[r][v] = (vec)_mm512_dpbf16_ps((__m512)sums[r][v], both, weights[v]);
+    }
+#else
+    uvec weights[VECTORS];
+    for (int v = 0; v < VECTORS; ++v) weights[v] = *reinterpret_cast<const uvec_u*>(w + 2 * v * LANES);
+    for (int r = 0; r < R; ++r) {
+        const float even = to_float(x[r * stride]), odd = to_float(x[r * stride + 1]);
+        for (int v = 0; v < VECTORS; ++v) sums[r][v] += (vec)(weights[v] << 16) * even + (vec)(weights[v] & 0xffff0000u) * odd;
+    }
+#endif
+}
+
+// R rows by one panel. Few rows have few sums, and one addition waits for the last: several sets take turns.
+template <typename T, int R> void multiply_tile(const T* x, int64_t stride, const T* w, int64_t ins, float* out) {
+    constexpr int STEP = std::is_same<T, float>::value ? 1 : 2;
+    constexpr int SETS = R <= 2 ? 4 : R <= 4 ? 2 : 1;
+    constexpr int AHEAD = 4096 / sizeof(T);
+    vec sums[SETS][R][VECTORS] = {};
+    int64_t k = 0;
+    for (; k + SETS * STEP <= ins; k += SETS * STEP)
+        for (int set = 0; set < SETS; ++set) {
+            const T* at = w + (k + set * STEP) * PANEL;
+            if (R <= 4)  // the weights come from memory, once
+                for (int line = 0; line < STEP * PANEL * int(sizeof(T)); line += 64)
+                    __builtin_prefetch(reinterpret_cast<const char*>(at + AHEAD) + line, 0, 0);
+            multiply_once<R>(x + k + set * STEP, stride, at, sums[set]);
+        }
+    for (; k < ins; k += STEP) multiply_once<R>(x + k, stride, w + k * PANEL, sums[0]);
+    for (int set = 1; set < SETS; ++set)
+        for (int r = 0; r < R; ++r)
+            for (int v = 0; v < VECTORS; ++v) sums[0][r][v] += sums[set][r][v];
+    std::memcpy(out, sums[0], sizeof sums[0]);
+}
+
+template <typename T, int R = ROWS>
+inline void multiply_rows(int64_t rows, const T* x, int64_t stride, const T* w, int64_t ins, float* out) {
+    if (rows == R)
+        multiply_tile<T, R>(x, stride, w, ins, out);
+    else if constexpr (R > 1)
+        multiply_rows<T, R - 1>(rows, x, stride, w, ins, out);
+}
+
+// One panel of all rows, which lie `stride` apart; finish(row, column, number of columns, sums) does what the product is for.
+template <typename T, typename Finish>
+inline void multiply_panel(const T* x, int64_t stride, int64_t rows, const void* weight, int64_t panel, int64_t outs, int64_t ins, Finish finish) {
+    alignas(64) float sums[ROWS * PANEL];
+    const T* w = panel_of(weight, panel, ins, T());
+    const int64_t tiles = (rows + ROWS - 1) / ROWS, columns = std::min<int64_t>(PANEL, outs - panel * PANEL);
+    for (int64_t tile = 0, row = 0; tile < tiles; ++tile) {
+        const int64_t some = (rows - row + tiles - tile - 1) / (tiles - tile);  // all tiles about as high
+        multiply_rows<T>(some, x + row * stride, stride, w, ins, sums);
+        for (int64_t r = 0; r < some; ++r) finish(row + r, panel * PANEL, columns, sums + r * PANEL);
+        row += some;
+    }
+}
+
+// Rows that lie a multiple of 4096 bytes apart push each other out of the cache.
+template <typename T> inline int64_t apart(int64_t size) { return size + 64 / sizeof(T); }
+
+inline int64_t panels(int64_t outs) { return (outs + PANEL - 1) / PANEL; }
+
+template <typename T> inline float biased(const Linear& linear, int64_t out, float sum) {
+    return linear.bias ? sum + to_float(static_cast<const T*>(linear.bias)[out]) : sum;
+}
+
+// y = x @ weight.T + bias, or added to y; with LoRA. x: rows `apart`; scratch: [tokens, rank].
+template <typename T> void multiply(Team& team, const Linear& linear, const T* x, int64_t rows, T* y, bool adds, T* scratch) {
+    const int64_t own = panels(linear.outs), rank = linear.mask ? linear.rank : 0;
+    const int64_t stride = apart<T>(linear.ins);
+    const T* mask = static_cast<const T*>(linear.mask);
+    team.share(own + panels(rank), [&](int64_t unit) {
+        if (unit < own)
+            multiply_panel(x, stride, rows, linear.weight, unit, linear.outs, linear.ins, [&](int64_t row, int64_t first, int64_t n, const float* sums) {
+                T* to = y + row * linear.outs + first;
+                for (int64_t i = 0; i < n; ++i) {
+                    const T own = rounded<T>(biased<T>(linear, first + i, sums[i]));
+                    to[i] = adds ? rounded<T>(to_float(to[i]) + to_float(own)) : own;
+                }
+            });
+        else
+            multiply_panel(x, stride, rows, linear.down, unit - own, rank, linear.ins, [&](int64_t row, int64_t first, int64_t n, const float* sums) {
+                for (int64_t i = row * rank + first; i < row * rank + first + n; ++i)
+                    scratch[i] = rounded<T>(to_float(rounded<T>(sums[i - row * rank - first])) * to_float(mask[i]));
+            });
+    });
+    if (!rank) return;
+    team.share(own, [&](int64_t unit) {
+        multiply_panel(scratch, rank, rows, linear.up, unit, linear.outs, rank, [&](int64_t row, int64_t first, int64_t n, const float* sums) {
+            T* to = y + row * linear.outs + first;
+            for (int64_t i = 0; i < n; ++i) to[i] = rounded<T>(to_float(to[i]) + sums[i]);
+        });
+    });
+}
+
+// ---------------------------------------------------------------------------------------------------------------- the rest of a layer
+
+template <typename T> void norm(const T* x, const T* weight, int64_t size, float eps, T* y) {
+    float sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = 0; i < size; ++i) sum += to_float(x[i]) * to_float(x[i]);
+    const float scale = 1.0f / std::sqrt(sum / float(size) + eps);
+#pragma omp simd
+    for (int64_t i = 0; i < size; ++i) y[i] = rounded<T>(to_float(rounded<T>(to_float(x[i]) * scale)) * to_float(weight[i]));
+}
+
+// Half of a head moves up, the other down, and the sign of what moves down stands in `sin`.
+template <typename T> void rotate(const T* x, const T* cos, const T* sin, int64_t dim, T* y) {
+    const int64_t half = dim / 2;
+#pragma omp simd
+    for (int64_t i = 0; i < half; ++i) {
+        const float low = to_float(x[i]), high = to_float(x[i + half]);
+        y[i] = rounded<T>(low * to_float(cos[i]) + high * to_float(sin[i]));
+        y[i + half] = rounded<T>(high * to_float(cos[i + half]) + low * to_float(sin[i + half]));
+    }
+}
+
+template <typename T> void gate(const T* gate_up, int64_t size, T* y) {
+#pragma omp simd
+    for (int64_t i = 0; i < size; ++i) {
+        const float x = to_float(gate_up[i]);
+        y[i] = rounded<T>(to_float(rounded<T>(x / (1.0f + exponential(-x)))) * to_float(gate_up[size + i]));
+    }
+}
+
+template <typename T> inline float dot(const T* a, const T* b, int64_t size) {
+    float sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = 0; i < size; ++i) sum += to_float(a[i]) * to_float(b[i]);
+    return sum;
+}
+
+#ifdef __AVX512F__
+// The sums of 16 vectors as one vector.
+inline __m512 sums_of(const __m512 (&x)[16]) {
+    __m512 by2[8], by4[4], by8[2];
+    for (int i = 0; i < 8; ++i) by2[i] = _mm512_add_ps(_mm512_unpacklo_ps(x[2 * i], x[2 * i + 1]), _mm512_unpackhi_ps(x[2 * i], x[2 * i + 1]));
+    for (int i = 0; i < 4; ++i) {
+        const __m512d a = _mm512_castps_pd(by2[2 * i]), b = _mm512_castps_pd(by2[2 * i + 1]);
+        by4[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
+    }
+    for (int i = 0; i < 2; ++i)
+        by8[i] = _mm512_add_ps(
+            _mm512_shuffle_f32x4(by4[2 * i], by4[2 * i + 1], 0x88), _mm512_shuffle_f32x4(by4[2 * i], by4[2 * i + 1], 0xdd));
+    return _mm512_add_ps(_mm512_shuffle_f32x4(by8[0], by8[1], 0x88), _mm512_shuffle_f32x4(by8[0], by8[1], 0xdd));
+}
+
+inline __m512 multiply_add(const float* a, const float* b, __m512 sum) { return _mm512_fmadd_ps(_mm512_loadu_ps(a), _mm512_loadu_ps(b), sum); }
+#ifdef __AVX512BF16__
+inline __m512 multiply_add(const bf16* a, const bf16* b, __m512 sum) {
+    return _mm512_dpbf16_ps(sum, (__m512bh)_mm512_loadu_si512(a), (__m512bh)_mm512_loadu_si512(b));
+}
+#else
+inline __m512 multiply_add(const bf16* a, const bf16* b, __m512 sum) {
+    sum = _mm512_fmadd_ps((__m512)load(a), (__m512)load(b), sum);
+    return _mm512_fmadd_ps((__m512)load(a + 16), (__m512)load(b + 16), sum);
+}
+#endif
+#endif
+
+// Scores of `heads` queries and the keys [first, last): float [heads, last - first rounded up to KEYS].
+template <typename T>
+void score(const T* query, int64_t heads, const T* keys, int64_t first, int64_t last, int64_t dim, float scale, float* scores) {
+    const int64_t width = (last - first + KEYS - 1) / KEYS * KEYS;
+#ifdef __AVX512F__
+    constexpr int64_t BITE = 64 / sizeof(T);
+    if (dim % BITE == 0) {
+        for (int64_t key = first; key < last; key += KEYS) {
+            const T* rows[KEYS];
+            for (int64_t i = 0; i < KEYS; ++i) rows[i] = keys + std::min(key + i, last - 1) * dim;
+            for (int64_t head = 0; head < heads; ++head) {
+                __m512 sums[KEYS] = {};
+                for (int64_t at = 0; at < dim; at += BITE)
+                    for (int64_t i = 0; i < KEYS; ++i) sums[i] = multiply_add(query + head * dim + at, rows[i] + at, sums[i]);
+                _mm512_storeu_ps(scores + head * width + key - first, _mm512_mul_ps(sums_of(sums), _mm512_set1_ps(scale)));
+            }
+        }
+        return;
+    }
+#endif
+    for (int64_t key = first; key < last; ++key)
+        for (int64_t head = 0; head < heads; ++head) scores[head * width + key - first] = scale * dot(query + head * dim, keys + key * dim, dim);
+}
+
+// H heads' weighted sums of the values, LANES * V of their dimensions.
+template <typename T, int H, int V>
+inline void weigh(const float* weights, int64_t width, const T* values, int64_t number, int64_t dim, const float* scales, T* out) {
+    vec sums[H][V] = {};
+    for (int64_t key = 0; key < number; ++key) {
+        vec value[V];
+        for (int v = 0; v < V; ++v) value[v] = load(values + key * dim + v * LANES);
+        for (int head = 0; head < H; ++head)
+            for (int v = 0; v < V; ++v) sums[head][v] += value[v] * weights[head * width + key];
+    }
+    for (int head = 0; head < H; ++head)
+        for (int v = 0; v < V; ++v)
+            for (int i = 0; i < LANES; ++i) out[head * dim + v * LANES + i] = rounded<T>(sums[head][v][i] * scales[head]);
+}
+
+template <typename T, int V>
+inline void weigh_heads(int64_t heads, const float* weights, int64_t width, const T* values, int64_t number, int64_t dim, const float* scales, T* out) {
+    int64_t head = 0;
+    for (; head + 4 <= heads; head += 4) weigh<T, 4, V>(weights + head * width, width, values, number, dim, scales + head, out + head * dim);
+    if (heads - head == 3) weigh<T, 3, V>(weights + head * width, width, values, number, dim, scales + head, out + head * dim);
+    if (heads - head == 2) weigh<T, 2, V>(weights + head * width, width, values, number, dim, scales + head, out + head * dim);
+    if (heads - head == 1) weigh<T, 1, V>(weights + head * width, width, values, number, dim, scales + head, out + head * dim);
+}
+
+// The query heads of one token that share a key-value head, over positions [first, last) of its slot. scores: room for heads * width floats,
+// and for one more float a head.
+template <typename T>
+void attend(const T* query, int64_t heads, const T* keys, const T* values, int64_t first, int64_t last, int64_t dim, float scale, float* scores, T* out) {
+    const int64_t number = last - first, width = (number + KEYS - 1) / KEYS * KEYS;
+    float* scales = scores + heads * width;
+    score(query, heads, keys, first, last, dim, scale, scores);
+    for (int64_t head = 0; head < heads; ++head) {
+        float* row = scores + head * width;
+        float most = row[0], sum = 0;
+#pragma omp simd reduction(max : most)
+        for (int64_t i = 0; i < number; ++i) most = std::max(most, row[i]);
+#pragma omp simd reduction(+ : sum)
+        for (int64_t i = 0; i < number; ++i) sum += row[i] = exponential(row[i] - most);
+        scales[head] = 1.0f / sum;
+    }
+    const T* from = values + first * dim;
+    int64_t at = 0;
+    for (; at + 4 * LANES <= dim; at += 4 * LANES) weigh_heads<T, 4>(heads, scores, width, from + at, number, dim, scales, out + at);
+    for (; at + LANES <= dim; at += LANES) weigh_heads<T, 1>(heads, scores, width, from + at, number, dim, scales, out + at);
+    for (; at < dim; ++at)
+        for (int64_t head = 0; head < heads; ++head) {
+            float sum = 0;
+            for (int64_t key = 0; key < number; ++key) sum += scores[head * width + key] * to_float(from[key * dim + at]);
+            out[head * dim + at] = rounded<T>(sum * scales[head]);
+        }
+}
+
+// ---------------------------------------------------------------------------------------------------------------- the step
+
+struct Layer {
+    Linear qkv, out, gate_up, down;
+    const void *norm_in, *norm_mlp, *norm_qk;  // norm_qk: [heads + kv heads, dim], null where the model has none
+    void *keys, *values;                       // [slot, kv head, position, dim]
+    int64_t window;                            // 0: none
+};
+
+struct Model {
+    int64_t is_bf16, num_layers, hidden, intermediate, heads, kv_heads, dim, max_len, largest_rank;
+    double eps, scale;
+    const void *embedding, *cos, *sin, *norm;
+    Linear head;
+    const Layer* layers;
+};
+
+struct Batch {
+    int64_t tokens, num_wanted;
+    const int64_t *ids, *positions, *slots, *wanted;
+    float* logits;  // [num_wanted, head.outs]
+};
+
+// Grows and never shrinks: memory that is new in every step would be zeroed by the kernel in every step.
+template <typename T> T* room(std::vector<char>& held, int64_t size) {
+    const size_t bytes = size * sizeof(T) + 64;
+    if (held.size() < bytes) held.resize(bytes);
+    return reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(held.data()) + 63) / 64 * 64);
+}
+
+template <typename T> void run_step(const Model& m, const Batch& b) {
+    if (!b.tokens) return;
+    static thread_local std::vector<char> held[5];
+    const int64_t tokens = b.tokens, dim = m.dim, qk_heads = m.heads + m.kv_heads, qkv_size = (qk_heads + m.kv_heads) * dim;
+    const int64_t group = m.heads / m.kv_heads, widest = std::max({m.hidden, m.heads * dim, m.intermediate});
+    T* hidden = room<T>(held[0], tokens * m.hidden);
+    T* x = room<T>(held[1], tokens * apart<T>(widest));
+    T* wide = room<T>(held[2], tokens * std::max(qkv_size, 2 * m.intermediate));
+    T* scratch = room<T>(held[3], tokens * std::max<int64_t>(1, m.largest_rank));
+    const int64_t stride = apart<T>(m.hidden), attention_stride = apart<T>(m.heads * dim), mlp_stride = apart<T>(m.intermediate);
+    const float eps = float(m.eps), scale = float(m.scale);
+    const int64_t longest = (*std::max_element(b.positions, b.positions + tokens) / KEYS + 1) * KEYS;
+    const int64_t own_scores = (group * longest + group + 15) / 16 * 16;
+    float* all_scores = room<float>(held[4], own_scores * omp_get_max_threads());
+
+    in_parallel(m.num_layers * 13 + 4, [&](Team& team) {
+        float* scores = all_scores + own_scores * omp_get_thread_num();
+        // A token's heads are shared among threads only where there are fewer tokens than that keeps busy.
+        const int64_t together = tokens * m.kv_heads >= omp_get_num_threads() ? group : 1;
+        team.share(tokens, [&](int64_t t) {
+            std::memcpy(hidden + t * m.hidden, static_cast<const T*>(m.embedding) + b.ids[t] * m.hidden, m.hidden * sizeof(T));
+        });
+        for (int64_t i = 0; i < m.num_layers; ++i) {
+            const Layer& layer = m.layers[i];
+            T *keys = static_cast<T*>(layer.keys), *values = static_cast<T*>(layer.values);
+            team.share(tokens, [&](int64_t t) {
+                norm(hidden + t * m.hidden, static_cast<const T*>(layer.norm_in), m.hidden, eps, x + t * stride);
+            });
+            multiply(team, layer.qkv, x, tokens, wide, false, scratch);
+            team.share(tokens * (qk_heads + m.kv_heads), [&](int64_t unit) {
+                const int64_t t = unit / (qk_heads + m.kv_heads), head = unit % (qk_heads + m.kv_heads), position = b.positions[t];
+                T* at = wide + t * qkv_size + head * dim;
+                const int64_t kv = head < m.heads ? 0 : head < qk_heads ? head - m.heads : head - qk_heads;
+                const int64_t cell = ((b.slots[t] * m.kv_heads + kv) * m.max_len + position) * dim;
+                if (head >= qk_heads) {
+                    std::memcpy(values + cell, at, dim * sizeof(T));
+                    return;
+                }
+                if (layer.norm_qk) norm(at, static_cast<const T*>(layer.norm_qk) + head * dim, dim, eps, at);
+                rotate(at, static_cast<const T*>(m.cos) + position * dim, static_cast<const T*>(m.sin) + position * dim, dim,
+                       head < m.heads ? at : keys + cell);
+            });
+            team.share(tokens * m.heads / together, [&](int64_t unit) {
+                const int64_t t = unit / (m.heads / together), head = unit % (m.heads / together) * together, last = b.positions[t] + 1;
+                const int64_t first = layer.window ? std::max<int64_t>(0, last - layer.window) : 0;
+                const int64_t slot = (b.slots[t] * m.kv_heads + head / group) * m.max_len * dim;
+                attend(wide + t * qkv_size + head * dim, together, keys + slot, values + slot, first, last, dim, scale, scores,
+                       x + t * attention_stride + head * dim);
+            });
+            multiply(team, layer.out, x, tokens, hidden, true, scratch);
+            team.share(tokens, [&](int64_t t) {
+                norm(hidden + t * m.hidden, static_cast<const T*>(layer.norm_mlp), m.hidden, eps, x + t * stride);
+            });
+            multiply(team, layer.gate_up, x, tokens, wide, false, scratch);
+            team.share(tokens, [&](int64_t t) { gate(wide + t * 2 * m.intermediate, m.intermediate, x + t * mlp_stride); });
+            multiply(team, layer.down, x, tokens, hidden, true, scratch);
+        }
+        team.share(b.num_wanted, [&](int64_t w) {
+            norm(hidden + b.wanted[w] * m.hidden, static_cast<const T*>(m.norm), m.hidden, eps, x + w * stride);
+        });
+        team.share(b.num_wanted ? panels(m.head.outs) : 0, [&](int64_t panel) {
+            multiply_panel(x, stride, b.num_wanted, m.head.weight, panel, m.head.outs, m.head.ins, [&](int64_t row, int64_t first, int64_t n, const float* sums) {
+                float* to = b.logits + row * m.head.outs + first;
+                for (int64_t i = 0; i < n; ++i) to[i] = to_float(rounded<T>(biased<T>(m.head, first + i, sums[i])));
+            });
+        });
+    });
+}
+
+template <typename T> void run_linear(const Linear& linear, const void* x, int64_t rows, void* y) {
+    static thread_local std::vector<char> held;
+    const int64_t ins = linear.ins;
+    T* copied = room<T>(held, rows * apart<T>(ins));
+    in_parallel(2, [&](Team& team) {
+        team.share(rows, [&](int64_t row) { std::memcpy(copied + row * apart<T>(ins), static_cast<const T*>(x) + row * ins, ins * sizeof(T)); });
+        multiply(team, linear, copied, rows, static_cast<T*>(y), false, static_cast<T*>(nullptr));
+    });
+}
+
+// Before it is written to: a step reads all weights once, and page by small page that is slower.
+inline void ask_for_large_pages(void* start, size_t bytes) {
+#ifdef MADV_HUGEPAGE
+    constexpr uintptr_t LARGE = 1 << 21;
+    const uintptr_t first = (reinterpret_cast<uintptr_t>(start) + LARGE - 1) / LARGE * LARGE;
+    const uintptr_t last = (reinterpret_cast<uintptr_t>(start) + bytes) / LARGE * LARGE;
+    if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // where it is refused, small ones do
+#endif
+}
+
+template <typename T> void run_pack(const T* weight, int64_t outs, int64_t ins, T* packed) {
+    constexpr int64_t STEP = std::is_same<T, float>::value ? 1 : 2;
+    ask_for_large_pages(packed, panels(outs) * PANEL * ins * sizeof(T));
+#pragma omp parallel for
+    for (int64_t panel = 0; panel < panels(outs); ++panel) {
+        T* to = packed + panel * ins * PANEL;
+        for (int64_t k = 0; k < ins; k += STEP)
+            for (int64_t out = panel * PANEL; out < (panel + 1) * PANEL; ++out)
+                for (int64_t i = k; i < k + STEP; ++i) *to++ = out < outs ? weight[out * ins + i] : T{};
+    }
+}
+
+}  // namespace
+
+extern "C" {
+
+const char* danlu_vectors() {
+#ifdef __AVX512BF16__
+    return "AVX512-BF16";
+#elif defined(__AVX512F__)
+    return "AVX512";
+#elif defined(__AVX__)
+    return "AVX2";
+#else
+    return "no AVX";
+#endif
+}
+
+// packed: [panels * 32 * ins]; bf16 takes an even number of inputs.
+void danlu_pack(int is_bf16, const void* weight, int64_t outs, int64_t ins, void* packed) {
+    if (is_bf16)
+        run_pack(static_cast<const bf16*>(weight), outs, ins, static_cast<bf16*>(packed));
+    else
+        run_pack(static_cast<const float*>(weight), outs, ins, static_cast<float*>(packed));
+}
+
+// Without its LoRA.
+void danlu_linear(int is_bf16, const Linear* linear, const void* x, int64_t rows, void* y) {
+    if (is_bf16)
+        run_linear<bf16>(*linear, x, rows, y);
+    else
+        run_linear<float>(*linear, x, rows, y);
+}
+
+void danlu_step(const Model* model, const Batch* batch) {
+    if (model->is_bf16)
+        run_step<bf16>(*model, *batch);
+    else
+        run_step<float>(*model, *batch);
+}
+}

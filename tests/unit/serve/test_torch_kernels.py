@@ -1,0 +1,164 @@
+"""The compiled kernels: each is plain PyTorch's, a step is the fused forward's, and without a compiler everything goes on."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from lm import SMALL, ask, engine, greedy, ids_of, prompts, reference, with_engine, write_family
+from torch import nn
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PretrainedConfig, Qwen2Config, Qwen3Config
+
+from danlu.metrics import catalog
+from danlu.serve.engines.torch import kernels
+from danlu.serve.engines.torch.attention import make_batch
+from danlu.serve.engines.torch.cache import Cache, LayerShape
+from danlu.serve.engines.torch.engine import TorchEngine
+from danlu.serve.engines.torch.fused import FusedForward
+from danlu.serve.engines.torch.kernels import Kernels, KernelsUnavailable, LinearStruct, build_kernels, load_kernels
+from danlu.serve.engines.torch.scheduler import Piece
+from danlu.serve.engines.torch.sequence import Sequence
+from danlu.serve.generation import Generation, Sampling
+
+GREEDY = Sampling(max_tokens=12, temperature=0.0, ignore_eos=True)
+SHAPES: dict[str, PretrainedConfig] = {
+    "qwen3, three heads a key": Qwen3Config(**SMALL | {"num_attention_heads": 6}, head_dim=64),
+    "qwen2, biases, six heads a key": Qwen2Config(**SMALL | {"num_attention_heads": 6, "num_key_value_heads": 1, "hidden_size": 60}),
+    "llama, odd sizes": LlamaConfig(**SMALL | {"intermediate_size": 70}, head_dim=24),
+    "mistral, a window, a head a key": MistralConfig(**SMALL | {"num_key_value_heads": 4}, head_dim=32, sliding_window=21),
+}
+
+
+LESS = {"AVX512 without bf16": "-mno-avx512bf16", "AVX2": "-mno-avx512f", "no AVX": "-mno-avx"}
+"""What older CPUs lack."""
+
+
+@pytest.fixture(scope="module")
+def own() -> Kernels:
+    try:
+        return load_kernels()
+    except KernelsUnavailable as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="module", params=["this CPU's", *(pytest.param(name, marks=pytest.mark.soak) for name in LESS)])
+def native(request: pytest.FixtureRequest, own: Kernels, tmp_path_factory: pytest.TempPathFactory) -> Kernels:
+    if request.param not in LESS:
+        return own
+    return Kernels(build_kernels(tmp_path_factory.mktemp("kernels"), flags=(*kernels.FLAGS, LESS[request.param])))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_product_is_pytorchs(dtype: torch.dtype, native: Kernels) -> None:
+    draw = torch.Generator().manual_seed(0)
+    for tokens in (1, 2, 3, 5, 12, 13, 23, 37):
+        for ins, outs in ((2, 1), (64, 31), (130, 32), (96, 33), (258, 200)):
+            x = torch.randn(tokens, ins, generator=draw).to(dtype)
+            weight, bias = torch.randn(outs, ins, generator=draw).to(dtype), torch.randn(outs, generator=draw).to(dtype)
+            packed = native.pack(weight)
+            struct = LinearStruct(weight=packed.data_ptr(), bias=bias.data_ptr(), outs=outs, ins=ins)
+            expected = nn.functional.linear(x.double(), weight.double(), bias.double())
+            # A bf16 keeps eight bits of what was rounded once.
+            within = 1e-5 if dtype == torch.float32 else 2**-8
+            torch.testing.assert_close(native.linear(struct, x).double(), expected, rtol=within, atol=1e-5 * ins**0.5)
+
+
+def check_step(config: PretrainedConfig, dtype: torch.dtype, native: Kernels) -> None:
+    """Prompts, then tokens and small pieces of several sequences in one batch, with a gap between their slots."""
+    torch.manual_seed(2)
+    forwards = {}
+    for which in (native, None):
+        torch.manual_seed(2)
+        model = AutoModelForCausalLM.from_config(config).to(dtype).eval()
+        forwards[which] = FusedForward(model, 128, which)
+    heads = forwards[None].kv_heads
+    shape = LayerShape(heads, forwards[None].head_dim, forwards[None].head_dim)
+    caches = {which: Cache({0: shape, 1: shape}, 5, 128, dtype=dtype, device=torch.device("cpu")) for which in forwards}
+    asked = [Sequence(Generation("a", prompt), list(prompt), 1) for prompt in (*prompts(3, 60, seed=3), tuple(range(5, 105)))]
+    for slot, sequence in zip((0, 1, 3, 4), asked, strict=True):
+        sequence.slot = slot
+    steps = [[Piece(one, 0, len(one.tokens) - 5)] for one in asked if len(one.tokens) > 5]
+    steps.append([Piece(one, max(0, len(one.tokens) - 5), len(one.tokens) - 4) for one in asked if len(one.tokens) > 5])
+    steps.append([Piece(one, max(0, len(one.tokens) - 4), len(one.tokens)) for one in asked])
+    for pieces in steps:
+        batch = make_batch(pieces, device=torch.device("cpu"), all_wanted=True)
+        found, expected = (forward(batch, caches[which]).to(dtype) for which, forward in forwards.items())
+        check_close(found, expected)
+    for mine, theirs in zip(caches[native].layers.values(), caches[None].layers.values(), strict=True):
+        for found, expected in zip(mine, theirs, strict=True):
+            check_close(found, expected)
+
+
+def check_close(found: torch.Tensor, expected: torch.Tensor) -> None:
+    """Within what rounding in another order comes to, of the largest."""
+    difference = float((found - expected).abs().max() / expected.abs().max())
+    assert difference < (1e-5 if found.dtype == torch.float32 else 4e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", SHAPES)
+@torch.inference_mode()
+def test_a_step_is_the_fused_forwards(shape: str, dtype: torch.dtype, native: Kernels) -> None:
+    check_step(SHAPES[shape], dtype, native)
+
+
+@pytest.mark.usefixtures("own")
+def test_the_engine_says_who_runs_its_steps(tmp_path: Path) -> None:
+    folder = write_family(tmp_path, "llama")
+
+    async def tier(made: TorchEngine) -> tuple[float, list[int]]:
+        return made.stats()[catalog.SERVE_KERNELS], ids_of(await ask(made, (7, 8, 9), GREEDY))
+
+    assert with_engine(engine(folder), tier) == (1, greedy(reference(folder), (7, 8, 9), 12))
+    assert with_engine(engine(folder, kernels="off"), tier) == (0, greedy(reference(folder), (7, 8, 9), 12))
+
+
+@pytest.fixture
+def afresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[pytest.MonkeyPatch]:
+    """A process that has not looked for kernels yet, and a cache with none."""
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "cache"))
+    kernels._found.cache_clear()
+    yield monkeypatch
+    kernels._found.cache_clear()
+
+
+@pytest.mark.parametrize(("compiler", "told"), [("nosuch-g++", "there is no C++ compiler"), ("false", "false cannot build them")])
+def test_without_a_compiler_that_works_pytorch_answers_and_the_log_says_so(
+    compiler: str, told: str, tmp_path: Path, afresh: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = write_family(tmp_path, "llama")
+    afresh.setenv("CXX", compiler)
+
+    async def tier(made: TorchEngine) -> tuple[float, list[int]]:
+        return made.stats()[catalog.SERVE_KERNELS], ids_of(await ask(made, (7, 8, 9), GREEDY))
+
+    with caplog.at_level(logging.WARNING):
+        assert with_engine(engine(folder), tier) == (0, greedy(reference(folder), (7, 8, 9), 12))
+    assert told in caplog.text
+    assert not list((tmp_path / "cache").rglob("*.so"))
+
+
+def test_who_comes_at_the_same_time_builds_once(tmp_path: Path, afresh: pytest.MonkeyPatch) -> None:
+    compiler = tmp_path / "compiler"
+    compiler.write_text(
+        f'#!/bin/sh\n[ "$1" = --version ] && exit\necho built >> {tmp_path}/log\nwhile [ "$1" != -o ]; do shift; done\necho > "$2"\n'
+    )
+    compiler.chmod(0o755)
+    afresh.setenv("CXX", str(compiler))
+    together = threading.Barrier(4)
+
+    def build() -> Path:
+        together.wait()
+        return build_kernels(tmp_path / "cache")
+
+    with ThreadPoolExecutor(4) as pool:
+        (path,) = {one.result() for one in [pool.submit(build) for _ in range(4)]}
+    assert (tmp_path / "log").read_text().splitlines() == ["built"]
+    assert [found.name for found in (tmp_path / "cache").iterdir() if found.suffix != ".lock"] == [path.name]
+    afresh.setattr(kernels, "_cpu_flags", lambda: "another CPU's")
+    assert build_kernels(tmp_path / "cache") != path, "a cache may be shared by machines that differ"
