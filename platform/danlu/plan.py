@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -264,6 +265,11 @@ def _spread_name(job: TrainJob) -> str:
         case Pipeline() as pipe:
             split = f" x tensor parallel over {pipe.tensor_parallel_size}" if pipe.tensor_parallel_size > 1 else ""
             return f"{pipe.num_stages} pipeline stages over {pipe.pipeline_parallel_size}{split}{', ZeRO-1' if pipe.zero_stage else ''}"
+
+
+def num_cores() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def duration(seconds: float) -> str:

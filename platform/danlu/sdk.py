@@ -49,14 +49,16 @@ if TYPE_CHECKING:
 def prepare(job: TrainJob, *, calibrate: bool = True) -> Prepared:
     """Find and check everything a job needs, and plan it. Raises a DanluError for what would fail later."""
     from danlu import track
+
+    ensure_writable(job.storage)
+    track.chosen(job)
+    check_machine(job)
+    # Importing these takes seconds: what is wrong above is said before.
     from danlu.plan import make_plan
     from danlu.tasks.from_scratch import start_folder
     from danlu.tasks.task import read_splits
     from danlu.tasks.tokenizer import load_tokenizer
 
-    ensure_writable(job.storage)
-    track.chosen(job)
-    check_machine(job)
     folder = start_folder(job.model, job.data, job.task, seed=job.seed)
     tokenizer = load_tokenizer(folder)
     splits = read_splits(job, tokenizer, max_length=job.model.max_length, spread=_spread())
@@ -83,7 +85,7 @@ def check_machine(job: TrainJob) -> None:
     """ResourceError if the workers do not fit this machine. A cluster this process is connected to is asked instead, later."""
     import sys
 
-    from danlu.tasks.device import num_cores
+    from danlu.plan import num_cores
 
     ray = sys.modules.get("ray")
     if ray is not None and ray.is_initialized():

@@ -12,9 +12,11 @@ import os
 import resource
 import shutil
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,27 @@ from danlu.train.run import EventRecord, LocalRun, RayRun, Record, StepRecord
 
 WAIT = timedelta(seconds=90)
 """How long a rank waits for another one: a test that hangs says so."""
+
+Curve = list[tuple[float, float]]
+"""(loss, gradient norm) of each step."""
+
+
+@dataclass(frozen=True)
+class Told:
+    """What the ranks of a group wrote, by case."""
+
+    curves: dict[str, Curve]
+    events: dict[str, list[tuple[str, str]]]
+    errors: dict[str, list[tuple[str, float]]]
+
+
+def on_ranks(world: int, cases: dict[str, dict[str, Any]], folder: Path, *, model: Path | str = "-", train_file: str = "-.csv") -> Told:
+    """All cases on one group of processes; runs are written to FOLDER/out.json.CASE."""
+    (folder / "cases.json").write_text(json.dumps(cases))
+    arguments = [str(world), str(model), train_file, str(folder / "out.json"), str(folder / "cases.json")]
+    done = subprocess.run([sys.executable, __file__, *arguments], capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return Told(*(json.loads((folder / f"out.json{end}").read_text()) for end in ("", ".events", ".errors")))
 
 
 def job_of(model: str, train_file: str, overrides: dict[str, Any]) -> TrainJob:
@@ -52,8 +75,8 @@ def job_of(model: str, train_file: str, overrides: dict[str, Any]) -> TrainJob:
     return TrainJob.model_validate(fields | overrides)
 
 
-def curve(job: TrainJob, run: LocalRun | RayRun, records: list[Any], run_uri: str) -> list[tuple[float, float]]:
-    """(loss, gradient norm) of each step."""
+def curve(job: TrainJob, run: LocalRun | RayRun, records: list[Any], run_uri: str) -> Curve:
+    """The job's, in this process."""
     folder = Path(job.model.model_name_or_path)
     tokenizer = load_tokenizer(folder)
     data = task_file(job.task).splits(job.data, job.task, tokenizer, max_length=job.model.max_length, seed=job.seed)
@@ -97,10 +120,12 @@ def on_a_full_disk(job: TrainJob, victim: int, run_uri: str) -> list[tuple[str, 
     return all_raised
 
 
-def _rank(rank: int, world: int, port: int, model: str, train_file: str, out: str, cases: str) -> None:
-    torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    dist.init_process_group("gloo", rank=rank, world_size=world, timeout=WAIT)
+def _rank(rank: int, world: int, listener: socket.socket, model: str, train_file: str, out: str, cases: str) -> None:
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK="0")
+    host, port = listener.getsockname()
+    listens = {"is_master": True, "master_listen_fd": listener.detach()} if rank == 0 else {}
+    store = dist.TCPStore(host, port, world, timeout=WAIT, **listens)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=WAIT)
     curves, events, errors = {}, {}, {}
     for name, overrides in json.loads(Path(cases).read_text()).items():
         records: list[Any] = []
@@ -124,9 +149,24 @@ def _rank(rank: int, world: int, port: int, model: str, train_file: str, out: st
     dist.destroy_process_group()
 
 
+def _load_libraries() -> None:
+    """What the cases need and load late: here once, for all ranks."""
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    import bitsandbytes  # noqa: F401
+    import deepspeed  # noqa: F401
+    import peft  # noqa: F401
+    import torch.distributed.checkpoint
+    import torch.distributed.pipelining
+    import torch.distributed.tensor.parallel  # noqa: F401
+    from transformers import BertForSequenceClassification, Qwen3ForCausalLM, T5ForConditionalGeneration  # noqa: F401
+
+    from danlu.tasks import chat, classification, preference, pretrain, seq2seq  # noqa: F401
+
+
 if __name__ == "__main__":
     world, arguments = int(sys.argv[1]), sys.argv[2:]
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        free_port = probe.getsockname()[1]
-    mp.spawn(_rank, (world, free_port, *arguments), nprocs=world)
+    torch.set_num_threads(1)
+    _load_libraries()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        # Forked, ranks have the libraries that would take each of them longer than its cases, and a port that nobody else can take.
+        mp.start_processes(_rank, (world, listener, *arguments), nprocs=world, start_method="fork")

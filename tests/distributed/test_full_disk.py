@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from ranks import Told, on_ranks
 
 STRATEGIES: dict[str, dict[str, Any]] = {
     "ddp": {"kind": "ddp"},
@@ -23,7 +21,7 @@ WITH_BEST = ["ddp", "zero3"]
 
 
 @pytest.fixture(scope="module")
-def outcomes(tiny_model: Path, topic_files: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def outcomes(tiny_model: Path, topic_files: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Told:
     """What two ranks raised, and what happened when each job was started again with the disk free; all in one pair of processes."""
     folder = tmp_path_factory.mktemp("full-disk")
     cases: dict[str, dict[str, Any]] = {}
@@ -32,26 +30,21 @@ def outcomes(tiny_model: Path, topic_files: dict[str, str], tmp_path_factory: py
         shape |= {"evaluation": {"eval_steps": 2 if kind == "best" else 3}, "run_uri": str(folder / f"{name}-{rank}-{kind}")}
         cases[f"{name}-{rank}-{kind}"] = shape | {"full_disk_on": rank}
         cases[f"{name}-{rank}-{kind}-again"] = shape
-    (folder / "cases.json").write_text(json.dumps(cases))
-    arguments = ["2", str(tiny_model), topic_files["train"], str(folder / "out.json"), str(folder / "cases.json")]
-    command = [sys.executable, str(Path(__file__).parent / "ranks.py"), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return {kind: json.loads((folder / f"out.json.{kind}").read_text()) for kind in ("errors", "events")}
+    return on_ranks(2, cases, folder, model=tiny_model, train_file=topic_files["train"])
 
 
 @pytest.mark.parametrize(("name", "rank"), CASES)
-def test_a_worker_whose_disk_is_full_ends_the_save_of_all(name: str, rank: int, outcomes: dict[str, Any]) -> None:
+def test_a_worker_whose_disk_is_full_ends_the_save_of_all(name: str, rank: int, outcomes: Told) -> None:
     assert_told_and_resumed(outcomes, f"{name}-{rank}-checkpoint", rank)
 
 
 @pytest.mark.parametrize("name", WITH_BEST)
-def test_a_disk_that_is_full_for_the_best_weights_ends_it_too(name: str, outcomes: dict[str, Any]) -> None:
+def test_a_disk_that_is_full_for_the_best_weights_ends_it_too(name: str, outcomes: Told) -> None:
     assert_told_and_resumed(outcomes, f"{name}-0-best", 0)
 
 
-def assert_told_and_resumed(outcomes: dict[str, Any], case: str, rank: int) -> None:
-    raised = outcomes["errors"][case]
+def assert_told_and_resumed(outcomes: Told, case: str, rank: int) -> None:
+    raised = outcomes.errors[case]
     for text, seconds in raised:
         assert "the checkpoint of step 2 could not be saved: " in text
         assert "try: free some space" in text
@@ -60,6 +53,6 @@ def assert_told_and_resumed(outcomes: dict[str, Any], case: str, rank: int) -> N
     assert all(told in text for text, _ in raised)
     assert "another worker failed" in raised[1 - rank][0] or "too large" in raised[1 - rank][0].lower()
     assert "another worker failed" not in raised[rank][0]
-    events = outcomes["events"][f"{case}-again"]
+    events = outcomes.events[f"{case}-again"]
     assert ["resumed", "from the checkpoint of step 1"] in events
     assert events[-1] == ["checkpoint", "step 3"]

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from language import preferences, talks, translations, write_chat_model, write_rows, write_t5
-from ranks import curve, job_of
+from ranks import Curve, curve, job_of, on_ranks
 
 from danlu.train.run import LocalRun
 
@@ -41,7 +38,6 @@ CASES = [
     ("masked", "tensor"),
     ("masked", "pipeline"),
 ]
-Curve = list[tuple[float, float]]
 
 
 @pytest.fixture(scope="module")
@@ -69,31 +65,30 @@ def jobs(tiny_model: Path, topic_files: dict[str, str], tmp_path_factory: pytest
 
 
 @pytest.fixture(scope="module")
+def one_process(jobs: dict[str, dict[str, Any]], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Curve]:
+    torch.set_num_threads(1)
+    found = {}
+    for name, job in jobs.items():
+        run, folder = LocalRun(torch.device("cpu")), tmp_path_factory.mktemp("one-process")
+        job_alone = job_of(job["model"]["model_name_or_path"], "unused.csv", job | {"micro_batch_size": 16})
+        found[name] = curve(job_alone, run, run.records, str(folder))
+    return found
+
+
+@pytest.fixture(scope="module")
 def two_ranks(jobs: dict[str, dict[str, Any]], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Curve]:
     """All cases in one pair of processes."""
-    folder = tmp_path_factory.mktemp("two-ranks")
     shape = {"workers": {"num_workers": 2}, "micro_batch_size": 4}
     cases = {
         f"{name}-{parallel}": shape | jobs[name] | {"folder": jobs[name]["model"]["model_name_or_path"], "parallel": PARALLEL[parallel]}
         for name, parallel in CASES
     }
-    (folder / "cases.json").write_text(json.dumps(cases))
-    command = [sys.executable, str(Path(__file__).parent / "ranks.py"), "2", "unused", "unused.csv"]
-    done = subprocess.run([*command, str(folder / "out.json"), str(folder / "cases.json")], capture_output=True, text=True, timeout=400)
-    assert done.returncode == 0, done.stderr[-4000:]
-    found: dict[str, Curve] = json.loads((folder / "out.json").read_text())
-    return found
+    return on_ranks(2, cases, tmp_path_factory.mktemp("two-ranks")).curves
 
 
 @pytest.mark.parametrize(("name", "parallel"), CASES)
-def test_two_workers_equal_one_process(
-    name: str, parallel: str, jobs: dict[str, dict[str, Any]], two_ranks: dict[str, Curve], tmp_path: Path
-) -> None:
-    torch.set_num_threads(1)
-    run = LocalRun(torch.device("cpu"))
-    job = job_of(jobs[name]["model"]["model_name_or_path"], "unused.csv", jobs[name] | {"micro_batch_size": 16})
-    expected = curve(job, run, run.records, str(tmp_path))
-    found = two_ranks[f"{name}-{parallel}"]
+def test_two_workers_equal_one_process(name: str, parallel: str, one_process: dict[str, Curve], two_ranks: dict[str, Curve]) -> None:
+    found, expected = two_ranks[f"{name}-{parallel}"], one_process[name]
     assert len(found) == len(expected) == 3
     for (loss, norm), (their_loss, their_norm) in zip(found, expected, strict=True):
         assert loss == pytest.approx(their_loss, abs=2e-5)

@@ -5,15 +5,13 @@ from __future__ import annotations
 import json
 import math
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from ranks import curve, job_of
+from ranks import Curve, curve, job_of, on_ranks
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from danlu.spec.train import TrainJob
@@ -45,7 +43,7 @@ RESHAPED = ["ddp", "zero1", "zero2", "zero3", "fsdp"]
 PLACES = 5
 
 
-def plain_curve(model_folder: Path, train_file: str, learning_rate: float = 2e-3) -> list[tuple[float, float]]:
+def plain_curve(model_folder: Path, train_file: str, learning_rate: float = 2e-3) -> Curve:
     """The same job written by hand: padded batches, one process, no accumulation, nothing of Danlu but the rows and their order."""
     job = job_of(str(model_folder), train_file, {})
     tokenizer = load_tokenizer(model_folder)
@@ -82,7 +80,7 @@ def decoder_case(folder: Path, **overrides: Any) -> dict[str, Any]:
     return {"task": {"kind": "pretrain"}, "model": {"model_name_or_path": str(folder), "max_length": 12}, **overrides}
 
 
-def plain_decoder_run(model_folder: Path, train_file: str) -> tuple[list[tuple[float, float]], dict[str, torch.Tensor]]:
+def plain_decoder_run(model_folder: Path, train_file: str) -> tuple[Curve, dict[str, torch.Tensor]]:
     """A language model by hand: padded batches, one process; each token of the batch weighs the same. Its curve and last weights."""
     job = job_of(str(model_folder), train_file, decoder_case(model_folder))
     tokenizer = load_tokenizer(model_folder)
@@ -108,19 +106,19 @@ def plain_decoder_run(model_folder: Path, train_file: str) -> tuple[list[tuple[f
 
 
 @pytest.fixture(scope="module")
-def plain(tiny_model: Path, topic_files: dict[str, str]) -> list[tuple[float, float]]:
+def plain(tiny_model: Path, topic_files: dict[str, str]) -> Curve:
     return plain_curve(tiny_model, topic_files["train"])
 
 
 @pytest.fixture(scope="module")
-def plain_decoder(tiny_decoder: Path, topic_files: dict[str, str]) -> tuple[list[tuple[float, float]], dict[str, torch.Tensor]]:
+def plain_decoder(tiny_decoder: Path, topic_files: dict[str, str]) -> tuple[Curve, dict[str, torch.Tensor]]:
     return plain_decoder_run(tiny_decoder, topic_files["train"])
 
 
 @pytest.fixture(scope="module")
 def two_ranks(
     tiny_model: Path, tiny_decoder: Path, topic_files: dict[str, str], tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, list[tuple[float, float]]]:
+) -> dict[str, Curve]:
     """Curves of every strategy and accumulation on two gloo ranks, in one pair of processes."""
     folder = tmp_path_factory.mktemp("two-ranks")
     cases = {
@@ -145,13 +143,13 @@ def two_ranks(
     for name, precision in IN_HALF:
         shape = {"parallel": SEVERAL[name], "workers": {"num_workers": 2}, "micro_batch_size": 8, "precision": precision}
         cases[f"{name}-{precision}"] = {"folder": str(tiny_decoder)} | decoder_case(tiny_decoder, **shape)
-    return _ranks(2, cases, tiny_model, topic_files["train"], folder)
+    return on_ranks(2, cases, folder, model=tiny_model, train_file=topic_files["train"]).curves
 
 
 @pytest.fixture(scope="module")
 def four_ranks(
     two_ranks: object, tiny_model: Path, tiny_decoder: Path, topic_files: dict[str, str], tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, list[tuple[float, float]]]:
+) -> dict[str, Curve]:
     """Two groups of two: curves from the start, and from a checkpoint of one group."""
     written = Path(_two_ranks_wrote(tmp_path_factory, "decoder-tensor"))
     resumed = tmp_path_factory.mktemp("four-ranks") / "resumed"
@@ -160,25 +158,13 @@ def four_ranks(
     shape: dict[str, Any] = {"parallel": SEVERAL["tensor"], "workers": {"num_workers": 4}, "micro_batch_size": 4}
     decoder = {"folder": str(tiny_decoder)} | decoder_case(tiny_decoder, **shape)
     cases = {"encoder": shape, "decoder": decoder, "resumed": decoder | {"run_uri": str(resumed)}}
-    return _ranks(4, cases, tiny_model, topic_files["train"], resumed.parent)
-
-
-def _ranks(
-    world: int, cases: dict[str, dict[str, Any]], model: Path, train_file: str, folder: Path
-) -> dict[str, list[tuple[float, float]]]:
-    (folder / "cases.json").write_text(json.dumps(cases))
-    arguments = [str(world), str(model), train_file, str(folder / "out.json"), str(folder / "cases.json")]
-    command = [sys.executable, str(Path(__file__).parent / "ranks.py"), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=400)
-    assert done.returncode == 0, done.stderr[-4000:]
-    found: dict[str, list[tuple[float, float]]] = json.loads((folder / "out.json").read_text())
-    return found
+    return on_ranks(4, cases, resumed.parent, model=tiny_model, train_file=topic_files["train"]).curves
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_one_worker_equals_the_plain_loop(
-    strategy: str, accumulation: int, plain: list[tuple[float, float]], tiny_model: Path, topic_files: dict[str, str], tmp_path: Path
+    strategy: str, accumulation: int, plain: Curve, tiny_model: Path, topic_files: dict[str, str], tmp_path: Path
 ) -> None:
     overrides = {"parallel": STRATEGIES[strategy], "micro_batch_size": 16 // accumulation}
     _assert_equal(_curve(job_of(str(tiny_model), topic_files["train"], overrides), str(tmp_path)), plain)
@@ -186,22 +172,20 @@ def test_one_worker_equals_the_plain_loop(
 
 @pytest.mark.parametrize("accumulation", [1, 2])
 @pytest.mark.parametrize("strategy", SEVERAL)
-def test_two_workers_equal_the_plain_loop(
-    strategy: str, accumulation: int, plain: list[tuple[float, float]], two_ranks: dict[str, list[tuple[float, float]]]
-) -> None:
+def test_two_workers_equal_the_plain_loop(strategy: str, accumulation: int, plain: Curve, two_ranks: dict[str, Curve]) -> None:
     _assert_equal(two_ranks[f"{strategy}-{accumulation}"], plain)
 
 
 @pytest.mark.parametrize("strategy", SEVERAL | IN_CONTEXT)
 def test_a_decoder_on_two_workers_equals_the_plain_loop(
-    strategy: str, plain_decoder: tuple[list[tuple[float, float]], Any], two_ranks: dict[str, list[tuple[float, float]]]
+    strategy: str, plain_decoder: tuple[Curve, Any], two_ranks: dict[str, Curve]
 ) -> None:
     _assert_equal(two_ranks[f"decoder-{strategy}"], plain_decoder[0])
 
 
 @pytest.mark.parametrize(("strategy", "precision"), IN_HALF)
 def test_sixteen_bits_stay_near_the_plain_loop_in_float32(
-    strategy: str, precision: str, plain_decoder: tuple[list[tuple[float, float]], Any], two_ranks: dict[str, list[tuple[float, float]]]
+    strategy: str, precision: str, plain_decoder: tuple[Curve, Any], two_ranks: dict[str, Curve]
 ) -> None:
     """bfloat16 has 8 bits, float16 has 11: 2^-8 is 0.4 %, and it adds up over a few layers and steps."""
     bound = 0.02 if precision == "bf16" else 0.005
@@ -227,17 +211,15 @@ def test_a_decoder_of_two_workers_loads_in_plain_transformers_with_the_plain_loo
 
 
 @pytest.mark.parametrize("strategy", RESHAPED)
-def test_two_workers_go_on_from_the_checkpoint_of_one(
-    strategy: str, plain: list[tuple[float, float]], two_ranks: dict[str, list[tuple[float, float]]]
-) -> None:
+def test_two_workers_go_on_from_the_checkpoint_of_one(strategy: str, plain: Curve, two_ranks: dict[str, Curve]) -> None:
     _assert_equal(two_ranks[f"one-to-two-{strategy}"], plain[2:])
 
 
 @pytest.mark.parametrize("strategy", RESHAPED)
 def test_one_worker_goes_on_from_the_checkpoint_of_two(
     strategy: str,
-    plain: list[tuple[float, float]],
-    two_ranks: dict[str, list[tuple[float, float]]],
+    plain: Curve,
+    two_ranks: dict[str, Curve],
     tiny_model: Path,
     topic_files: dict[str, str],
     tmp_path_factory: pytest.TempPathFactory,
@@ -249,7 +231,7 @@ def test_one_worker_goes_on_from_the_checkpoint_of_two(
 
 
 def test_adapters_on_frozen_shards_learn_like_those_on_whole_weights(
-    two_ranks: dict[str, list[tuple[float, float]]], tiny_model: Path, topic_files: dict[str, str], tmp_path: Path
+    two_ranks: dict[str, Curve], tiny_model: Path, topic_files: dict[str, str], tmp_path: Path
 ) -> None:
     """The whole-weight ones are held to PEFT by hand in the loop's own tests."""
     job = job_of(str(tiny_model), topic_files["train"], {"tuning": {"kind": "lora"}})
@@ -265,9 +247,9 @@ def test_a_sharded_checkpoint_is_written_by_each_worker_for_its_own_half(
 
 
 def test_two_groups_of_two_split_matrices_equal_the_plain_loop(
-    plain: list[tuple[float, float]],
-    plain_decoder: tuple[list[tuple[float, float]], Any],
-    four_ranks: dict[str, list[tuple[float, float]]],
+    plain: Curve,
+    plain_decoder: tuple[Curve, Any],
+    four_ranks: dict[str, Curve],
 ) -> None:
     _assert_equal(four_ranks["encoder"], plain)
     _assert_equal(four_ranks["decoder"], plain_decoder[0])
@@ -275,7 +257,7 @@ def test_two_groups_of_two_split_matrices_equal_the_plain_loop(
 
 
 def test_dropout_falls_on_the_same_places_on_all_workers_of_a_group(
-    two_ranks: dict[str, list[tuple[float, float]]], tiny_model: Path, topic_files: dict[str, str], tmp_path: Path
+    two_ranks: dict[str, Curve], tiny_model: Path, topic_files: dict[str, str], tmp_path: Path
 ) -> None:
     """Of the hidden states, that is: one process draws for all heads at once, so dropout on attention could not be compared."""
     job = job_of(str(_with_dropout(tiny_model, tmp_path)), topic_files["train"], {"micro_batch_size": 8})
@@ -290,7 +272,7 @@ def _with_dropout(model: Path, folder: Path) -> Path:
     return copy
 
 
-def _curve(job: TrainJob, uri: str) -> list[tuple[float, float]]:
+def _curve(job: TrainJob, uri: str) -> Curve:
     run = LocalRun(torch.device("cpu"))
     return curve(job, run, run.records, uri)
 
@@ -304,16 +286,14 @@ def _lose_the_last_checkpoint(uri: str) -> None:
     (Path(uri) / "checkpoints" / "step-000004" / "manifest.json").unlink()
 
 
-def _assert_equal(found: list[Any], plain: list[tuple[float, float]]) -> None:
+def _assert_equal(found: list[Any], plain: Curve) -> None:
     assert len(found) == len(plain) > 0
     for (loss, norm), (plain_loss, plain_norm) in zip(found, plain, strict=True):
         assert round(abs(loss - plain_loss), PLACES) == 0, (found, plain)
         assert round(abs(norm - plain_norm), PLACES) == 0, (found, plain)
 
 
-def test_the_plain_losses_are_those_of_weights_that_move(
-    plain: list[tuple[float, float]], tiny_model: Path, topic_files: dict[str, str]
-) -> None:
+def test_the_plain_losses_are_those_of_weights_that_move(plain: Curve, tiny_model: Path, topic_files: dict[str, str]) -> None:
     """Otherwise a strategy whose step does nothing would pass. The first step has a learning rate of zero."""
     still = plain_curve(tiny_model, topic_files["train"], learning_rate=0.0)
     assert [loss for loss, _ in plain[:2]] == [loss for loss, _ in still[:2]]

@@ -3,21 +3,18 @@ from each other's checkpoints."""
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import write_tokenizer
+from ranks import Curve, on_ranks
 from test_parity import PLACES, decoder_case, plain_curve, plain_decoder_run
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 pytestmark = pytest.mark.soak  # four processes of two minutes; two workers' share of it stands in test_parity.py
 
-Curve = list[tuple[float, float]]
 INTERLEAVED = {"kind": "interleaved_1f1b", "stages_per_worker": 2}
 
 ENCODER: dict[str, dict[str, Any]] = {
@@ -69,12 +66,7 @@ def four_ranks(
     for name, (before, parallel) in RESUMED.items():
         case = decoder_case(llama, **shape, parallel=parallel)
         cases[name] = {"folder": str(llama), "goes_on_from": f"decoder {before}"} | case
-    (folder / "cases.json").write_text(json.dumps(cases))
-    arguments = ["4", str(tiny_model), topic_files["train"], str(folder / "out.json"), str(folder / "cases.json")]
-    command = [sys.executable, str(Path(__file__).parent / "ranks.py"), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=400)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return folder, json.loads((folder / "out.json").read_text())
+    return folder, on_ranks(4, cases, folder, model=tiny_model, train_file=topic_files["train"]).curves
 
 
 @pytest.fixture(scope="module")

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from ranks import curve, job_of
+from ranks import Curve, curve, job_of, on_ranks
 
 from danlu.train.run import EventRecord, LocalRun
 
@@ -31,7 +28,6 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 NOT_SHARDED = ("adalora", "p_tuning")
 CASES = [(m, p) for m in METHODS for p in PARALLEL if p != "zero3" or m not in NOT_SHARDED]
-Curve = list[tuple[float, float]]
 
 
 def overrides(method: str, model: Path) -> dict[str, Any]:
@@ -71,18 +67,13 @@ def two_ranks(
     models: dict[str, Path], topic_files: dict[str, str], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, tuple[Curve, list[str]]]:
     """All cases in one pair of processes."""
-    folder = tmp_path_factory.mktemp("two-ranks")
     shape = {"workers": {"num_workers": 2}, "micro_batch_size": 4}
     cases = {
         f"{method}-{parallel}": shape | overrides(method, models[method]) | {"folder": str(models[method]), "parallel": PARALLEL[parallel]}
         for method, parallel in CASES
     }
-    (folder / "cases.json").write_text(json.dumps(cases))
-    command = [sys.executable, str(Path(__file__).parent / "ranks.py"), "2", "unused", topic_files["train"]]
-    done = subprocess.run([*command, str(folder / "out.json"), str(folder / "cases.json")], capture_output=True, text=True, timeout=400)
-    assert done.returncode == 0, done.stderr[-4000:]
-    curves, events = json.loads((folder / "out.json").read_text()), json.loads((folder / "out.json.events").read_text())
-    return {name: (curves[name], [detail for event, detail in events[name] if event == "ranks"]) for name in cases}
+    told = on_ranks(2, cases, tmp_path_factory.mktemp("two-ranks"), train_file=topic_files["train"])
+    return {name: (told.curves[name], [detail for event, detail in told.events[name] if event == "ranks"]) for name in cases}
 
 
 @pytest.mark.parametrize(("method", "parallel"), CASES)

@@ -1,4 +1,4 @@
-"""What the tests of the whole program share: a cheap spec, and a `danlu` of its own whose every process is known."""
+"""What the tests of the whole program share: a `danlu` of its own whose every process is known."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from typing import Any
 
 import psutil
 import pytest
-import yaml
 
 DEADLINE_S = 400.0
 
@@ -119,30 +118,3 @@ def danlu(tmp_path: Path) -> Callable[..., Any]:
             run.end()
 
     return start
-
-
-@pytest.fixture(scope="session")
-def write_spec(tiny_model: Path, topic_files: dict[str, str]) -> Callable[..., Path]:
-    """Writes the spec of a cheap job on two workers into a folder; keywords replace its fields."""
-
-    def write(path: Path, **overrides: Any) -> Path:
-        fields: dict[str, Any] = {
-            "kind": "train",
-            "name": "topics",
-            "model": {"model_name_or_path": str(tiny_model), "max_length": 32},
-            "data": topic_files,
-            "parallel": {"kind": "deepspeed", "zero_stage": 2},
-            "workers": {"num_workers": 2},
-            "optim": {"learning_rate": 3e-3, "schedule": {"kind": "constant"}},
-            "precision": "fp32",
-            "global_batch_size": 16,
-            "micro_batch_size": 8,
-            "max_steps": 60,
-            "compress": {"quantization": {"kind": "int8"}, "max_quality_drop": 1.0, "min_speedup": 1e-9},
-            "serve": {"http": {"port": 0}},
-        }
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(yaml.safe_dump(fields | overrides))
-        return path
-
-    return write

@@ -130,7 +130,7 @@ def test_a_users_mistake_in_a_worker_is_raised_as_it_is_and_not_tried_again(make
     optim = {"learning_rate": 1e30, "max_grad_norm": None, "schedule": {"kind": "constant", "warmup_ratio": 0.0}}
     records: list[Record] = []
     with pytest.raises(DanluError, match=r"^optim.learning_rate: the loss of step \d+ is .* has diverged\n  try: a lower learning rate"):
-        driver.fit(make_job("diverged", optim=optim, max_failures=1), str(tmp_path), records.append)
+        driver.fit(make_job("diverged", workers={"num_workers": 1}, optim=optim, max_failures=1), str(tmp_path), records.append)
     assert [record.step for record in records if isinstance(record, StepRecord)] == [1]
 
 

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
+from danlu import sdk
 from danlu.metrics import catalog
 from danlu.metrics.catalog import Metric
 from danlu.serve import app
 from danlu.spec.serve import Http, Service
 from danlu.spec.train import TrainJob
-from danlu.train import driver
+from danlu.train.run import Record
 
 pytestmark = pytest.mark.usefixtures("ray_local")
 
@@ -30,14 +30,21 @@ def missing(layer: str, seen: set[str]) -> set[str]:
 
 
 def test_a_training_and_a_serving_run_show_every_metric_of_the_catalogue_and_no_other(
-    make_job: Callable[..., TrainJob], topics: TrainJob, metrics_port: Any, wait_for: Callable[..., Any], tmp_path: Path
+    make_job: Callable[..., TrainJob], topics: TrainJob, metrics_port: Any, wait_for: Callable[..., Any]
 ) -> None:
     metrics_port.samples()
     # After the other files of this folder all of it has been there already; alone, this test runs what is missing.
     if missing("train", metrics_port.seen):
-        for _ in range(2):  # the second goes on from the first one's checkpoint
-            driver.fit(make_job("seen", precision="fp16"), str(tmp_path), lambda record: None)
-            metrics_port.samples()  # Ray drops a gauge twenty seconds after its process is gone
+        job = make_job("seen", workers={"num_workers": 1}, precision="fp16", max_steps=12, checkpoint={"save_steps": 4})
+        prepared = sdk.prepare(job, calibrate=False)
+
+        def interrupt(record: Record) -> None:
+            if record.step == 10:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            sdk.train(job, listener=interrupt, prepared=prepared)
+        sdk.train(job, prepared=prepared)  # goes on from the checkpoint
     if missing("serve", metrics_port.seen):
         endpoint = app.run(topics.service("topics@v1").model_copy(update={"http": Http(port=0)}))
         assert httpx.post(f"{endpoint.url}/v1/classify", json={"input": "wheat"}, timeout=60).status_code == 200

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from ranks import on_ranks
 from test_parity import decoder_case, plain_decoder_run
-
-RANKS = Path(__file__).parents[1] / "distributed" / "ranks.py"
 
 
 @pytest.mark.soak
@@ -24,11 +20,7 @@ def test_eight_workers_in_three_dimensions_equal_the_plain_loop(tiny_decoder: Pa
         "resumed by four groups of two": {"folder": str(tiny_decoder), "goes_on_from": "and ZeRO-1"}
         | decoder_case(tiny_decoder, **shape, parallel={"kind": "tensor"}),
     }
-    (tmp_path / "cases.json").write_text(json.dumps(cases))
-    arguments = ["8", str(tiny_decoder), topic_files["train"], str(tmp_path / "out.json"), str(tmp_path / "cases.json")]
-    done = subprocess.run([sys.executable, str(RANKS), *arguments], capture_output=True, text=True, timeout=500)
-    assert done.returncode == 0, done.stderr[-4000:]
-    curves = json.loads((tmp_path / "out.json").read_text())
+    curves = on_ranks(8, cases, tmp_path, model=tiny_decoder, train_file=topic_files["train"]).curves
     plain = plain_decoder_run(tiny_decoder, topic_files["train"])[0]
     for name, expected in (("data x pipeline x tensor", plain), ("and ZeRO-1", plain), ("resumed by four groups of two", plain[2:])):
         for ours, theirs in zip(curves[name], expected, strict=True):

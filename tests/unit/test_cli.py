@@ -192,6 +192,14 @@ def test_more_workers_than_the_machine_has_are_refused_with_a_number_that_works(
     assert invoke("plan", job_file, *sets, *fixes).exit_code == 0
 
 
+def test_rows_that_are_not_there_are_said_with_their_field(job_file: str) -> None:
+    result = invoke("train", job_file, "--set", "data.train=nowhere.csv")
+    said = refusal(result, DataError)
+    assert said.startswith("data.train: ")
+    assert "nowhere.csv" in said
+    assert DataError.exit_code == 2
+
+
 # serve.
 
 

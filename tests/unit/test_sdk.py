@@ -391,7 +391,7 @@ def test_wrong_questions_are_refused(prepared: sdk.Prepared, trained: sdk.Traine
 
 def test_workers_that_do_not_fit_the_machine_are_refused(make_job: MakeJob, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "ray", raising=False)
-    monkeypatch.setattr("danlu.tasks.device.num_cores", lambda: 3)
+    monkeypatch.setattr("danlu.plan.num_cores", lambda: 3)
     sdk.check_machine(make_job(workers={"num_workers": 2, "cpus_per_worker": 1}))
     with pytest.raises(ResourceError, match="2 workers with 2 cores each need 4 cores; this machine has 3") as raised:
         sdk.check_machine(make_job(workers={"num_workers": 2, "cpus_per_worker": 2}))

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from danlu.data.columns import Labelled, as_label
-from danlu.evaluate.bootstrap import Interval, Score, intervals, label_score
+from danlu.evaluate.bootstrap import Interval, Score, intervals, label_score, label_sets_score
 from danlu.evaluate.calibration import Calibration, Temperature, calibration, probabilities, scaled, unscaled
 from danlu.evaluate.cost import Decided, decided
-from danlu.spec.task import Classification, Task
+from danlu.spec.task import Classification, ExtractiveQA, MultiLabelClassification, Task
 from danlu.tasks.decision import decide
 from danlu.tasks.rows import Split
 from danlu.tasks.task import task_file
@@ -92,10 +92,20 @@ class Analysis:
 
 
 def score_of(task: Task, outputs: np.ndarray, split: Split, label_names: Sequence[str]) -> Score:
-    """The metrics of any rows of an evaluation; a classifier's from counts, another task's by its own file."""
+    """The metrics of any rows of an evaluation: classifiers' from counts, a reader's from each question's, another's by its own file."""
     if isinstance(task, Classification):
         assert split.labels is not None
         return label_score(outputs, split.labels)
+    if isinstance(task, MultiLabelClassification):
+        from danlu.tasks import multi_label
+
+        assert split.labels is not None
+        return label_sets_score(outputs, split.labels.astype(bool), multi_label.probabilities(outputs) >= task.threshold)
+    if isinstance(task, ExtractiveQA):
+        from danlu.tasks import extractive_qa
+
+        each = extractive_qa.row_scores(outputs, split, label_names, task)  # to search for answers takes long: once
+        return lambda rows: extractive_qa.scores_of(each[rows]).metrics()
     file = task_file(task)
 
     def score(rows: np.ndarray) -> Mapping[str, float]:

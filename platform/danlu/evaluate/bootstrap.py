@@ -111,3 +111,22 @@ def label_score(logits: np.ndarray, labels: np.ndarray) -> Score:
         }
 
     return score
+
+
+def label_sets_score(logits: np.ndarray, truth: np.ndarray, given: np.ndarray) -> Score:
+    """F1s, subset accuracy and loss of resampled rows with sets of labels, from counts (logits float, the others bool; [rows, labels])."""
+    right, whole = truth & given, (truth == given).all(axis=1)
+    losses = (np.logaddexp(0.0, logits.astype(np.float64)) - logits * truth).mean(axis=1)
+
+    def score(rows: np.ndarray) -> dict[str, float]:
+        hits, has = right[rows].sum(axis=0), truth[rows].sum(axis=0)
+        both = has + given[rows].sum(axis=0)
+        f1 = 2 * hits / np.maximum(both, 1)
+        return {
+            "micro_f1": float(2 * hits.sum() / max(both.sum(), 1)),
+            "macro_f1": float(f1[has > 0].mean()) if has.any() else 0.0,
+            "subset_accuracy": float(whole[rows].mean()),
+            "loss": float(losses[rows].mean()),
+        }
+
+    return score

@@ -12,7 +12,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray import serve
@@ -28,13 +28,15 @@ from danlu.metrics.catalog import Metric
 from danlu.serve.asgi import App
 from danlu.serve.encoder_wire import wire_of
 from danlu.serve.engine import make_engine
-from danlu.serve.engines.encoder import BatchRecord, EncoderEngine
 from danlu.serve.gateway import Gateway
 from danlu.serve.generation import TextEngine
 from danlu.serve.keys import Authenticated, KeyRing, read_keys
 from danlu.spec.files import dump, load, parse
-from danlu.spec.serve import Echo, EchoText, Service
+from danlu.spec.serve import Echo, EchoText, Encoder, Service
 from danlu.spec.task import Classification, EncoderTask, Pretrain, Task
+
+if TYPE_CHECKING:
+    from danlu.serve.engines.encoder import BatchRecord
 
 START_TIMEOUT_S = 180.0
 STOP_TIMEOUT_S = 30.0
@@ -46,14 +48,18 @@ class Replica:
     """One process of a service. Serve calls it; the ASGI app that it builds answers."""
 
     async def __init__(self, spec: str) -> None:  # type: ignore[misc]  # Serve awaits it
-        import torch
-
-        # OpenMP keeps a team of threads per caller: one here would slow the engine's own down.
-        torch.set_num_threads(1)
         service = parse(Service, spec, source="the service's spec")
+        if not isinstance(service.engine, Echo | EchoText):
+            import torch
+
+            # OpenMP keeps a team of threads per caller: one here would slow the engine's own down.
+            torch.set_num_threads(1)
         bundle = None if service.bundle is None else read_bundle(Store(service.storage).resolve(service.bundle), verify=True)
         engine = make_engine(service, bundle)
-        if isinstance(engine, EncoderEngine):
+        if isinstance(service.engine, Encoder):
+            from danlu.serve.engines.encoder import EncoderEngine
+
+            assert isinstance(engine, EncoderEngine)
             engine.on_batch = lambda batch: _meter_batch(service.name, batch)
         self.gateway = Gateway(
             engine, service.name, service.limits, emit.emit, sends_request_id=False, lora_updates=service.allows_lora_updates

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import time
 
 import torch
@@ -19,11 +18,6 @@ def has_native_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return any(probe() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported") if (probe := getattr(torch.cpu, name, None)))
-
-
-def num_cores() -> int:
-    """Cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def matmul_per_second(device: torch.device, *, dtype: torch.dtype, seconds: float = 0.3) -> float:

@@ -274,20 +274,31 @@ def row_outputs(model: nn.Module, batch: Packed) -> torch.Tensor:
 
 
 def scores(outputs: np.ndarray, split: Split, label_names: Sequence[str], task: ExtractiveQA) -> ReadingScores:
-    """Score answers (float [tokens, 2]) against a split's references: the best of each question's, as the official script has it."""
+    """Score answers (float [tokens, 2]) against a split's references."""
+    return scores_of(row_scores(outputs, split, label_names, task))
+
+
+def row_scores(outputs: np.ndarray, split: Split, label_names: Sequence[str], task: ExtractiveQA) -> np.ndarray:
+    """Of each question exact match, F1, and whether it has an answer, float [questions, 3]; against the best of its references, as the
+    official script has it."""
     questions = [one for one in split.examples if isinstance(one, Question)]
     answers = [found.label for found in predictions(outputs, split.encoded, questions, label_names, task)]
-    exact = [max(exact_match(answer, one) for one in gold or ("",)) for answer, gold in zip(answers, split.references, strict=True)]
-    f1 = [max(f1_score(answer, one) for one in gold or ("",)) for answer, gold in zip(answers, split.references, strict=True)]
-    with_answer = [value for value, gold in zip(f1, split.references, strict=True) if gold]
-    without = [value for value, gold in zip(f1, split.references, strict=True) if not gold]
-    both = bool(with_answer and without)
+    pairs = list(zip(answers, split.references, strict=True))
+    exact = [max(exact_match(answer, one) for one in gold or ("",)) for answer, gold in pairs]
+    f1 = [max(f1_score(answer, one) for one in gold or ("",)) for answer, gold in pairs]
+    return np.array([exact, f1, [bool(gold) for _, gold in pairs]], dtype=np.float64).T
+
+
+def scores_of(rows: np.ndarray) -> ReadingScores:
+    """The scores of questions, from each one's."""
+    exact, f1, has_answer = rows.T
+    both = 0 < has_answer.sum() < len(rows)
     return ReadingScores(
-        exact_match=float(np.mean(exact)),
-        f1=float(np.mean(f1)),
-        num_rows=len(f1),
-        has_answer_f1=float(np.mean(with_answer)) if both else None,
-        no_answer_f1=float(np.mean(without)) if both else None,
+        exact_match=float(exact.mean()),
+        f1=float(f1.mean()),
+        num_rows=len(rows),
+        has_answer_f1=float(f1[has_answer > 0].mean()) if both else None,
+        no_answer_f1=float(f1[has_answer == 0].mean()) if both else None,
     )
 
 
@@ -383,5 +394,5 @@ def _reading(example: Question, best: Sequence[_Candidate], no_answer: float | N
 
 __all__ = [
     "PER_TOKEN", "ReadingScores", "build_model", "encode_examples", "given_split", "head_parameters", "loss", "num_targets",
-    "predictions", "row_outputs", "scores", "skeleton", "splits", "wrap",
+    "predictions", "row_outputs", "row_scores", "scores", "scores_of", "skeleton", "splits", "wrap",
 ]  # fmt: skip

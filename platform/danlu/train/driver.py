@@ -15,6 +15,8 @@ import ray
 import ray.train
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2._internal.callbacks import DatasetsCallback
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.exceptions import RayTrainError
 
 from danlu.errors import DanluError, ResourceError
@@ -133,9 +135,18 @@ def over_the_cluster(function: Callable[[T], bool], items: Sequence[T]) -> None:
 
 
 class _Trainer(TorchTrainer):  # type: ignore[misc]
-    """Ray's, but Ctrl-C stays a KeyboardInterrupt: Ray's own handler would exit the process, and stay installed after the training."""
+    """Ray's, but Ctrl-C stays a KeyboardInterrupt: Ray's own handler would exit the process, and stay installed after the training.
+
+    And without the processes that it would start for nothing: one for datasets of Ray's own; one that frees what was reserved if the driver
+    dies, on a Ray that ends with the driver.
+    """
 
     controller: Any = None
+
+    def _create_default_callbacks(self) -> list[Any]:
+        node = ray._private.worker._global_node
+        needless = (DatasetsCallback, PlacementGroupCleanerCallback) if node is not None and node.head else (DatasetsCallback,)
+        return [callback for callback in super()._create_default_callbacks() if not isinstance(callback, needless)]
 
     def _register_sigint_handler(self, controller: Any) -> None:
         self.controller = controller

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from functools import cache
 
 import psutil
 import torch
@@ -92,8 +93,9 @@ def flops_per_token(module: nn.Module) -> float:
     return 4.0 * everything + 2.0 * trained
 
 
+@cache
 def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
-    """FLOP/s of one worker's hardware, and `stated` or `measured`. Measuring takes a tenth of a second."""
+    """FLOP/s of one worker's hardware, and `stated` or `measured`. Measuring takes a tenth of a second, once in a process."""
     if device.type == "cuda" and dtype != torch.float32:
         name = torch.cuda.get_device_name(device)
         for known, stated in STATED_PEAK.items():

@@ -6,6 +6,7 @@ import json
 import re
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,9 @@ from danlu.evaluate.bootstrap import differences, intervals, label_score, mcnema
 from danlu.evaluate.calibration import calibration, fit_temperature, probabilities, scaled
 from danlu.evaluate.endpoint import classify
 from danlu.evaluate.versus import versus
-from danlu.spec.task import Classification, Pretrain
+from danlu.spec.task import Classification, MultiLabelClassification, Pretrain
 from danlu.tasks.classification import scores
+from danlu.tasks.multi_label import scores as label_set_scores
 from danlu.tasks.pretrain import scores as language_scores
 from danlu.tasks.rows import Split
 
@@ -80,6 +82,20 @@ def test_intervals_are_scipys_percentile_bootstrap() -> None:
         assert found[name].value == pytest.approx(statistic(*data))
         assert found[name].low == pytest.approx(theirs.confidence_interval.low, abs=0.1 * width)
         assert found[name].high == pytest.approx(theirs.confidence_interval.high, abs=0.1 * width)
+
+
+def test_sets_of_labels_are_resampled_from_counts_too() -> None:
+    """Also where a resample has none of a label, none at all, or no answer."""
+    draw, task = np.random.default_rng(0), MultiLabelClassification(threshold=0.6)
+    logits = draw.normal(size=(80, 3)).astype(np.float32) - np.array([0, 0, 3], dtype=np.float32)
+    labels = (draw.random((80, 3)) < (0.5, 0.3, 0.05)).astype(np.float32)
+    split = replace(split_of(np.zeros(80, dtype=np.int64)), labels=labels)
+    score = score_of(task, logits, split, NAMES)
+    nothing = np.flatnonzero(labels.sum(axis=1) == 0)
+    for some in (np.arange(80), draw.integers(0, 80, 80), np.flatnonzero(labels[:, 2] == 0), nothing, nothing[:1]):
+        assert score(some) == pytest.approx(
+            label_set_scores(logits[some], replace(split, labels=labels[some]), NAMES, task).metrics(), abs=1e-6
+        )
 
 
 def test_an_interval_holds_the_truth_about_as_often_as_it_says() -> None:

@@ -11,7 +11,9 @@ from conftest import Reader
 
 from danlu.data.formats import read_rows
 from danlu.errors import DataError
+from danlu.evaluate.analysis import score_of
 from danlu.spec.task import ExtractiveQA
+from danlu.tasks import extractive_qa
 from danlu.tasks.exchange import Question
 
 CONTEXT = "wheat rose and corn fell in the port of the new market"
@@ -138,3 +140,22 @@ def test_windows_come_out_of_the_cache_as_they_went_in(reader: Reader) -> None:
     assert len(list((reader.folder / "cache").rglob("*.npz"))) == 1
     for name in ("input_ids", "offsets", "token_type_ids", "groups", "spans", "truncated"):
         np.testing.assert_array_equal(getattr(first, name), getattr(again, name))
+
+
+def test_resampled_questions_are_scored_as_by_themselves(reader: Reader) -> None:
+    task = ExtractiveQA(version_2_with_negative=True)
+    rows = [qa(f"what {word}", [word] if word != "in" else []) for word in CONTEXT.split()]
+    split = reader.given(
+        task,
+        reader.write(
+            "a.jsonl",
+            [{**row, "answers": {"text": row["answers"], "answer_start": [CONTEXT.index(one) for one in row["answers"]]}} for row in rows],
+        ),
+        max_length=16,
+    )
+    outputs = np.random.default_rng(0).normal(size=(len(split.encoded.sequences.input_ids), 2)).astype(np.float32)
+    score = score_of(task, outputs, split, [])
+    for some in ([3, 3, 0], list(range(len(split))), [len(split) - 1, 2]):
+        places = split.encoded.sequences.tokens_of(split.encoded.sequences_of(np.array(some)))
+        assert score(np.array(some)) == pytest.approx(extractive_qa.scores(outputs[places], split.take(np.array(some)), [], task).metrics())
+    assert 0 < score(np.arange(len(split)))["f1"] < 1

@@ -142,10 +142,16 @@ def test_what_zero3_cannot_train_is_refused_with_the_reason(method: str, setting
         setting.job("pretrain", METHODS[method], ZERO3)
 
 
-PLACES = [("classification", DDP), ("classification", ZERO2), ("pretrain", DDP), ("pretrain", ZERO2)]
+PLACES = [
+    pytest.param("classification", DDP, id="labels-ddp"),
+    pytest.param("classification", ZERO2, id="labels-zero2", marks=pytest.mark.soak),
+    pytest.param("pretrain", DDP, id="text-ddp", marks=pytest.mark.soak),
+    pytest.param("pretrain", ZERO2, id="text-zero2"),
+]
+"""Each method meets both kinds of model and both strategies; the other two pairs are soak tests."""
 
 
-@pytest.mark.parametrize(("task", "parallel"), PLACES, ids=["labels-ddp", "labels-zero2", "text-ddp", "text-zero2"])
+@pytest.mark.parametrize(("task", "parallel"), PLACES)
 @pytest.mark.parametrize("method", METHODS)
 def test_it_learns_and_its_bundle_answers_as_the_live_model_did(method: str, task: str, parallel: dict[str, Any], setting: Setting) -> None:
     patient = PATIENT if (method, task) == ("prompt", "classification") else {}

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import socket
-
 import torch.distributed as dist
 
 from danlu.train.strategy import Setup
@@ -14,8 +12,5 @@ def ensure_process_group(setup: Setup) -> str:
     backend = "nccl" if setup.device.type == "cuda" else "gloo"
     if not dist.is_initialized():
         assert setup.world_size == 1, "several workers come with a process group"
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        dist.init_process_group(backend, init_method=f"tcp://127.0.0.1:{port}", rank=0, world_size=1)
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
     return backend
