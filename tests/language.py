@@ -111,7 +111,7 @@ def preferences(number: int, seed: int = 0) -> list[dict[str, Any]]:
     return rows
 
 
-def write_t5(folder: Path) -> Path:
+def write_t5(folder: Path, *, hidden_size: int = 32) -> Path:
     """A T5 with random weights and a tokenizer of words."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -126,8 +126,8 @@ def write_t5(folder: Path) -> Path:
     ).save_pretrained(folder)
     torch.manual_seed(0)
     config = T5Config(
-        vocab_size=len(words), d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, dropout_rate=0.0,
-        pad_token_id=0, eos_token_id=1, decoder_start_token_id=0,
+        vocab_size=len(words), d_model=hidden_size, d_kv=hidden_size // 4, d_ff=2 * hidden_size, num_layers=2, num_heads=4,
+        dropout_rate=0.0, pad_token_id=0, eos_token_id=1, decoder_start_token_id=0,
     )  # fmt: skip
     T5ForConditionalGeneration(config).save_pretrained(folder)
     return folder

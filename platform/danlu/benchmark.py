@@ -13,7 +13,8 @@ from danlu.artifact.store import Store
 from danlu.errors import DataError, ModelError
 from danlu.handover import LATEST, absolute, open_bundle
 from danlu.spec.data import Columns
-from danlu.spec.task import Classification
+from danlu.spec.files import dump, parse
+from danlu.spec.task import METRICS, Classification, EncoderTask, ExtractiveQA, MultipleChoice, Regression
 from danlu.spec.train import TrainJob
 
 if TYPE_CHECKING:
@@ -81,28 +82,42 @@ def _one(task: SuiteTask, name: str, job: TrainJob, root: Path, out: Path, train
     rows = {split: some for split in task.files if (some := task.rows(root, split)) is not None}
     paths = {split: _written(out / "rows" / task.name / f"{split}.jsonl", some) for split, some in rows.items()}
     dev = len(rows.get("dev", ()))
-    if task.shape != "classification":
-        return SuiteScore(task.name, task.shape, "", dev, {}, f"{task.shape}: its rows are in {out / 'rows' / task.name}")
     if "train" not in rows or "dev" not in rows:
         return SuiteScore(task.name, task.shape, "", dev, {}, "its train or dev file is missing")
-    labels = list(task.labels) if task.labels else sorted({row["label"] for row in rows["train"]})
-    pair = "text_pair" if "text_pair" in rows["train"][0] else None
-    data = {"train": paths["train"], "dev": paths["dev"], "test": None, "format": "jsonl", "max_rows": job.data.max_rows}
+    asked, columns = _asked(task, rows["train"])
+    data = {"train": paths["train"], "dev": paths["dev"], "test": None, "format": "jsonl", "split": None, "streaming": False}
+    metric = job.evaluation.metric_for_best_model
     own = job.model_copy(
         update={
             "name": f"{job.name}-{task.name}"[:48].rstrip("-"),
-            "task": Classification(labels=labels),
-            "data": job.data.model_copy(update={**data, "columns": Columns(text="text", text_pair=pair, label="label"), "split": None}),
+            "task": asked,
+            "data": job.data.model_copy(update=data | {"columns": columns}),
+            "evaluation": job.evaluation.model_copy(update={"metric_for_best_model": metric if metric in METRICS[asked.kind] else None}),
         }
     )
+    # What fits one task need not fit the next: a tuning that puts a prompt before a text, for one.
+    own = parse(TrainJob, dump(own), source=f"the job for {task.name}")
     return _scored(task, own, rows, out, train)
+
+
+def _asked(task: SuiteTask, train: list[dict[str, Any]]) -> tuple[EncoderTask, Columns]:
+    """What a task of this shape is to a job, and the columns of its rows."""
+    match task.shape:
+        case "classification":
+            labels = list(task.labels) if task.labels else sorted({row["label"] for row in train})
+            pair = "text_pair" if "text_pair" in train[0] else None
+            return Classification(labels=labels), Columns(text="text", text_pair=pair, label="label")
+        case "regression":
+            return Regression(), Columns(text="text", text_pair="text_pair", label="label")
+        case "multiple_choice":
+            return MultipleChoice(), Columns(question="question", context="context", options="choices", label="answer")
+        case "extractive_qa":
+            return ExtractiveQA(), Columns(question="question", context="context", answers="answers")
 
 
 def _scored(
     task: SuiteTask, own: TrainJob, rows: dict[str, list[dict[str, Any]]], out: Path, train: Callable[[TrainJob], Any]
 ) -> SuiteScore:
-    import numpy as np
-
     from danlu.compress.load import load_predictor
 
     reference = f"{own.name}@{LATEST}"
@@ -111,18 +126,14 @@ def _scored(
     except ModelError:
         train(own)
     predictor = load_predictor(open_bundle(reference, own.storage))
-    names = predictor.label_names
 
-    def answers(some: list[dict[str, Any]]) -> list[str]:
-        pairs = [row["text_pair"] for row in some] if "text_pair" in some[0] else None
-        return [found.label for found in predictor.predict([row["text"] for row in some], pairs)]
+    def answers(some: list[dict[str, Any]]) -> list[Any]:
+        return [task.answer(found) for found in predictor.predict([task.example(row) for row in some])]
 
     scores: dict[str, float] = {}
     for split in (split for split in rows if split.startswith("dev")):
-        truth = np.array([names.index(row["label"]) for row in rows[split]])
-        given = np.array([names.index(answer) for answer in answers(rows[split])])
         suffix = split.removeprefix("dev")
-        scores |= {f"{name}{suffix}": value for name, value in task.scores(truth, given).items()}
+        scores |= {f"{name}{suffix}": value for name, value in task.scores(rows[split], answers(rows[split])).items()}
     for split in (split for split in rows if split.startswith("test")):
         handed = task.submission if split == "test" else task.submission.replace("-m.", "-mm.")
         text = task.handed_in([row["id"] for row in rows[split]], answers(rows[split]))
@@ -132,5 +143,7 @@ def _scored(
 
 def _written(path: Path, rows: list[dict[str, Any]]) -> str:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    # An option by its letter: whether a number counts from 0 or from 1 would have to be guessed.
+    told = [row | {"answer": chr(ord("A") + row["answer"])} if isinstance(row.get("answer"), int) else row for row in rows]
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in told), encoding="utf-8")
     return str(path)

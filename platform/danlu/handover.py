@@ -159,7 +159,7 @@ def make_lineage(job: TrainJob, splits: Splits, run: RunFolder, spec_digest: str
     from danlu import __version__
 
     digests = {
-        name: text_digest(canonical_json([split.texts.texts, split.texts.pairs, split.texts.labels]))
+        name: split.digest or text_digest(canonical_json([split.texts.texts, split.texts.pairs, split.texts.labels]))
         for name, split in (("train", splits.train), ("dev", splits.dev), ("test", splits.test))
         if split is not None
     }

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
+from danlu import traces
 from danlu.errors import ClusterError, SpecError
 from danlu.k8s.pods import KIND, NAME
 from danlu.k8s.rayjob import SPEC_FILE
@@ -216,7 +217,7 @@ def _submit(at: RayCluster, job: TrainJob) -> None:
             lambda: at.jobs.submit_job(
                 entrypoint=f"python -m danlu.train {SPEC_FILE}",
                 submission_id=_new_id(job.name),
-                runtime_env={"working_dir": folder},
+                runtime_env={"working_dir": folder, "env_vars": traces.to_environment(traces.carrier())},
                 metadata={KIND: "train", NAME: job.name, SPEC: dump(job)},
                 **(alone if workers.num_workers == 1 else {}),
             ),

@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from danlu.tasks.exchange import Example, Prediction
     from danlu.tasks.judge import Completion
     from danlu.tasks.rows import Split
+    from danlu.tasks.streamed import Spread
     from danlu.train.run import Record
 
 
@@ -64,12 +65,24 @@ def prepare(job: TrainJob, *, calibrate: bool = True) -> Prepared:
     with traces.span("plan", {"danlu.train_job": job.name}):
         folder = start_folder(job.model, job.data, job.task, seed=job.seed)
         tokenizer = load_tokenizer(folder)
-        splits = read_splits(job, tokenizer, max_length=job.model.max_length)
+        splits = read_splits(job, tokenizer, max_length=job.model.max_length, spread=_spread())
         lengths = splits.train.encoded.lengths
         plan = make_plan(
             job, folder, num_rows=len(lengths), mean_tokens=float(lengths.mean()), num_labels=len(splits.label_names), calibrate=calibrate
         )
     return Prepared(job, folder, splits, plan)
+
+
+def _spread() -> Spread | None:
+    """What shares out work over the Ray this process is connected to, if it is."""
+    import sys
+
+    ray = sys.modules.get("ray")
+    if ray is None or not ray.is_initialized():
+        return None
+    from danlu.train.driver import over_the_cluster
+
+    return over_the_cluster
 
 
 def check_machine(job: TrainJob) -> None:

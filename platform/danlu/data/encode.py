@@ -7,6 +7,7 @@ import os
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
 from zipfile import BadZipFile
@@ -19,7 +20,7 @@ log = logging.getLogger(__name__)
 
 FORMAT = 3
 OPTIONAL = ("token_type_ids", "groups", "spans", "token_labels")
-CHUNK = 4096
+CHUNK = 1024
 NO_TARGET = -100
 """PyTorch's ignore_index."""
 CHARACTERS_PER_TOKEN = 64
@@ -52,7 +53,7 @@ class Encoded:
         """Where each row's tokens begin, and where the last one's end, int64 [rows + 1]."""
         return self.offsets if self.groups is None else self.offsets[self.groups]
 
-    @property
+    @cached_property
     def lengths(self) -> np.ndarray:
         """Tokens of each row, int64 [rows]."""
         return np.diff(self.bounds)
@@ -97,10 +98,10 @@ class Encoded:
 
         return Encoded(
             self.input_ids[tokens],
-            ends(np.diff(self.offsets)[sequences]),
+            ends(self.offsets[sequences + 1] - self.offsets[sequences]),
             self.truncated[rows],
             of(self.token_type_ids, tokens),
-            None if self.groups is None else ends(np.diff(self.groups)[rows]),
+            None if self.groups is None else ends(self.groups[rows + 1] - self.groups[rows]),
             of(self.spans, tokens),
             of(self.token_labels, tokens),
         )
@@ -114,8 +115,8 @@ def ends(sizes: Sequence[int] | np.ndarray) -> np.ndarray:
 def _ranges(bounds: np.ndarray, rows: Sequence[int] | np.ndarray) -> np.ndarray:
     """bounds[i] .. bounds[i + 1] of each i of `rows`, one after the other."""
     rows = np.asarray(rows, dtype=np.int64)
-    sizes = np.diff(bounds)[rows]
-    places: np.ndarray = np.arange(int(sizes.sum())) + np.repeat(bounds[:-1][rows] - ends(sizes)[:-1], sizes)
+    sizes = bounds[rows + 1] - bounds[rows]
+    places: np.ndarray = np.arange(int(sizes.sum())) + np.repeat(bounds[rows] - ends(sizes)[:-1], sizes)
     return places
 
 
@@ -237,12 +238,22 @@ def _digest(columns: Sequence[Sequence[str]], tokenizer: PreTrainedTokenizerBase
             raw = text.encode("utf-8", "surrogatepass")
             digest.update(len(raw).to_bytes(8, "little"))
             digest.update(raw)
+    digest.update(_tokenizer_text(tokenizer))
+    return digest.hexdigest()
+
+
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """What tells tokenizers apart that make other tokens of a text."""
+    return sha256(_tokenizer_text(tokenizer)).hexdigest()
+
+
+def _tokenizer_text(tokenizer: PreTrainedTokenizerBase) -> bytes:
     backend = tokenizer.backend_tokenizer
     # Left over from the call before, and set anew by the next one: it must not tell the same rows apart.
     backend.no_truncation()
     backend.no_padding()
-    digest.update(backend.to_str().encode())
-    return digest.hexdigest()
+    text: str = backend.to_str()
+    return text.encode()
 
 
 def _read(path: Path) -> Encoded | None:

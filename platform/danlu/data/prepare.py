@@ -33,17 +33,19 @@ from danlu.errors import DataError, StorageError
 from danlu.spec import data as spec
 
 SHARD_ROWS = 50_000
-SHARD_BYTES = 64 << 20
+SHARD_BYTES = 16 << 20
 EXAMPLES = 5
 
 
 def needs_preparing(data: spec.Data) -> bool:
-    """True if there are steps to run or rows to hold out before a task may read its files."""
-    return bool(data.clean) or (data.split is not None and not isinstance(data.split, spec.Given))
+    """True if there are steps to run, rows to hold out or shards to make before a task may read its files."""
+    return data.streaming or bool(data.clean) or (data.split is not None and not isinstance(data.split, spec.Given))
 
 
 def prepare(data: spec.Data, seed: int) -> tuple[spec.Data, Cleaned]:
     """The same data as shards without steps left to do, and what was done; from `cache_dir` if it was done before."""
+    if data.streaming and data.dev is None and data.split is None:
+        data = data.model_copy(update={"split": spec.Ratio(dev_size=data.dev_size)})
     sources = {
         name: find(source, format=data.format, where=f"data.{name}")
         for name in ("dev", "test", "train")  # what is held out is seen before training rows are compared with it
@@ -72,7 +74,7 @@ def prepare_given(source: str | Sequence[str], data: spec.Data, seed: int) -> tu
     if not steps:
         return source, data
     files = [source] if isinstance(source, str) else list(source)
-    only = data.model_copy(update={"train": files, "dev": None, "test": None, "clean": steps, "split": None})
+    only = data.model_copy(update={"train": files, "dev": None, "test": None, "clean": steps, "split": None, "streaming": False})
     made, _ = prepare(only, seed)
     return made.train, made
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -29,10 +29,11 @@ class SplitReport:
     dropped_unlabelled: int
     dropped: Mapping[str, int]
     """Other reasons, and how many rows each dropped."""
-    duplicates: int
-    conflicting: int
+    duplicates: int | None
+    conflicting: int | None
     """Rows whose text stands elsewhere in the split with another label."""
-    overlap_with_train: int
+    overlap_with_train: int | None
+    """These three are None where the texts of a split are not held in memory: steps of `data.clean` take such rows out."""
     length_p50: int
     length_p90: int
     length_p99: int
@@ -71,9 +72,9 @@ class DataReport:
             ("rows", [f"{split.rows:,}" for split in self.splits.values()]),
             ("empty rows dropped", [f"{split.dropped_empty}" for split in self.splits.values()]),
             ("unlabelled dropped", [f"{split.dropped_unlabelled}" for split in self.splits.values()]),
-            ("duplicate texts", [f"{split.duplicates}" for split in self.splits.values()]),
-            ("  with other labels", [f"{split.conflicting}" for split in self.splits.values()]),
-            ("also in train", [f"{split.overlap_with_train}" if name != "train" else "" for name, split in self.splits.items()]),
+            ("duplicate texts", [_counted(split.duplicates) for split in self.splits.values()]),
+            ("  with other labels", [_counted(split.conflicting) for split in self.splits.values()]),
+            ("also in train", [_counted(split.overlap_with_train) if name != "train" else "" for name, split in self.splits.items()]),
             ("tokens p50 / p90", [f"{split.length_p50} / {split.length_p90}" for split in self.splits.values()]),
             ("tokens p99 / max", [f"{split.length_p99} / {split.length_max}" for split in self.splits.values()]),
             (f"cut at {self.max_length} tokens", [f"{split.truncated:.1%}" for split in self.splits.values()]),
@@ -109,10 +110,43 @@ def data_report(
     return DataReport(reports, max_length, tuple(_warnings(reports)), notes=tuple(notes), example=example)
 
 
+def streamed_report(
+    train: Encoded,
+    labels: Mapping[str, int],
+    held: Mapping[str, tuple[Labelled, Encoded]],
+    sources: Mapping[str, Sequence[str]],
+    *,
+    left_out: int | None,
+    max_length: int,
+) -> DataReport:
+    """The report where training rows are in files: their number, labels and lengths, and the whole of what is known of the `held` splits.
+
+    `left_out`: rows without text or label, where a row stays a row.
+    """
+    lengths = train.lengths
+    p50, p90, p99 = (int(value) for value in np.percentile(lengths, [50, 90, 99]))
+    dropped = {"rows without text or label": left_out} if left_out else {}
+    reports = {
+        "train": SplitReport(
+            len(train), tuple(sources["train"]), "jsonl", {}, dict(labels), 0, 0, dropped, None, None, None, p50, p90, p99,
+            int(lengths.max()), float(train.truncated.mean()),
+        )
+    }  # fmt: skip
+    for name, (texts, encoded) in held.items():
+        found = _split_report(texts, encoded, Rows({}, tuple(sources[name]), "jsonl"), set())
+        reports[name] = replace(found, overlap_with_train=None)
+    notes = ["train: streamed; duplicates and rows that dev and test share are not counted: data.clean's deduplicate_exact leaves them out"]
+    return DataReport(reports, max_length, tuple(_warnings(reports)), notes=tuple(notes))
+
+
+def _counted(number: int | None) -> str:
+    return "not counted" if number is None else f"{number}"
+
+
 def check_labels(
-    train: Sequence[str], others: Mapping[str, Labelled], names: Sequence[str] | None, *, where: str = "data.train"
+    train: Sequence[str] | Counter[str], others: Mapping[str, Labelled], names: Sequence[str] | None, *, where: str = "data.train"
 ) -> list[str]:
-    """Label names in the order of the model's outputs; DataError if these labels cannot be learned or scored."""
+    """Label names in the order of the model's outputs; DataError if these labels cannot be learned or scored. `train`: labels or counts."""
     counts = Counter(train)
     if names is not None and (unknown := sorted(set(counts) - set(names))):
         raise DataError(

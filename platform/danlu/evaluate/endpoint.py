@@ -14,6 +14,7 @@ from danlu.data.columns import Labelled
 from danlu.data.encode import NO_TARGET
 from danlu.errors import RequestError, ResourceError
 from danlu.spec.task import Chat, LanguageTask, Preference, Pretrain
+from danlu.tasks.preference import OTHER
 from danlu.tasks.rows import Split
 
 BATCH = 32
@@ -73,7 +74,7 @@ def row_losses(
             ids, targets = split.encoded.row(index), _targets(split, index)
             parts = [(ids, targets)]
             if isinstance(task, Preference):
-                border = len(ids) - int(split.encoded.token_types(index).sum())
+                border = int((split.encoded.token_types(index) != OTHER).sum())
                 parts = [(ids[:border], targets[:border]), (ids[border:], targets[border:])]
             sums = [_learned(client, url, part, aims, model) for part, aims in parts]
             match task:

@@ -13,7 +13,8 @@ from typing import Any, Literal
 import numpy as np
 
 from danlu.errors import DataError
-from danlu.evaluate.reading import binary_f1, matthews
+from danlu.evaluate.reading import binary_f1, matthews, span_scores
+from danlu.tasks.exchange import Choices, Example, Prediction, Question, Text
 
 Values = dict[str, Any]
 Shape = Literal["classification", "multiple_choice", "extractive_qa", "regression"]
@@ -60,14 +61,47 @@ class SuiteTask:
                 f"{path} is not in {self.name}'s format: {type(error).__name__}: {error}", where="--data", fix="the suite's own files"
             ) from error
 
-    def scores(self, truth: np.ndarray, answers: np.ndarray) -> dict[str, float]:
-        """The task's metrics of labels' numbers (int [rows])."""
+    def example(self, row: Values) -> Example:
+        """What a model is asked."""
+        match self.shape:
+            case "multiple_choice":
+                return Choices(row["question"], tuple(row["choices"]), row["context"])
+            case "extractive_qa":
+                return Question(row["question"], row["context"])
+            case _:
+                return Text(row["text"], row.get("text_pair"))
+
+    def answer(self, found: Prediction) -> str | int | float:
+        """A prediction as it is scored and handed in: a label, an option's number, a piece of the context, or a number."""
+        match self.shape:
+            case "multiple_choice":
+                return int(np.argmax(found.probabilities))
+            case "regression":
+                return float(found.probabilities[0])
+            case _:
+                return found.label
+
+    def scores(self, rows: Sequence[Values], answers: Sequence[Any]) -> dict[str, float]:
+        """The task's metrics of answers to labelled rows, each between 0 and 1 (correlations: -1 and 1)."""
+        if self.shape == "extractive_qa":
+            found = span_scores({str(row["id"]): answer for row, answer in zip(rows, answers, strict=True)}, rows)
+            return {name: found[name] / 100 for name in self.metrics}
+        truth = [row["answer"] if self.shape == "multiple_choice" else row["label"] for row in rows]
+        if self.shape == "regression":
+            from scipy.stats import pearsonr, spearmanr
+
+            measures = {"pearson": pearsonr, "spearman": spearmanr}
+            return {name: float(measures[name](np.asarray(truth, dtype=float), np.asarray(answers)).statistic) for name in self.metrics}
+        names = {name: i for i, name in enumerate(sorted({*truth, *answers}))}
+        if self.labels is not None:
+            names = {name: i for i, name in enumerate(self.labels)}
+        one, other = (np.array([names[value] for value in values]) for values in (truth, answers))
         known: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
             "accuracy": lambda a, b: float((a == b).mean()),
             "matthews": matthews,
             "f1": binary_f1,
         }
-        return {name: known[name](truth, answers) for name in self.metrics if name in known}
+        return {name: known[name](one, other) for name in self.metrics}
 
     def handed_in(self, ids: Sequence[object], answers: Sequence[object]) -> str:
         """The contents of the file that is handed in, in the order of the test rows."""

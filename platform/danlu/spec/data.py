@@ -187,6 +187,11 @@ class Data(Spec):
     split: SplitRule | None = None
     """How dev and test rows are held out of the training rows. Unset: `dev_size` of them, each label by its share; no test rows."""
 
+    streaming: bool = False
+    """For training files larger than memory: rows are read and tokenised a shard at a time, and training reads their token ids from files
+    in `cache_dir`. Dev and test rows are still held in memory, so a small `dev_size` fits; without a `split`, rows are drawn evenly.
+    A `.json` document or a hub id is read whole."""
+
     cache_dir: str = ".cache/danlu"
     """Where tokenised rows are kept, by content, so that a second run does not tokenise again."""
 

@@ -173,6 +173,8 @@ class MaskedLm(Spec):
     kind: Literal["masked"] = "masked"
     mlm_probability: Annotated[float, Field(gt=0, lt=1)] = 0.15
     """Share of the tokens that are chosen: of these 80 % become the mask, 10 % any token, 10 % stay."""
+    whole_word_mask: bool = False
+    """Choose whole words, so that no piece of one gives away another. A Chinese character is a word of its own: texts are not segmented."""
 
 
 class FromScratch(Spec):
@@ -243,15 +245,28 @@ class Orpo(Spec):
     """Weight of the odds ratio; the paper's lambda."""
 
 
-class Preference(Spec):
-    """A decoder learns which of two answers is preferred, written by the tokenizer's own chat template.
+class Kto(Spec):
+    """Kahneman-Tversky optimisation (https://arxiv.org/abs/2402.01306): answers that are desirable or not, each by itself. How far the
+    model has moved at all is estimated on every micro-batch, from its rows' prompts with other rows' answers."""
 
-    Rows are pairs: prompt, chosen, rejected (texts or messages; the prompt may stand in both); LLaMA-Factory's and OpenAI's forms. DPO and
-    IPO compare with the start model, whose log probabilities are computed once before the first step.
+    kind: Literal["kto"] = "kto"
+    beta: PositiveFloat = 0.1
+    """How strongly the model is held to its start; higher holds more."""
+    desirable_weight: PositiveFloat = 1.0
+    undesirable_weight: PositiveFloat = 1.0
+    """Of the losses of such rows; where one kind is rarer, a higher weight makes up for it."""
+
+
+class Preference(Spec):
+    """A decoder learns which answers are preferred, written by the tokenizer's own chat template.
+
+    Rows are pairs: prompt, chosen, rejected (texts or messages; the prompt may stand in both); LLaMA-Factory's and OpenAI's forms. Of KTO
+    they are prompt, completion and label (true: desirable), or conversations with a label or kto_tag; a pair counts as two. DPO, IPO and
+    KTO compare with the start model, whose log probabilities are computed once before the first step.
     """
 
     kind: Literal["preference"] = "preference"
-    loss: Annotated[Dpo | Ipo | Orpo, Field(discriminator="kind")] = Dpo()
+    loss: Annotated[Dpo | Ipo | Orpo | Kto, Field(discriminator="kind")] = Dpo()
 
     @property
     def has_reference(self) -> bool:

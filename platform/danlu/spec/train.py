@@ -21,6 +21,7 @@ from danlu.spec.task import (
     Embed,
     EncoderTask,
     ExtractiveQA,
+    Kto,
     Preference,
     Pretrain,
     Seq2Seq,
@@ -28,6 +29,9 @@ from danlu.spec.task import (
     is_decoders,
 )
 from danlu.spec.tuning import Adalora, Full, Lora, Tuning, VirtualTokens, is_merged
+
+STREAMED = ("classification", "pretrain", "chat")
+"""Tasks whose training rows may be read from files, by need."""
 
 PROMPTED = ("classification", "multi_label_classification", "regression")
 """Encoders' tasks that learn behind virtual tokens, as every decoder's task does."""
@@ -264,6 +268,8 @@ class TrainJob(Spec):
     def _task_fits_the_batches(self) -> Self:
         if isinstance(self.task, Embed) and self.micro_batch_size < 2:
             raise ValueError("micro_batch_size=1 leaves task.kind=embedding no other texts to tell apart; at least 2")
+        if isinstance(self.task, Preference) and isinstance(self.task.loss, Kto) and self.micro_batch_size < 2:
+            raise ValueError("micro_batch_size=1 leaves task.loss.kind=kto one row to estimate its KL divergence from; at least 2")
         if isinstance(self.task, ExtractiveQA) and (self.task.doc_stride or 0) > self.model.max_length // 2:
             raise ValueError(
                 f"task.doc_stride={self.task.doc_stride} is more than half of model.max_length={self.model.max_length}: windows would "
@@ -273,6 +279,10 @@ class TrainJob(Spec):
 
     @model_validator(mode="after")
     def _task_reads_the_columns(self) -> Self:
+        if self.data.streaming and self.task.kind not in STREAMED:
+            raise ValueError(
+                f"data.streaming goes with task.kind: {', '.join(STREAMED)}; task.kind={self.task.kind} holds rows in memory: leave it out"
+            )
         for role, name in self.data.columns:
             if name is not None and role not in COLUMNS[self.task.kind]:
                 there = ", ".join(COLUMNS[self.task.kind]) or "rows of known forms, whatever form they have"

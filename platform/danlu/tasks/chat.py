@@ -149,8 +149,12 @@ def _unended(encoded: Encoded, tokenizer: PreTrainedTokenizerBase, name: str) ->
 def end_of_turn_ids(encoded: Encoded, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Special tokens that end what is learned, the most frequent first: a server has to stop at them."""
     assert encoded.token_labels is not None
-    last = (encoded.token_labels != NO_TARGET) & (np.append(encoded.token_labels[1:], NO_TARGET) == NO_TARGET)
-    counts = Counter(int(token) for token in encoded.token_labels[last])
+    counts: Counter[int] = Counter()
+    for start in range(0, len(encoded.token_labels), 1 << 20):  # they may be a file's
+        labels = encoded.token_labels[start : start + (1 << 20)]
+        following = encoded.token_labels[start + 1 : start + len(labels) + 1]
+        last = (labels != NO_TARGET) & (np.append(following, NO_TARGET)[: len(labels)] == NO_TARGET)
+        counts.update(labels[last].tolist())
     special = special_ids(tokenizer)
     return [token for token, _ in counts.most_common() if token in special]
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from hashlib import sha256
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -13,10 +14,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM,
 
 from danlu.artifact.bundle import canonical_json
 from danlu.artifact.pretrained import model_folder
-from danlu.data.columns import labelled
+from danlu.data.columns import as_text, is_empty, labelled
 from danlu.data.formats import read_rows
+from danlu.data.profile import roles_of
+from danlu.data.row import Broken
+from danlu.data.stream import find, stream
 from danlu.errors import ModelError
-from danlu.spec.data import Data
+from danlu.spec.data import Data, DropBroken, RepairBroken
 from danlu.spec.model import Model
 from danlu.spec.task import FromScratch, MaskedLm, Pretrain, Task
 
@@ -30,7 +34,7 @@ def start_folder(model: Model, data: Data, task: Task, *, seed: int) -> Path:
     if not isinstance(task, Pretrain) or task.from_scratch is None:
         return model_folder(model)
     shape = model_folder(model, need_weights=False)
-    texts = _texts(data)
+    texts = _Texts(data)
     masked = isinstance(task.objective, MaskedLm)
     digest = sha256(canonical_json([task.model_dump(mode="json"), model.max_length, seed]).encode())
     digest.update((shape / "config.json").read_bytes())
@@ -54,18 +58,43 @@ def start_folder(model: Model, data: Data, task: Task, *, seed: int) -> Path:
     return target
 
 
-def _texts(data: Data) -> list[str]:
+class _Texts:
+    """The texts of the training rows, as often as they are asked for; read each time where they are streamed."""
+
+    def __init__(self, data: Data) -> None:
+        self.data, self.held = data, None if data.streaming else _held(data)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.held) if self.held is not None else _streamed(self.data)
+
+
+def _held(data: Data) -> list[str]:
     rows = read_rows(data.train, format=data.format, max_rows=data.max_rows, where="data.train")
     return labelled(rows, data.columns, where="data.train", need_label=False).texts
 
 
-def train_tokenizer(texts: list[str], vocab_size: int, *, masked: bool, max_length: int) -> PreTrainedTokenizerFast:
+def _streamed(data: Data) -> Iterator[str]:
+    roles: dict[str, str] = {}
+    tolerant = any(isinstance(step, DropBroken | RepairBroken) for step in data.clean)
+    rows = (row for source in find(data.train, format=data.format) for row in stream(source))
+    for row in islice(rows, data.max_rows):
+        if isinstance(row, Broken):
+            if not tolerant:
+                raise row.refusal("data.train")
+            continue
+        roles = roles or roles_of(list(row.values), data.columns, None, "data.train")
+        if not is_empty(text := as_text(row.values.get(roles.get("text", "text")))):
+            yield text
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int, *, masked: bool, max_length: int) -> PreTrainedTokenizerFast:
     """Byte-level BPE, with an end token, or with BERT's special tokens. (WordPiece's trainer makes another vocabulary each time.)"""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
     def batches() -> Iterator[list[str]]:
-        for start in range(0, len(texts), 1000):
-            yield texts[start : start + 1000]
+        left = iter(texts)
+        while some := list(islice(left, 1000)):
+            yield some
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -39,7 +40,7 @@ def splits(data: Data, task: Pretrain, tokenizer: PreTrainedTokenizerBase, *, ma
         rows["dev"] = rows["train"]
     made = {name: Split(pieces(split.texts, tokenizer, max_length), None, split) for name, split in texts.items()}
     report = data_report({name: (split.texts, split.encoded) for name, split in made.items()}, rows, max_length=max_length)
-    mask = _masking(task, tokenizer)
+    mask = masking(task, tokenizer)
     made["train"] = replace(made["train"], corrupt=mask)
     for name in ("dev", "test"):
         if name in made:
@@ -59,7 +60,7 @@ def given_split(
     """Texts of other files than the job's, masked once."""
     rows = read_given(source, data)
     texts = labelled(rows, data.columns, where="--data", need_label=False)
-    return Split(masked_once(pieces(texts.texts, tokenizer, max_length), _masking(task, tokenizer), 0), None, texts)
+    return Split(masked_once(pieces(texts.texts, tokenizer, max_length), masking(task, tokenizer), 0), None, texts)
 
 
 def pieces(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoded:
@@ -77,7 +78,8 @@ def masked_once(encoded: Encoded, mask: Corrupt, seed: int) -> Encoded:
     return encoded_rows([ids for ids, _ in drawn], [False] * len(drawn), token_labels=[targets for _, targets in drawn])
 
 
-def _masking(task: Pretrain, tokenizer: PreTrainedTokenizerBase) -> Corrupt:
+def masking(task: Pretrain, tokenizer: PreTrainedTokenizerBase) -> Corrupt:
+    """What masks a row anew each time it is trained on."""
     assert isinstance(task.objective, MaskedLm)
     if tokenizer.mask_token_id is None:
         raise ModelError(
@@ -85,20 +87,30 @@ def _masking(task: Pretrain, tokenizer: PreTrainedTokenizerBase) -> Corrupt:
         )
     special = np.asarray(sorted(special_ids(tokenizer)))
     share, mask_id, size = task.objective.mlm_probability, int(tokenizer.mask_token_id), len(tokenizer)
-    return partial(mask, special=special, share=share, mask_id=mask_id, vocabulary=size)
+    pieces_ = word_pieces(tokenizer) if task.objective.whole_word_mask else None
+    return partial(mask, special=special, share=share, mask_id=mask_id, vocabulary=size, word_pieces=pieces_)
 
 
 def mask(
-    ids: np.ndarray, draw: np.random.Generator, *, special: np.ndarray, share: float, mask_id: int, vocabulary: int
+    ids: np.ndarray,
+    draw: np.random.Generator,
+    *,
+    special: np.ndarray,
+    share: float,
+    mask_id: int,
+    vocabulary: int,
+    word_pieces: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """BERT's masking (https://arxiv.org/abs/1810.04805): of the chosen `share` of a row 80 % become the mask, 10 % any token, 10 % stay.
 
-    At least one token is chosen, so that every row teaches something.
+    With `word_pieces` whole words are chosen, and the tokens of one become what they become each by itself, as in BERT's own script. At
+    least one token is chosen, so that every row teaches something.
     """
     free = np.flatnonzero(~np.isin(ids, special))
-    chosen = free[draw.random(len(free)) < share]
+    words = np.arange(len(free)) if word_pieces is None else words_of(ids, word_pieces, free)
+    chosen = free[(draw.random(int(words.max(initial=-1)) + 1) < share)[words]]
     if not len(chosen) and len(free):
-        chosen = draw.choice(free, 1)
+        chosen = free[words == words[draw.choice(len(free), 1)]]
     targets = np.full(len(ids), NO_TARGET, dtype=np.int32)
     targets[chosen] = ids[chosen]
     masked = ids.copy()
@@ -107,6 +119,44 @@ def mask(
     other = chosen[(fate >= 0.8) & (fate < 0.9)]
     masked[other] = draw.integers(0, vocabulary, len(other))
     return masked, targets
+
+
+ALONE = re.compile(r"[\u2e80-\u9fff\uac00-\ud7af\uf900-\ufaff\U00020000-\U0003ffff]")
+"""Writing without spaces: such a character is a word."""
+
+
+def words_of(ids: np.ndarray, word_pieces: np.ndarray, free: np.ndarray) -> np.ndarray:
+    """The word that each of the places `free` of a row belongs to, counted from 0."""
+    begins = np.ones(len(free), dtype=bool)
+    neighbours = np.diff(free) == 1  # what stands behind a special token begins a word
+    begins[1:] = ~(word_pieces[1][ids[free[1:]]] & word_pieces[0][ids[free[:-1]]] & neighbours)
+    words: np.ndarray = np.cumsum(begins) - 1
+    return words
+
+
+def word_pieces(tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
+    """bool [2, vocabulary]: the word of a token may go on with the next one; a token may go on with the word before it.
+
+    WordPiece marks what goes on (##), byte-level and SentencePiece tokenizers what begins (a space); there a word is letters and digits.
+    """
+    names = [name or "" for name in tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))]
+    if any(name.startswith("##") for name in names):
+        return np.asarray([[True] * len(names), [name.startswith("##") for name in names]])
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    as_byte = {sign: byte for byte, sign in bytes_to_unicode().items()}
+    byte_level = not any(name.startswith("\u2581") for name in names)
+    found = np.zeros((2, len(names)), dtype=bool)
+    for index, name in enumerate(names):
+        raw = bytes(as_byte[sign] for sign in name if sign in as_byte) if byte_level else name.replace("\u2581", " ").encode()
+        if not raw:
+            continue
+        text = raw.decode("utf-8", "ignore")
+        # A character of several bytes may be cut between two tokens.
+        open_, inside = raw.decode("utf-8", "replace").endswith("\ufffd"), 0x80 <= raw[0] < 0xC0
+        found[0, index] = open_ or text[-1:] == " " or (text[-1:].isalnum() and not ALONE.match(text[-1]))
+        found[1, index] = inside or (text[:1].isalnum() and not ALONE.match(text[0]))
+    return found
 
 
 # model

@@ -26,7 +26,7 @@ class Split:
     conversations what the rows were rendered from.
 
     `reference`, float32 [rows, width]: what the start model gave on each row, where the loss is relative to it. `corrupt`: what is drawn
-    anew for a row each time it is trained on.
+    anew for a row each time it is trained on. `digest`: what the rows are, where their texts are not held (`danlu.tasks.streamed`).
     """
 
     encoded: Encoded
@@ -37,6 +37,7 @@ class Split:
     conversations: Sequence[Conversation] = ()
     reference: np.ndarray | None = None
     corrupt: Corrupt | None = None
+    digest: str | None = None
 
     def __len__(self) -> int:
         return len(self.encoded)

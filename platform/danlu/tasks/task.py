@@ -21,6 +21,7 @@ from danlu.spec.train import TrainJob
 from danlu.tasks.exchange import Prediction
 from danlu.tasks.packed import PackedEncoder, PackedModel
 from danlu.tasks.rows import Scored, Split, Splits
+from danlu.tasks.streamed import Spread, read_streamed
 
 
 class TaskFile(Protocol):
@@ -170,8 +171,11 @@ def task_file(task: spec.Task) -> TaskFile:
             return cast(TaskFile, seq2seq)
 
 
-def read_splits(job: TrainJob, tokenizer: PreTrainedTokenizerBase, *, max_length: int) -> Splits:
-    """A job's rows: cleaned and held out as `data.clean` and `data.split` say, then read by its task."""
+def read_splits(job: TrainJob, tokenizer: PreTrainedTokenizerBase, *, max_length: int, spread: Spread | None = None) -> Splits:
+    """A job's rows: cleaned and held out as `data.clean` and `data.split` say, then read by its task. `spread` shares out the work on rows
+    that are streamed."""
+    if job.data.streaming:
+        return read_streamed(job, tokenizer, max_length=max_length, spread=spread)
     task = task_file(job.task)
     if not needs_preparing(job.data):
         return task.splits(job.data, job.task, tokenizer, max_length=max_length, seed=job.seed)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import pickle
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 import ray.train
@@ -28,6 +29,8 @@ from danlu.train.run import EventRecord, Record, record_from_dict, record_to_dic
 from danlu.train.seen import budget_of, run_id
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 POLL_S = 0.25
 FAILURE = "failure"
@@ -119,6 +122,25 @@ def on_a_worker(job: TrainJob, function: Callable[..., Any], *arguments: Any) ->
     except ray.exceptions.RayTaskError as error:
         cause = error.cause
         raise cause if isinstance(cause, DanluError) else error from error
+
+
+def over_the_cluster(function: Callable[[T], bool], items: Sequence[T]) -> None:
+    """`function` of each item on any core of the cluster, through Ray Data; a user's mistake in one of them is raised here."""
+    import ray.data
+
+    def called(row: dict[str, Any]) -> dict[str, bytes]:
+        try:
+            function(items[int(row["id"])])
+        except DanluError as error:  # Ray Data would keep its text only
+            return {"mistake": pickle.dumps(error)}
+        return {"mistake": b""}
+
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    numbers = ray.data.range(len(items), override_num_blocks=len(items))
+    for row in numbers.map(called, num_cpus=1).iter_rows():
+        if row["mistake"]:
+            mistake: DanluError = pickle.loads(row["mistake"])
+            raise mistake
 
 
 class _Trainer(TorchTrainer):  # type: ignore[misc]
@@ -284,4 +306,4 @@ def _worker_lost(job: TrainJob, rank: int, *, short_of_memory: bool) -> Resource
     )
 
 
-__all__ = ["fit", "on_a_worker"]
+__all__ = ["fit", "on_a_worker", "over_the_cluster"]

@@ -198,3 +198,99 @@ def test_a_suite_is_trained_scored_and_handed_in(tiny_model: Path, tmp_path: Pat
         raise AssertionError("what is trained is not trained again")
 
     assert sdk.run_suite("clue", job, tmp_path / "data", tmp_path / "out", train=again)[0].scores == found[0].scores
+
+
+def questions(number: int, seed: int, *, answered: bool = True) -> dict[str, str]:
+    """Files of CMRC 2018, ChID and C3 with so many questions, by their official names without the split."""
+    rows = make_rows(number, seed)
+    articles, choices, blanks, gaps = [], [], [], {}
+    for i, row in enumerate(rows):
+        word = row["text"].split()[i % len(row["text"].split())]
+        answer = [{"text": word, "answer_start": row["text"].index(word)}] if answered else []
+        qas = [{"question": f"which word {row['label']}", "id": f"Q{i}", "answers": answer}]
+        articles.append({"title": "t", "id": f"A{i}", "paragraphs": [{"id": f"P{i}", "context": row["text"], "qas": qas}]})
+        question = {"question": "what is it about", "choice": ["ship", "grain", "trade"][: 2 + i % 2]}
+        right = question["choice"][i % len(question["choice"])]
+        choices.append([[row["text"]], [question | ({"answer": right} if answered else {"id": i})], f"{i}"])
+        blank = f"#idiom{i:06d}#"
+        blanks.append({"content": [f"{row['text']} {blank}"], "candidates": ["wheat", "port", "tariff", "corn"]})
+        gaps[blank] = i % 4
+    return {
+        "cmrc": json.dumps({"version": "v1.0", "data": articles}),
+        "d": json.dumps(choices[::2]),
+        "m": json.dumps(choices[1::2]),
+        "both": json.dumps(choices),
+        "chid": lines(*blanks),
+        "chid_answer": json.dumps(gaps),
+    }
+
+
+def test_questions_choices_and_numbers_are_trained_scored_and_handed_in_too(tiny_model: Path, tmp_path: Path) -> None:
+    for split, number in (("train", 24), ("dev", 9), ("test", 5)):
+        made = questions(number, len(split), answered=split != "test")
+        files = {f"cmrc2018_public/{split}.json": made["cmrc"], f"chid_public/{split}.json": made["chid"]}
+        if split == "test":
+            files |= {"c3_public/test1.1.json": made["both"]}
+        else:
+            files |= {f"chid_public/{split}_answer.json": made["chid_answer"]}
+            files |= {f"c3_public/{side}-{split}.json": made[side] for side in "dm"}
+        pairs = [f"{i}\tnews\t{row['text']}\twheat rose\t{i % 6}.0" for i, row in enumerate(make_rows(number, 3))]
+        header = "index\tgenre\tsentence1\tsentence2\tscore"
+        if split == "test":
+            header, pairs = header.removesuffix("\tscore"), [line.rpartition("\t")[0] for line in pairs]
+        files[f"STS-B/{split}.tsv"] = "\n".join([header, *pairs]) + "\n"
+        for name, content in files.items():
+            path = tmp_path / "data" / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(content, encoding="utf-8")
+    job = TrainJob.model_validate(
+        {
+            "name": "tiny",
+            "model": {"model_name_or_path": str(tiny_model), "max_length": 32},
+            "data": {"train": "unused.csv", "cache_dir": str(tmp_path / "cache")},
+            "evaluation": {"metric_for_best_model": "accuracy"},
+            "precision": "fp32",
+            "max_steps": 3,
+            "storage": str(tmp_path / "runs"),
+        }
+    )
+    found = {one.task: one for one in sdk.run_suite("clue", job, tmp_path / "data", tmp_path / "out", train=sdk.train)}
+    found |= {one.task: one for one in sdk.run_suite("glue", job, tmp_path / "data", tmp_path / "out", train=sdk.train)}
+    assert {name: (one.shape, one.rows) for name, one in found.items()} == {
+        "cmrc2018": ("extractive_qa", 9), "chid": ("multiple_choice", 9), "c3": ("multiple_choice", 9), "stsb": ("regression", 9),
+    }  # fmt: skip
+    tasks = suite("clue") | suite("glue")
+    rows = {name: {split: tasks[name].rows(tmp_path / "data", split) for split in ("dev", "test")} for name in found}
+
+    def predicted(name: str, split: str) -> list[Any]:
+        asked = [
+            {"question": row["question"], "context": row["context"]} | ({"options": row["choices"]} if "choices" in row else {})
+            if "question" in row
+            else {"text": row["text"], "text_pair": row["text_pair"]}
+            for row in rows[name][split] or ()
+        ]
+        return list(sdk.predict(f"tiny-{name}@latest", asked, storage=job.storage))
+
+    for name in ("chid", "c3"):
+        truth = [row["choices"][row["answer"]] for row in rows[name]["dev"] or ()]
+        assert found[name].scores == {
+            "accuracy": pytest.approx(metrics.accuracy_score(truth, [one.label for one in predicted(name, "dev")]))
+        }
+    right = rows["cmrc2018"]["dev"] or []
+    spans = span_scores({row["id"]: one.label for row, one in zip(right, predicted("cmrc2018", "dev"), strict=True)}, right)
+    assert found["cmrc2018"].scores == pytest.approx({name: value / 100 for name, value in spans.items()})
+    numbers = [one.probabilities[0] for one in predicted("stsb", "dev")]
+    truth = [float(row["label"]) for row in rows["stsb"]["dev"] or ()]
+    assert found["stsb"].scores["pearson"] == pytest.approx(np.corrcoef(truth, numbers)[0, 1], abs=1e-4)
+    out = tmp_path / "out"
+    assert json.loads((out / "cmrc2018_predict.json").read_text()) == {
+        f"Q{i}": one.label for i, one in enumerate(predicted("cmrc2018", "test"))
+    }
+    assert json.loads((out / "chid11_predict.json").read_text()) == {
+        f"#idiom{i:06d}#": int(np.argmax(one.probabilities)) for i, one in enumerate(predicted("chid", "test"))
+    }
+    handed = [json.loads(line) for line in (out / "c311_predict.json").read_text().splitlines()]
+    assert handed == [{"id": i, "label": int(np.argmax(one.probabilities))} for i, one in enumerate(predicted("c3", "test"))]
+    lines_ = (out / "STS-B.tsv").read_text().splitlines()
+    assert lines_[0] == "index\tprediction"
+    assert [float(line.split("\t")[1]) for line in lines_[1:]] == pytest.approx([one.probabilities[0] for one in predicted("stsb", "test")])

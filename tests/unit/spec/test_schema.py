@@ -58,6 +58,7 @@ FULL_JOB: Document = {
         "columns": {"text": "a", "text_pair": "b", "label": "c"},
         "dev_size": 0.2,
         "max_rows": 100,
+        "streaming": True,
         "cache_dir": "cache",
     },
     "task": {"kind": "classification", "labels": ["a", "b"], "label_smoothing": 0.1},
@@ -329,12 +330,13 @@ GOOD: dict[str, tuple[type[Spec], Document]] = {
     **{
         f"task: {task}": (TrainJob, JOB | {"task": task})
         for task in (
-            {"kind": "pretrain", "objective": {"kind": "masked", "mlm_probability": 0.3}},
+            {"kind": "pretrain", "objective": {"kind": "masked", "mlm_probability": 0.3, "whole_word_mask": True}},
             {"kind": "pretrain", "objective": {"kind": "causal"}, "from_scratch": {"vocab_size": 500, "config_overrides": {"d": 1}}},
             {"kind": "chat", "row_format": "sharegpt", "assistant_turns": "each"},
             {"kind": "preference", "loss": {"kind": "dpo", "beta": 0.2, "label_smoothing": 0.1}},
             {"kind": "preference", "loss": {"kind": "ipo", "beta": 1}},
             {"kind": "preference", "loss": {"kind": "orpo", "beta": 0.5}},
+            {"kind": "preference", "loss": {"kind": "kto", "beta": 0.5, "desirable_weight": 2.0, "undesirable_weight": 0.5}},
             {
                 "kind": "seq2seq",
                 "source_lang": "en",

@@ -19,7 +19,7 @@ from danlu.errors import DataError, ModelError
 from danlu.spec.task import FromScratch, MaskedLm, Pretrain
 from danlu.spec.train import TrainJob
 from danlu.tasks import masked
-from danlu.tasks.from_scratch import start_folder
+from danlu.tasks.from_scratch import start_folder, train_tokenizer
 from danlu.tasks.tokenizer import load_tokenizer
 
 
@@ -38,6 +38,54 @@ def test_the_masking_is_berts_and_never_hides_a_special_token() -> None:
     )
     assert (aims != NO_TARGET).sum() == 1
     assert len(one) == 3
+
+
+def words_told(tokenizer: Any, text: str) -> list[list[int]]:
+    """The places of each word's tokens, by the tokenizer itself."""
+    places: dict[int, list[int]] = {}
+    for place, word in enumerate(tokenizer(text).encodings[0].word_ids):
+        if word is not None:
+            places.setdefault(word, []).append(place)
+    return list(places.values())
+
+
+def words_found(tokenizer: Any, text: str) -> list[list[int]]:
+    ids = np.asarray(tokenizer(text).input_ids)
+    free = np.flatnonzero(~np.isin(ids, tokenizer.all_special_ids))
+    words = masked.words_of(ids, masked.word_pieces(tokenizer), free)
+    return [free[words == word].tolist() for word in range(words.max() + 1)]
+
+
+def test_words_are_the_tokenizers_own_and_a_chinese_character_is_one(tokenizer_folder: Path) -> None:
+    wordpiece = load_tokenizer(tokenizer_folder)
+    for text in ("the unseen harvest said a tankers group", "xylophone zither", "wheat"):
+        assert words_found(wordpiece, text) == words_told(wordpiece, text)
+    assert len(wordpiece("xylophone").input_ids) > 5, "a word of many pieces"
+    assert words_found(wordpiece, "小明在北京") == [[i] for i in range(1, 6)]
+    corpus = ["the unseen harvest said the tanker", "smaller harvests in the unseen year"] * 9
+    byte_level = train_tokenizer(corpus, 300, masked=True, max_length=64)
+    for text in ("the unseen harvest, said smaller tankers.", "in 1987 xylophone"):
+        assert words_found(byte_level, text) == words_told(byte_level, text)
+    assert [len(word) for word in words_found(byte_level, "小明在")] == [3, 3, 3], "the bytes of a character belong together"
+
+
+def test_whole_words_are_masked_at_the_same_share(tokenizer_folder: Path) -> None:
+    tokenizer = load_tokenizer(tokenizer_folder)
+    masking = masked.masking(Pretrain(objective=MaskedLm(mlm_probability=0.2, whole_word_mask=True)), tokenizer)
+    text = "xylophone wheat zither the unseen harvest of maize"
+    ids, words = np.asarray(tokenizer(text).input_ids, dtype=np.int32), words_told(tokenizer, text)
+    shares, fates = [], []
+    for draw in range(600):
+        found, targets = masking(ids, np.random.default_rng(draw))
+        chosen = targets != NO_TARGET
+        assert chosen.any()
+        assert all(len(set(chosen[word].tolist())) == 1 for word in words), "all of a word, or nothing"
+        assert np.array_equal(found[~chosen], ids[~chosen])
+        assert np.array_equal(targets[chosen], ids[chosen])
+        shares.append(chosen[1:-1].mean())
+        fates += (found[chosen] == tokenizer.mask_token_id).tolist()
+    assert np.mean(shares) == pytest.approx(0.2 + 0.8 ** len(words) / len(words), abs=0.02), "and one word where none was drawn"
+    assert np.mean(fates) == pytest.approx(0.8, abs=0.03)
 
 
 @pytest.mark.parametrize("kind", [BertForMaskedLM, RobertaForMaskedLM])

@@ -18,11 +18,13 @@ from danlu import sdk
 from danlu.data.pack import pack_rows
 from danlu.errors import DataError
 from danlu.spec.data import Data
-from danlu.spec.task import Dpo, Ipo, Orpo, Preference
+from danlu.spec.task import Dpo, Ipo, Kto, Orpo, Preference
 from danlu.spec.train import TrainJob
 from danlu.tasks import preference
 from danlu.tasks.rows import Splits
 from danlu.tasks.tokenizer import load_tokenizer
+
+DPO = Preference()
 
 
 @pytest.fixture(scope="module")
@@ -30,12 +32,12 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_chat_model(tmp_path_factory.mktemp("chat"))
 
 
-def read(rows: list[dict[str, Any]], model: Path, folder: Path) -> Splits:
+def read(rows: list[dict[str, Any]], model: Path, folder: Path, task: Preference = DPO, dev: int = 1) -> Splits:
     folder.mkdir(exist_ok=True)
     data = Data(
-        train=write_rows(folder / "train.jsonl", rows), dev=write_rows(folder / "dev.jsonl", rows[:1]), cache_dir=str(folder / "cache")
+        train=write_rows(folder / "train.jsonl", rows), dev=write_rows(folder / "dev.jsonl", rows[:dev]), cache_dir=str(folder / "cache")
     )
-    return preference.splits(data, Preference(), load_tokenizer(model), max_length=128, seed=1)
+    return preference.splits(data, task, load_tokenizer(model), max_length=128, seed=1)
 
 
 def plain_logps(model: Path, row: dict[str, Any]) -> list[tuple[float, int]]:
@@ -205,3 +207,123 @@ def test_a_resumed_run_is_still_relative_to_the_start(model: Path, tmp_path: Pat
 def test_a_prompt_that_does_not_start_as_the_pretrained_model_is_refused(model: Path, tmp_path: Path) -> None:
     with pytest.raises(ValidationError, match=r"compares with the pretrained model.*tuning.kind=lora, or task.loss.kind=orpo"):
         job_of(model, tmp_path, tuning={"kind": "prompt"})
+
+
+# KTO: answers that are desirable or not, each by itself.
+
+
+def judged(number: int, seed: int = 0) -> list[dict[str, Any]]:
+    """Every second answer is a wrong capital."""
+    return [
+        {"prompt": row["prompt"], "completion": row["rejected" if i % 2 else "chosen"], "label": i % 2 == 0}
+        for i, row in enumerate(preferences(number, seed))
+    ]
+
+
+@pytest.mark.parametrize("away", [-9, -60])
+def test_the_kto_loss_is_the_papers_formula_on_transformers_logits(away: float, model: Path, tmp_path: Path) -> None:
+    kto = Kto(beta=0.3, desirable_weight=1.5, undesirable_weight=0.5)
+    task = Preference(loss=kto)
+    rows = judged(6)
+    split = read(rows, model, tmp_path, task, dev=2).train
+    assert split.texts.labels == ["desirable", "undesirable"] * 3
+    reference = np.random.default_rng(0).normal(away, 2, (6, 2)).astype(np.float32)
+    module = preference.wrap(preference.build_model(model), task)
+    found = preference.loss(module, pack_rows(split.encoded, range(6), None, reference), task)
+    # Answers are paired with the prompts of rows half the file away, the first there that ask something else.
+    others = []
+    for i, row in enumerate(rows):
+        j = next(k % 6 for k in range(i + 3, i + 9) if rows[k % 6]["prompt"] != row["prompt"])
+        others.append({"prompt": row["prompt"], "chosen": row["completion"], "rejected": rows[j]["completion"]})
+    logps = [[total for total, _ in plain_logps(model, row)] for row in others]
+    kl = max(0.0, sum(mine[1] - start[1] for mine, start in zip(logps, reference.tolist(), strict=True)) / 6)
+    expected = 0.0
+    for row, mine, start in zip(rows, logps, reference.tolist(), strict=True):
+        ratio = mine[0] - start[0]
+        if row["label"]:
+            expected += 1.5 * (1 - sigmoid(0.3 * (ratio - kl)))
+        else:
+            expected += 0.5 * (1 - sigmoid(0.3 * (kl - ratio)))
+    assert found.item() == pytest.approx(expected, rel=1e-4)
+    assert (kl > 0) == (away == -60), "it is never below 0"
+    outputs = np.concatenate([np.asarray(logps), np.ones((6, 2)), reference], axis=1)
+    scores = preference.scores(outputs, split, (), task)
+    assert scores.loss == pytest.approx(expected / 6, rel=1e-4)
+    right = [(mine[0] - start[0] > kl) == row["label"] for row, mine, start in zip(rows, logps, reference.tolist(), strict=True)]
+    assert scores.reward_accuracy == pytest.approx(np.mean(right))
+
+
+def test_nothing_is_learned_from_the_divergence_of_kto(model: Path, tmp_path: Path) -> None:
+    """Its gradient is that of the answers alone, with the divergence a number."""
+    task = Preference(loss=Kto())
+    split = read(judged(6), model, tmp_path, task, dev=2).train
+    module = preference.wrap(preference.build_model(model), task)
+    batch = pack_rows(split.encoded, range(6), None, np.full((6, 2), -30.0, dtype=np.float32))
+    preference.loss(module, batch, task).backward()
+    found = torch.cat([parameter.grad.flatten() for parameter in module.parameters() if parameter.grad is not None])
+    module.zero_grad()
+    logps, _ = preference.answers_logps(module, batch)
+    with torch.no_grad():
+        kl = (logps[:, 1] + 30).mean().clamp(min=0)
+    signs = torch.tensor([1.0, -1.0] * 3)
+    (1 - torch.sigmoid(0.1 * signs * (logps[:, 0] + 30 - kl))).sum().backward()
+    expected = torch.cat([parameter.grad.flatten() for parameter in module.parameters() if parameter.grad is not None])
+    assert torch.allclose(found, expected, atol=1e-6)
+    assert found.abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        lambda row: {"prompt": row["prompt"][0]["content"], "completion": row["completion"], "label": str(row["label"])},
+        lambda row: {"messages": [*row["prompt"], {"role": "assistant", "content": row["completion"]}], "kto_tag": row["label"]},
+        lambda row: {
+            "conversations": [{"from": "human", "value": row["prompt"][0]["content"]}, {"from": "gpt", "value": row["completion"]}],
+            "kto_tag": row["label"],
+        },
+        lambda row: {"instruction": row["prompt"][0]["content"], "output": row["completion"], "kto_tag": row["label"]},
+    ],
+    ids=["texts", "messages", "sharegpt", "alpaca"],
+)
+def test_every_form_of_judged_answers_says_the_same(form: Any, model: Path, tmp_path: Path) -> None:
+    task = Preference(loss=Kto())
+    plain = read(judged(4), model, tmp_path / "a", task, dev=2).train.encoded
+    other = read([form(row) for row in judged(4)], model, tmp_path / "b", task, dev=2).train.encoded
+    assert other.input_ids.tolist() == plain.input_ids.tolist()
+    assert other.token_labels.tolist() == plain.token_labels.tolist()  # type: ignore[union-attr]
+    assert other.token_type_ids.tolist() == plain.token_type_ids.tolist()  # type: ignore[union-attr]
+
+
+def test_a_pair_is_two_judged_answers_and_what_is_no_judgement_is_dropped_or_refused(model: Path, tmp_path: Path) -> None:
+    task = Preference(loss=Kto())
+    found = read(preferences(4), model, tmp_path / "a", task, dev=2)
+    assert found.train.texts.row_numbers == [1, 1, 2, 2, 3, 3, 4, 4]
+    assert found.train.texts.labels == ["desirable", "undesirable"] * 4
+    assert "each a desirable and an undesirable answer" in found.report.text()
+    rows = [*judged(6), {"prompt": "x", "completion": "y", "label": "maybe"}]
+    told = read(rows, model, tmp_path / "b", task, dev=2)
+    assert any("the first row 7: the label is neither true nor false" in note for note in told.report.notes)
+    with pytest.raises(DataError, match="every answer is desirable"):
+        read([row | {"label": True} for row in judged(4)], model, tmp_path / "c", task)
+    with pytest.raises(DataError, match="every row has the same prompt"):
+        read([row | {"prompt": "x"} for row in judged(4)], model, tmp_path / "d", task)
+    with pytest.raises(DataError, match="do not say which answers are desirable"):
+        read([{"prompt": "x", "completion": "y"}] * 4, model, tmp_path / "e", task)
+
+
+def test_kto_learns_what_is_desirable(model: Path, tmp_path: Path) -> None:
+    data = {
+        "train": write_rows(tmp_path / "train.jsonl", judged(48)),
+        "test": write_rows(tmp_path / "test.jsonl", judged(12, 1)),
+        "dev_size": 0.25,
+        "cache_dir": str(tmp_path / "cache"),
+    }
+    trained = sdk.train(job_of(model, tmp_path, data=data, task={"kind": "preference", "loss": {"kind": "kto", "beta": 0.5}}))
+    first = next(record for record in trained.run.records() if record["kind"] == "step")
+    assert first["loss"] == pytest.approx(0.5, abs=1e-4), "at the start every answer is as likely as it was"
+    found = trained.evaluations["test"].scores.metrics()
+    assert found["loss"] < 0.5
+    assert found["reward_margin"] > 0
+    assert found["reward_margin"] == pytest.approx(found["reward_chosen"] - found["reward_rejected"], abs=1e-6)
+    with pytest.raises(ValidationError, match=r"micro_batch_size=1 leaves task\.loss\.kind=kto one row"):
+        job_of(model, tmp_path, micro_batch_size=1, task={"kind": "preference", "loss": {"kind": "kto"}})
