@@ -35,6 +35,7 @@ OURS = {
     "logprobs-mode": "nothing: log probabilities are those of the model, before temperature and penalties",
     "skip-tokenizer-init": "nothing: texts are wanted",
     "enable-prompt-tokens-details": "nothing: it is on",
+    "structured-outputs-config": "nothing: guides are llguidance's, as in engine.kind: torch",
     "chat-template": "the tokenizer's own, with which the model was trained",
     "api-key": "auth.keys_file",
     "host": "http.host",

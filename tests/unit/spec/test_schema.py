@@ -521,7 +521,7 @@ BAD: dict[str, tuple[type[Spec], Document, str, object]] = {
         "kind": ["train"],
         "name": ["A"],
         "bundle": [3],
-        "engine": [{}, {"num_threads": 1}, {"kind": "vllm"}, {"kind": "echo", "num_threads": 1}, None],
+        "engine": [{}, {"num_threads": 1}, {"kind": "sglang"}, {"kind": "echo", "num_threads": 1}, None],
         "engine.labels": [["a"]],
         "engine.dtype": ["fp16", None],
         "engine.batch_wait_ms": [-1],

@@ -46,6 +46,8 @@ def command(spec: Vllm, python: str, model: Path, socket: Path, *, dtype: str) -
         "generation-config": "vllm",
         "max-logprobs": -1,
         "logprobs-mode": "raw_logprobs",
+        # llguidance, as in Danlu's own engine: xgrammar 0.2.8 lets control characters into a string with a maxLength, which is no JSON.
+        "structured-outputs-config": '{"backend": "guidance", "disable_any_whitespace": true}',
         "uvicorn-log-level": "warning",
     }
     if spec.max_model_len is not None:
