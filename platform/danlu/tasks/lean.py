@@ -31,17 +31,17 @@ def make_lean(model: PreTrainedModel) -> None:
 
 
 class LeanNorm(nn.Module):
-    """A root mean square norm: x / sqrt(mean(x^2) + eps) in float32, in x's type times the weight."""
+    """A root mean square norm."""
 
     weight: nn.Parameter
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        normed: torch.Tensor = _RmsNorm.apply(hidden_states, self.weight, _epsilon(self))
-        return normed
+        return root_mean_square_norm(hidden_states, self.weight, _epsilon(self))
 
 
 def _epsilon(module: nn.Module) -> float:
-    return float(getattr(module, "variance_epsilon", None) or module.eps)
+    found: float = module.variance_epsilon if hasattr(module, "variance_epsilon") else module.eps  # type: ignore[assignment]
+    return found
 
 
 def _is_root_mean_square(module: nn.Module) -> bool:
@@ -52,7 +52,7 @@ def _is_root_mean_square(module: nn.Module) -> bool:
     if list(module._parameters) != ["weight"] or not (hasattr(module, "variance_epsilon") or hasattr(module, "eps")):
         return False
     probe = torch.linspace(-2, 3, 2 * len(weight), device=weight.device, dtype=weight.dtype).view(2, -1)
-    return torch.allclose(module(probe), _RmsNorm.apply(probe, weight, _epsilon(module)), rtol=1e-5, atol=1e-6)
+    return torch.allclose(module(probe), root_mean_square_norm(probe, weight, _epsilon(module)), rtol=1e-5, atol=1e-6)
 
 
 class _RmsNorm(torch.autograd.Function):
@@ -65,7 +65,7 @@ class _RmsNorm(torch.autograd.Function):
         return weight * (x * scale).to(hidden.dtype)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
         hidden, weight, scale = ctx.saved_tensors
         gradient = gradient.float()
@@ -80,6 +80,12 @@ class _RmsNorm(torch.autograd.Function):
         return of_hidden, of_weight, None
 
 
+def root_mean_square_norm(hidden: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+    """x / sqrt(mean(x^2) + epsilon) over the last dimension in float32, in x's type times the weight."""
+    normed: torch.Tensor = _RmsNorm.apply(hidden, weight, epsilon)  # type: ignore[no-untyped-call]
+    return normed
+
+
 class _RotateHalf(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
@@ -87,7 +93,7 @@ class _RotateHalf(torch.autograd.Function):
         return torch.cat((-second, first), dim=-1)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
         first, second = gradient.chunk(2, dim=-1)
         return torch.cat((second, -first), dim=-1)
@@ -97,5 +103,5 @@ def rotate_half(x: torch.Tensor) -> torch.Tensor:
     """(-x2, x1) of x = (x1, x2): to the bit what transformers' own gives."""
     if x.shape[-1] % 2:
         raise ValueError(f"halves of {x.shape[-1]} numbers")
-    rotated: torch.Tensor = _RotateHalf.apply(x)
+    rotated: torch.Tensor = _RotateHalf.apply(x)  # type: ignore[no-untyped-call]
     return rotated

@@ -47,7 +47,7 @@ def packed_attention(
     runs = _runs(cu_seqlens.tolist())
     pieces = []
     # Split, not sliced: the backward of a slice fills zeros as large as the whole batch, once for each run.
-    parts = zip(*(tensor.split([tokens for tokens, _ in runs], dim=2) for tensor in (query, key, value)), strict=True)
+    parts = zip(*(torch.split(tensor, [tokens for tokens, _ in runs], dim=2) for tensor in (query, key, value)), strict=True)
     for (tokens, rows), part in zip(runs, parts, strict=True):
         q, k, v = (_rows(tensor, rows) for tensor in part)
         length = q.shape[2]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -93,7 +94,7 @@ def _parts(module: nn.Module, how: str) -> dict[nn.Module, str]:
 
 def _pretrained(model: nn.Module) -> PreTrainedModel:
     """The Hugging Face model of a task's model, without PEFT's around it."""
-    hf = model.model
+    hf: Any = model.model
     hf = hf.get_base_model() if hasattr(hf, "get_base_model") else hf
     assert isinstance(hf, PreTrainedModel)
     return hf
