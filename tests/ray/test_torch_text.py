@@ -97,6 +97,10 @@ def test_the_engines_own_numbers_are_on_the_metrics_port(tmp_path: Path, metrics
             assert httpx.post(f"{endpoint.url}/v1/load_lora_adapter", json=load, timeout=60).status_code == status
         wait_for("the tokens looked up", lambda: total(catalog.SERVE_PREFIX_QUERIED) == pytest.approx(120))
         wait_for("the tokens found", lambda: total(catalog.SERVE_PREFIX_HIT) == pytest.approx(78))
+        again = {"prompt": [20, 21, 22, 23] * 8, "max_tokens": 60, "temperature": 0, "ignore_eos": True}
+        assert httpx.post(f"{endpoint.url}/v1/completions", json=again, timeout=60).status_code == 200
+        wait_for("what was guessed", lambda: total(catalog.SERVE_DRAFTED) >= total(catalog.SERVE_DRAFTED_RIGHT) > 0)
+        wait_for("what runs its steps", lambda: catalog.SERVE_KERNELS.exported in metrics_port.samples())
         wait_for("the adapter", lambda: total(catalog.SERVE_ADAPTERS) == 1)
         for outcome in ("loaded", "failed"):
             wait_for(outcome, lambda outcome=outcome: total(catalog.SERVE_ADAPTER_LOADS, outcome=outcome) == pytest.approx(1))

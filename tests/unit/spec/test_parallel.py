@@ -48,10 +48,14 @@ def test_a_batch_that_the_groups_cannot_share_is_refused() -> None:
         job(global_batch_size=21)
 
 
-def test_adapters_are_not_split() -> None:
+def test_only_whole_models_and_lora_are_taken_apart() -> None:
     for kind in ("tensor", "pipeline"):
-        with pytest.raises(ValidationError, match=r"not tuning.kind=lora; parallel.kind=fsdp takes it"):
-            job(tuning={"kind": "lora"}, parallel={"kind": kind}, micro_batch_size=1)
+        assert job(tuning={"kind": "lora"}, parallel={"kind": kind}, micro_batch_size=1).tuning.kind == "lora"
+        with pytest.raises(ValidationError, match=r"full or lora, not of ia3; parallel.kind=fsdp takes it"):
+            job(tuning={"kind": "ia3"}, parallel={"kind": kind}, micro_batch_size=1)
+    for parallel in ({"kind": "tensor"}, {"kind": "pipeline", "tensor_parallel_size": 2}):
+        with pytest.raises(ValidationError, match=r"use_dora=true measures whole rows"):
+            job(tuning={"kind": "lora", "use_dora": True}, parallel=parallel, micro_batch_size=1, workers={"num_workers": 4})
 
 
 @pytest.mark.parametrize(

@@ -37,8 +37,7 @@ Outbox = list[tuple[Stream | None, Delta | Exception]]
 
 
 class TorchEngine:
-    """A TextEngine. What belongs to the engine's thread: `scheduler`, `runner`, and every sequence from its arrival on. What both sides
-    touch (`arrivals`, `commands`, `ended`, `failure`) belongs to whoever holds `wake`."""
+    """A TextEngine. `scheduler`, `runner` and arrived sequences are its thread's; what both sides touch is his who holds `wake`."""
 
     def __init__(self, spec: Torch, bundle: Bundle | None = None, *, storage: str = "runs") -> None:
         self.spec, self.bundle, self.storage = spec, bundle, storage
