@@ -33,7 +33,7 @@ $(DATA): | $(STAMP)
 demo: $(STAMP) $(DATA) ## The main job end to end: fine-tune, score, quantize, serve, report (under 5 minutes on 2 cores)
 	@$(BIN)/danlu run $(SPEC) --fresh
 
-test: $(STAMP) $(DATA) ## All tests and checks (about 8 minutes on 2 cores); ARGS="tests/unit -k split" runs some
+test: $(STAMP) $(DATA) ## All tests and checks (about 9 minutes on 2 cores); ARGS="tests/unit -k split" runs some
 	@$(BIN)/python -m pytest -m "not gpu and not soak" $(or $(ARGS),-q -n 2 --dist loadfile --no-loadscope-reorder)
 
 check: $(STAMP) ## Lint, types, layers, generated files; rules by promtool and amtool where they are installed
