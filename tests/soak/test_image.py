@@ -65,18 +65,18 @@ def test_it_trains_and_stores_a_bundle(image: str, tiny_model: Path, topic_files
     shutil.copytree(tiny_model, work / "model")
     for name, path in topic_files.items():
         shutil.copy(path, work / Path(path).name)
-        topic_files = {**topic_files, name: f"/work/{Path(path).name}"}
+        topic_files = {**topic_files, name: f"/job/{Path(path).name}"}
     job = {
         "name": "topics",
-        "model": {"model_name_or_path": "/work/model", "max_length": 32},
+        "model": {"model_name_or_path": "/job/model", "max_length": 32},
         "data": {**topic_files, "cache_dir": "/tmp/cache"},
         "precision": "fp32",
         "max_steps": 8,
-        "storage": "/work/runs",
+        "storage": "/job/runs",
     }
     (work / "job.yaml").write_text(yaml.safe_dump(job))
     for path in (tmp_path, work, *work.rglob("*")):
         path.chmod(0o777 if path.is_dir() else 0o666)
-    done = in_a_pod(image, "danlu", "train", "/work/job.yaml", mounts=(f"{work}:/work",))
+    done = in_a_pod(image, "danlu", "train", "/job/job.yaml", mounts=(f"{work}:/job",))
     assert done.returncode == 0, done.stdout + done.stderr
     assert "stored as topics@v1" in done.stdout

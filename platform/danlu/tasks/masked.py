@@ -9,8 +9,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-import torch
-from transformers import AutoConfig, AutoModelForMaskedLM, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForMaskedLM, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from danlu.data.columns import labelled
 from danlu.data.encode import NO_TARGET, Encoded, encoded_rows
@@ -22,6 +21,7 @@ from danlu.errors import ModelError
 from danlu.spec.data import Data
 from danlu.spec.task import MaskedLm, Pretrain
 from danlu.tasks import chat
+from danlu.tasks.loading import load_model, load_shapes
 from danlu.tasks.packed_masked import PackedMaskedLM
 from danlu.tasks.rows import Split, Splits, read_given, read_splits
 
@@ -166,32 +166,20 @@ def build_model(
     folder: str | Path, label_names: Sequence[str] = (), *, dropout: float | None = None, quantization: BitsAndBytesConfig | None = None
 ) -> PreTrainedModel:
     """The pretrained encoder with its output layer, in float32; that layer starts from nothing where the folder has none."""
-    config = AutoConfig.from_pretrained(folder)
-    if dropout is not None:
-        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "dropout", "attention_dropout"):
-            if hasattr(config, name):
-                setattr(config, name, dropout)
-    fewer = {} if quantization is None else {"quantization_config": quantization}
-    model: PreTrainedModel
-    model, loaded = AutoModelForMaskedLM.from_pretrained(folder, config=config, dtype=torch.float32, output_loading_info=True, **fewer)
-    unloaded = {name for name in loaded["missing_keys"] if name.startswith(f"{model.base_model_prefix}.")}
-    if unloaded:
-        raise ModelError(
-            f"the weights in {folder} lack {len(unloaded)} of the encoder's parameters, such as {min(unloaded)}",
-            where="model.model_name_or_path",
-            fix="a folder whose config.json belongs to its weights",
-        )
-    return model
+    return load_model(
+        AutoModelForMaskedLM,
+        folder,
+        dropout=dropout,
+        dropout_names=("hidden_dropout_prob", "attention_probs_dropout_prob", "dropout", "attention_dropout"),
+        quantization=quantization,
+        fix="a folder whose config.json belongs to its weights",
+        backbone_only=True,
+    )
 
 
 def skeleton(folder: str | Path, num_labels: int = 0) -> PreTrainedModel:
     """The model `build_model` builds, with shapes and no weights."""
-    try:
-        with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForMaskedLM.from_config(AutoConfig.from_pretrained(folder))
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"{folder} is no masked language model: {error}", where="model.model_name_or_path") from error
-    return model
+    return load_shapes(AutoModelForMaskedLM, folder, "masked language model")
 
 
 def head_parameters(model: PreTrainedModel) -> set[str]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -11,9 +9,7 @@ from transformers import PreTrainedModel
 
 from danlu.tasks.context import Context
 from danlu.tasks.lean import make_lean
-from danlu.tasks.packed import ATTENTION, PackedModel, padded_rows
-
-log = logging.getLogger(__name__)
+from danlu.tasks.packed import PackedModel, padded_rows, try_packing
 
 CHUNK_TOKENS, CHUNK_NUMBERS = 1024, 1 << 26
 """Logits that stand in memory at once: this many tokens by the vocabulary, or so many numbers if that is more. 1,024 tokens by 150,000
@@ -86,9 +82,7 @@ class PackedDecoder(PackedModel):
         self.model = model
         self.pad_token_id = int(model.config.pad_token_id or 0)
         make_lean(model)
-        self.packed = _answers_are_the_same(self)
-        if not self.packed:
-            log.info("%s is fed padded batches: its packed answers are not its own", type(model).__name__)
+        try_packing(self, _lengths(model), self.hidden)
 
     def forward(
         self,
@@ -144,33 +138,8 @@ class PackedDecoder(PackedModel):
         return flat
 
 
-@torch.no_grad()
-def _answers_are_the_same(decoder: PackedDecoder) -> bool:
-    """Packed beside padded, on rows of different lengths: a leak between them or a wrong position shows."""
-    model, before = decoder.model, decoder.model.config._attn_implementation
-    was_training = model.training
-    model.eval()
-    generator = torch.Generator().manual_seed(0)
+def _lengths(model: PreTrainedModel) -> list[int]:
+    """Rows to try packing with: longer than a sliding window, where that is short enough to try, so that the window is seen too."""
     window = getattr(model.config, "sliding_window", None)
     table = int(getattr(model.config, "max_position_embeddings", 0) or 64)
-    # Longer than a sliding window, where that is short enough to try, so that the window is seen too.
-    longest = min(window + 8, table) if isinstance(window, int) and window <= 512 else min(48, table)
-    lengths = [5, 2, 17, longest]
-    ids = torch.randint(3, model.config.vocab_size, (sum(lengths),), generator=generator).to(model.device)
-    positions = torch.cat([torch.arange(n) for n in lengths]).to(model.device)
-    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
-    try:
-        decoder.packed = False
-        padded = decoder.hidden(ids, positions, cu_seqlens)
-        model.set_attn_implementation(ATTENTION)
-        decoder.packed = True
-        packed = decoder.hidden(ids, positions, cu_seqlens)
-        tolerance = 1e-4 if packed.dtype == torch.float32 else 2e-2
-        same = torch.allclose(padded.float(), packed.float(), rtol=tolerance, atol=tolerance * float(padded.float().abs().max()))
-    except (TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
-        log.info("packing is not possible for %s: %s", type(model).__name__, error)
-        same = False
-    if not same:
-        model.set_attn_implementation(before)
-    model.train(was_training)
-    return same
+    return [5, 2, 17, min(window + 8, table) if isinstance(window, int) and window <= 512 else min(48, table)]

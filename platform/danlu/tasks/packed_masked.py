@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from danlu.tasks.packed import ATTENTION, PackedModel, first_position, layer_stack, padded_rows
-
-log = logging.getLogger(__name__)
+from danlu.tasks.packed import PackedModel, first_position, layer_stack, padded_rows, try_packing
 
 
 class PackedMaskedLM(PackedModel):
@@ -30,9 +27,8 @@ class PackedMaskedLM(PackedModel):
         model.base_model.register_forward_hook(self._chosen.leave)
         if layer_stack(model) is not None:
             self.first_position = first_position(model)
-            self.packed = _answers_are_the_same(self)
-        if not self.packed:
-            log.info("%s is fed padded batches: its packed answers are not its own", type(model).__name__)
+            table = int(getattr(model.config, "max_position_embeddings", 0) or 64) - self.first_position
+            try_packing(self, [5, 3, min(17, table), min(48, table)], self._every)
 
     def forward(
         self,
@@ -55,6 +51,9 @@ class PackedMaskedLM(PackedModel):
             hits = (logits.argmax(-1) == targets[learned]).float()
             return torch.zeros(len(lengths), 2, device=logits.device).index_add(0, rows, torch.stack([losses, hits], dim=1))
         return torch.zeros(len(lengths), device=logits.device).index_add(0, rows, losses)
+
+    def _every(self, input_ids: torch.Tensor, position_ids: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
+        return self.logits(input_ids, position_ids, cu_seqlens, torch.ones_like(input_ids, dtype=torch.bool))
 
     def logits(self, input_ids: torch.Tensor, position_ids: torch.Tensor, cu_seqlens: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
         """Logits of the chosen positions (bool [tokens]) of packed rows: [chosen, vocabulary]."""
@@ -83,33 +82,3 @@ class _Chosen:
         if self.places is not None:
             output.last_hidden_state = output[0][self.places][None]
         return output
-
-
-@torch.no_grad()
-def _answers_are_the_same(masked: PackedMaskedLM) -> bool:
-    """Packed beside padded, on rows of different lengths: a leak between them or a wrong position shows."""
-    model, before = masked.model, masked.model.config._attn_implementation
-    was_training = model.training
-    model.eval()
-    generator = torch.Generator().manual_seed(0)
-    table = int(getattr(model.config, "max_position_embeddings", 0) or 64) - masked.first_position
-    lengths = [5, 3, min(17, table), min(48, table)]
-    ids = torch.randint(3, model.config.vocab_size, (sum(lengths),), generator=generator).to(model.device)
-    positions = torch.cat([torch.arange(n) for n in lengths]).to(model.device)
-    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
-    every = torch.ones_like(ids, dtype=torch.bool)
-    try:
-        masked.packed = False
-        padded = masked.logits(ids, positions, cu_seqlens, every)
-        model.set_attn_implementation(ATTENTION)
-        masked.packed = True
-        packed = masked.logits(ids, positions, cu_seqlens, every)
-        tolerance = 1e-4 if packed.dtype == torch.float32 else 2e-2
-        same = torch.allclose(padded.float(), packed.float(), rtol=tolerance, atol=tolerance * float(padded.float().abs().max()))
-    except (TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
-        log.info("packing is not possible for %s: %s", type(model).__name__, error)
-        same = False
-    if not same:
-        model.set_attn_implementation(before)
-    model.train(was_training)
-    return same

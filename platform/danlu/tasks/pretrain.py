@@ -11,16 +11,17 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from danlu.data.columns import Labelled, labelled
 from danlu.data.encode import Encoded, encode
 from danlu.data.pack import Packed
 from danlu.data.report import data_report
 from danlu.data.split import random_split
-from danlu.errors import DataError, ModelError
+from danlu.errors import DataError
 from danlu.spec.data import Data
 from danlu.spec.task import Pretrain
+from danlu.tasks.loading import load_model, load_shapes
 from danlu.tasks.packed_decoder import PackedDecoder
 from danlu.tasks.rows import Split, Splits, read_given, read_splits
 
@@ -91,31 +92,19 @@ def build_model(
     folder: str | Path, label_names: Sequence[str] = (), *, dropout: float | None = None, quantization: BitsAndBytesConfig | None = None
 ) -> PreTrainedModel:
     """The pretrained decoder, in float32; `quantization` holds its linear layers in fewer bits."""
-    config = AutoConfig.from_pretrained(folder)
-    if dropout is not None:
-        for name in ("attention_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop", "hidden_dropout"):
-            if hasattr(config, name):
-                setattr(config, name, dropout)
-    fewer = {} if quantization is None else {"quantization_config": quantization}
-    model: PreTrainedModel
-    model, loaded = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=torch.float32, output_loading_info=True, **fewer)
-    if loaded["missing_keys"]:
-        raise ModelError(
-            f"the weights in {folder} lack {len(loaded['missing_keys'])} of the model's parameters, such as {min(loaded['missing_keys'])}",
-            where="model.model_name_or_path",
-            fix="a causal language model's folder (an encoder's weights have no output layer to predict with)",
-        )
-    return model
+    return load_model(
+        AutoModelForCausalLM,
+        folder,
+        dropout=dropout,
+        dropout_names=("attention_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop", "hidden_dropout"),
+        quantization=quantization,
+        fix="a causal language model's folder (an encoder's weights have no output layer to predict with)",
+    )
 
 
 def skeleton(folder: str | Path, num_labels: int = 0) -> PreTrainedModel:
     """The model `build_model` builds, with shapes and no weights."""
-    try:
-        with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"{folder} is no causal language model: {error}", where="model.model_name_or_path") from error
-    return model
+    return load_shapes(AutoModelForCausalLM, folder, "causal language model")
 
 
 def head_parameters(model: PreTrainedModel) -> set[str]:

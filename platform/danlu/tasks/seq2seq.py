@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForSeq2SeqLM, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForSeq2SeqLM, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from danlu.data.columns import Labelled
 from danlu.data.conversations import Kept, keep, records
@@ -19,11 +19,11 @@ from danlu.data.pack import Packed
 from danlu.data.report import data_report
 from danlu.data.split import random_split
 from danlu.data.text_pairs import TextPair, text_pair_columns, text_pair_reader
-from danlu.errors import ModelError
 from danlu.spec.data import Data
 from danlu.spec.task import Seq2Seq
 from danlu.tasks import chat
 from danlu.tasks.encoder_decoder import EncoderDecoder
+from danlu.tasks.loading import load_model, load_shapes
 from danlu.tasks.rows import Split, Splits, hold_out, metrics_line, read_given, read_splits
 
 PER_TOKEN = False
@@ -91,31 +91,19 @@ def build_model(
     folder: str | Path, label_names: Sequence[str] = (), *, dropout: float | None = None, quantization: BitsAndBytesConfig | None = None
 ) -> PreTrainedModel:
     """The pretrained encoder-decoder, in float32; `quantization` holds its linear layers in fewer bits."""
-    config = AutoConfig.from_pretrained(folder)
-    if dropout is not None:
-        for name in ("dropout_rate", "dropout", "attention_dropout", "activation_dropout"):
-            if hasattr(config, name):
-                setattr(config, name, dropout)
-    fewer = {} if quantization is None else {"quantization_config": quantization}
-    model: PreTrainedModel
-    model, loaded = AutoModelForSeq2SeqLM.from_pretrained(folder, config=config, dtype=torch.float32, output_loading_info=True, **fewer)
-    if loaded["missing_keys"]:
-        raise ModelError(
-            f"the weights in {folder} lack {len(loaded['missing_keys'])} of the model's parameters, such as {min(loaded['missing_keys'])}",
-            where="model.model_name_or_path",
-            fix="an encoder-decoder's folder whose config.json belongs to its weights",
-        )
-    return model
+    return load_model(
+        AutoModelForSeq2SeqLM,
+        folder,
+        dropout=dropout,
+        dropout_names=("dropout_rate", "dropout", "attention_dropout", "activation_dropout"),
+        quantization=quantization,
+        fix="an encoder-decoder's folder whose config.json belongs to its weights",
+    )
 
 
 def skeleton(folder: str | Path, num_labels: int = 0) -> PreTrainedModel:
     """The model `build_model` builds, with shapes and no weights."""
-    try:
-        with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForSeq2SeqLM.from_config(AutoConfig.from_pretrained(folder))
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"{folder} is no encoder-decoder: {error}", where="model.model_name_or_path") from error
-    return model
+    return load_shapes(AutoModelForSeq2SeqLM, folder, "encoder-decoder")
 
 
 def head_parameters(model: PreTrainedModel) -> set[str]:

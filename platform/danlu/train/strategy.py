@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -75,15 +76,15 @@ class Strategy(Protocol):
         ...
 
 
-class OneByOne:
+class OneByOne(ABC):
     """Strategies whose passes run one after the other: they say what one pass is."""
 
     setup: Setup
     model: nn.Module
 
+    @abstractmethod
     def micro_step(self, last: bool) -> AbstractContextManager[None]:
         """Wraps the forward and backward of one pass; gradients are exchanged in the last one."""
-        raise NotImplementedError
 
     def backward(self, loss: torch.Tensor) -> None:
         """Accumulate gradients of `loss`, which the models average."""

@@ -96,13 +96,18 @@ def containers(spec: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 @pytest.mark.parametrize("name", JOB_CLUSTERS)
 def test_a_job_on_any_cluster_is_taken_by_the_crd(name: str) -> None:
-    for one in render(job(**JOB_CLUSTERS[name])):
+    rendered = render(job(**JOB_CLUSTERS[name]))
+    assert {"RayJob", "ConfigMap"} <= {one["kind"] for one in rendered}
+    for one in rendered:
         check(one)
 
 
 @pytest.mark.parametrize("name", OF_A_SERVICE)
 def test_a_service_on_any_cluster_is_taken_by_the_crd(name: str) -> None:
-    check(render(service(**OF_A_SERVICE[name]))[0])
+    rendered = render(service(**OF_A_SERVICE[name]))
+    assert rendered[0]["kind"] == "RayService"
+    for one in rendered:
+        check(one)
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)

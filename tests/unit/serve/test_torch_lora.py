@@ -125,9 +125,12 @@ def test_an_adapter_that_cannot_be_served_says_why_and_nobody_notices(folders: d
     dora = write_adapter(folders["base"], tmp_path / "dora", 1, r=2, target_modules=["q_proj"], use_dora=True)
     other = write_family(tmp_path / "other", "llama")
     foreign = write_adapter(other, tmp_path / "foreign", 1, r=2, target_modules=["o_proj", "k_proj"])
+    damaged = shutil.copytree(folders["qv"], tmp_path / "damaged")
+    (damaged / "adapter_model.safetensors").write_bytes(b"half of a fi")
+    refused = ((dora, "use_dora"), (foreign, "and the model has"), (tmp_path, "holds no adapter"), (damaged, "holds no adapter"))
 
     async def body(made: TorchEngine) -> None:
-        for source, told in ((dora, "use_dora"), (foreign, "and the model has"), (tmp_path, "holds no adapter")):
+        for source, told in refused:
             with pytest.raises(ModelError, match=told):
                 await made.load_adapter("a", str(source))
         with pytest.raises(ModelError, match="no adapter 'a'"):

@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from danlu.artifact.bundle import FILE, read_bundle
-from danlu.artifact.store import Store
 from danlu.errors import ModelError, ResourceError
+from danlu.serve.adapters import WEIGHTS, adapter_folder, no_adapter
 from danlu.serve.engines.torch.sequence import Key
 
 if TYPE_CHECKING:
     from danlu.serve.engines.torch.linear import Linear
-
-CONFIG = "adapter_config.json"
-WEIGHTS = "adapter_model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -145,23 +140,11 @@ class Adapters:
 def read_adapter(source: str, name: str, storage: str) -> Adapter:
     """A LoRA adapter of a PEFT folder or a bundle: a folder, a URI, or a `name@alias` of the storage. ModelError names what cannot be
     served beside others."""
-    folder = Path(source).expanduser()
-    if "://" in source or ("@" in source and not folder.exists()):
-        folder = Store(storage).resolve(source)
-    if (folder / FILE).exists():
-        folder = read_bundle(folder).path / "model"
+    folder, config = adapter_folder(source, name, storage)
     try:
-        config: dict[str, Any] = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         tensors = load_file(folder / WEIGHTS)
-    except (OSError, ValueError) as error:
-        raise ModelError(
-            f"{source} holds no adapter: {error}", where=name, fix=f"a folder with {CONFIG} and {WEIGHTS}, or a bundle"
-        ) from error
-    if config.get("peft_type") != "LORA":
-        raise ModelError(f"{source} is {config.get('peft_type')}, and only LoRA can be loaded beside others", where=name, fix="merge it")
-    for field_name, why in (("use_dora", "DoRA"), ("modules_to_save", "whole modules"), ("fan_in_fan_out", "transposed weights")):
-        if config.get(field_name):
-            raise ModelError(f"{source} has {field_name}: {why} cannot be loaded beside others", where=name, fix="merge it into the model")
+    except (OSError, ValueError, SafetensorError) as error:
+        raise no_adapter(source, name, error) from error
     weights: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
     for key, down in tensors.items():
         layer = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")

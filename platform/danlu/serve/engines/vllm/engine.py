@@ -19,7 +19,7 @@ from danlu.metrics import catalog
 from danlu.metrics.catalog import Metric
 from danlu.serve.engines.torch.requests import Reader
 from danlu.serve.engines.vllm import wire
-from danlu.serve.engines.vllm.adapters import adapter_folder
+from danlu.serve.engines.vllm.adapters import servable_folder
 from danlu.serve.engines.vllm.child import Child
 from danlu.serve.engines.vllm.command import command, environment, has_lora, interpreter
 from danlu.serve.engines.vllm.model import Files, find, make_reader
@@ -115,7 +115,7 @@ class VllmEngine:
             raise ModelError(f"the adapter {name!r} is loaded already", where=name, fix="unload it first, or another name")
         self.loading.add(name)
         try:
-            folder = await asyncio.to_thread(adapter_folder, source, name, self.storage, max_lora_rank=self.spec.max_lora_rank)
+            folder = await asyncio.to_thread(servable_folder, source, name, self.storage, max_lora_rank=self.spec.max_lora_rank)
             try:
                 await self._ask("POST", "/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(folder)}, timeout_s=None)
             except DanluError as error:
