@@ -78,8 +78,8 @@ def make_bundle(prepared: Prepared, run: RunFolder, outcome: dict[str, Any], spe
     import shutil
 
     from danlu.compress.load import load_judge
+    from danlu.evaluate.fit_on_dev import fit_on_dev
     from danlu.evaluate.score import evaluate as score
-    from danlu.evaluate.settle import settle
     from danlu.tasks.predictor import Predictor
 
     job, splits = prepared.job, prepared.splits
@@ -105,7 +105,7 @@ def make_bundle(prepared: Prepared, run: RunFolder, outcome: dict[str, Any], spe
         judge = load_judge(draft)
         evaluations = {"dev": score(judge, splits.dev)}
         if isinstance(judge, Predictor) and isinstance(judge.task, Classification):
-            evaluations["dev"] = settle(judge, splits.dev, evaluations["dev"])
+            evaluations["dev"] = fit_on_dev(judge, splits.dev, evaluations["dev"])
             draft = replace(draft, meta=draft.meta.model_copy(update={"task": judge.task}))
         if splits.test is not None:
             evaluations["test"] = score(judge, splits.test)

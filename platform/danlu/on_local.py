@@ -113,7 +113,7 @@ def _run(at: str, name: str) -> RunFolder:
         raise ClusterError(
             f"there is no run of {name!r}" + (f"; there is: {', '.join(there[:8])}" if there else ""),
             where=f"--storage {at}",
-            fix="--storage URI",
+            fix="the storage that the job wrote to: --storage URI",
         )
     return run
 

@@ -298,8 +298,8 @@ def _metered(job: TrainJob, run_uri: str, listener: Callable[[Record], None]) ->
         yield listener
         return
     from danlu.metrics import emit
+    from danlu.train.budget import budget_of
     from danlu.train.run import record_to_dict
-    from danlu.train.seen import budget_of
 
     with emit.training(job.name, budget_of(job, run_uri)) as meter:
 

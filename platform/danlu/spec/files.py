@@ -89,11 +89,15 @@ def _tagged(spec: BaseModel, document: dict[str, Any]) -> dict[str, Any]:
 def _files_near(path: Path) -> str:
     if not path.parent.is_dir():
         return f"there is no folder {path.parent}"
-    files = sorted(other for pattern in ("*.yaml", "*.yml") for other in path.parent.glob(pattern))
+    files = sorted(other for pattern in ("[!.]*.yaml", "[!.]*.yml") for other in path.parent.glob(pattern))
     near = difflib.get_close_matches(path.stem, [other.stem for other in files], n=1)
     if near:
         return f"did you mean {next(other for other in files if other.stem == near[0])}?"
-    return f"YAML files there: {', '.join(map(str, files[:5]))}" if files else "the path of a YAML file"
+    return (
+        f"YAML files there: {', '.join(map(str, files[:5]))}"
+        if files
+        else "the path of a YAML file; `danlu schema train` says what may stand in one"
+    )
 
 
 def _kind_of(kind: type[Spec]) -> str:

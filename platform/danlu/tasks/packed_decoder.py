@@ -8,7 +8,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from danlu.tasks.context import Context
-from danlu.tasks.lean import make_lean
+from danlu.tasks.custom_autograd import use_custom_autograd
 from danlu.tasks.packed import PackedModel, padded_rows, try_packing
 
 CHUNK_TOKENS, CHUNK_NUMBERS = 1024, 1 << 26
@@ -81,7 +81,7 @@ class PackedDecoder(PackedModel):
         super().__init__()
         self.model = model
         self.pad_token_id = int(model.config.pad_token_id or 0)
-        make_lean(model)
+        use_custom_autograd(model)
         try_packing(self, _lengths(model), self.hidden)
 
     def forward(

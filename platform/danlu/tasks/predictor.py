@@ -44,7 +44,7 @@ class Predictor:
         """Bytes of the weights in memory."""
         return sum(p.numel() * p.element_size() for p in self.model.parameters())
 
-    def settle(self, task: EncoderTask) -> None:
+    def set_task(self, task: EncoderTask) -> None:
         """Answer by this task from now on: the same one, with what was fitted on the dev rows."""
         self.task, self.temperature = task, temperature_of(task)
 

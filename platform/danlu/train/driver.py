@@ -25,8 +25,9 @@ from danlu.errors import DanluError, ResourceError
 from danlu.metrics import emit
 from danlu.spec.files import dump, parse
 from danlu.spec.train import TrainJob
+from danlu.train.budget import budget_of
+from danlu.train.observed import run_id
 from danlu.train.run import EventRecord, Record, record_from_dict, record_to_dict
-from danlu.train.seen import budget_of, run_id
 
 log = logging.getLogger(__name__)
 

@@ -10,10 +10,11 @@ from danlu.tasks.from_scratch import start_folder
 from danlu.tasks.rows import Splits
 from danlu.tasks.task import read_splits
 from danlu.tasks.tokenizer import load_tokenizer
+from danlu.train.budget import check_priced
 from danlu.train.loop import Outcome, train
+from danlu.train.observed import Observed
 from danlu.train.phases import device_name
 from danlu.train.run import Run
-from danlu.train.seen import Seen, check_priced
 
 
 def work(job: TrainJob, run: Run, run_uri: str, splits: Splits | None = None) -> Outcome:
@@ -26,4 +27,4 @@ def work(job: TrainJob, run: Run, run_uri: str, splits: Splits | None = None) ->
         tokenizer = load_tokenizer(folder)
         if splits is None:
             splits = read_splits(job, tokenizer, max_length=job.model.max_length)
-    return train(job, splits, folder, tokenizer, Seen(run), run_uri)
+    return train(job, splits, folder, tokenizer, Observed(run), run_uri)

@@ -123,7 +123,8 @@ def test_a_file_that_cannot_be_read_is_said_with_what_would_work(tmp_path: Path)
             load(TrainJob, tmp_path / name)
         return str(caught.value)
 
-    assert said("job.yaml").endswith("try: the path of a YAML file")
+    (tmp_path / ".pre-commit-config.yaml").touch()  # no job of anybody's
+    assert said("job.yaml").endswith("try: the path of a YAML file; `danlu schema train` says what may stand in one")
     (tmp_path / "topics.yaml").write_text(JOB)
     (tmp_path / "latin.yml").write_bytes("name: café".encode("latin-1"))
     assert "topic.yaml does not exist" in said("topic.yaml")

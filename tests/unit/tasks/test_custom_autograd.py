@@ -16,7 +16,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from danlu.tasks.lean import LeanNorm, make_lean, rotate_half
+from danlu.tasks.custom_autograd import CustomRMSNorm, rotate_half, use_custom_autograd
 
 IDS = torch.arange(3, 43).view(2, 20)
 SMALL = {
@@ -51,7 +51,7 @@ def loss_and_gradients(model: torch.nn.Module, precision: torch.dtype = torch.fl
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_lean_decoder_gives_transformers_loss_and_gradients(family: str) -> None:
+def test_a_decoder_with_its_own_backward_gives_transformers_loss_and_gradients(family: str) -> None:
     model = model_of(family)
     for name, parameter in model.named_parameters():
         if "norm" in name:
@@ -59,9 +59,9 @@ def test_a_lean_decoder_gives_transformers_loss_and_gradients(family: str) -> No
     expected, gradients = loss_and_gradients(model)
     names = list(model.state_dict())
 
-    make_lean(model)
+    use_custom_autograd(model)
 
-    assert sum(isinstance(module, LeanNorm) for module in model.modules()) == FAMILIES[family][1]
+    assert sum(isinstance(module, CustomRMSNorm) for module in model.modules()) == FAMILIES[family][1]
     assert list(model.state_dict()) == names
     loss, found = loss_and_gradients(model)
     torch.testing.assert_close(loss, expected, atol=1e-6, rtol=1e-6)
@@ -74,7 +74,7 @@ def test_under_bf16_autocast_it_is_as_near_to_float32_as_transformers_own() -> N
     model = model_of("qwen3")
     exact, _ = loss_and_gradients(model)
     rounded, theirs = loss_and_gradients(model, torch.bfloat16)
-    make_lean(model)
+    use_custom_autograd(model)
     loss, ours = loss_and_gradients(model, torch.bfloat16)
     assert abs(loss - exact) <= 2 * abs(rounded - exact) + 1e-3
     for name, gradient in theirs.items():
@@ -84,7 +84,7 @@ def test_under_bf16_autocast_it_is_as_near_to_float32_as_transformers_own() -> N
 
 def test_frozen_norms_get_no_gradient_and_copies_have_weights_of_their_own() -> None:
     model = model_of("llama")
-    make_lean(model)
+    use_custom_autograd(model)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("norm" not in name)
     other = copy.deepcopy(model)
@@ -112,5 +112,5 @@ def test_a_model_that_rotates_in_another_way_is_left_alone() -> None:
     from transformers.models.cohere import modeling_cohere
 
     before = modeling_cohere.rotate_half
-    make_lean(AutoModelForCausalLM.from_config(CohereConfig(**SMALL)))
+    use_custom_autograd(AutoModelForCausalLM.from_config(CohereConfig(**SMALL)))
     assert modeling_cohere.rotate_half is before

@@ -15,13 +15,13 @@ from transformers import PreTrainedModel
 
 
 @torch.no_grad()
-def make_lean(model: PreTrainedModel) -> None:
+def use_custom_autograd(model: PreTrainedModel) -> None:
     """Put the hand-written backward behind the model's norms and rotary embeddings, in place."""
     for module in model.modules():
         cls = type(module)
-        if cls.__name__.endswith("RMSNorm") and not isinstance(module, LeanNorm) and _is_root_mean_square(module):
+        if cls.__name__.endswith("RMSNorm") and not isinstance(module, CustomRMSNorm) and _is_root_mean_square(module):
             # The class, not the bound method: copies of the module are whole.
-            module.__class__ = type(cls.__name__, (LeanNorm, cls), {"__module__": cls.__module__})
+            module.__class__ = type(cls.__name__, (CustomRMSNorm, cls), {"__module__": cls.__module__})
     modeling = sys.modules[type(model).__module__]
     rotate = getattr(modeling, "rotate_half", None)
     if rotate is not None and rotate is not rotate_half:
@@ -30,7 +30,7 @@ def make_lean(model: PreTrainedModel) -> None:
             modeling.rotate_half = rotate_half  # type: ignore[attr-defined]
 
 
-class LeanNorm(nn.Module):
+class CustomRMSNorm(nn.Module):
     """A root mean square norm."""
 
     weight: nn.Parameter

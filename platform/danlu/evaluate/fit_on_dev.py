@@ -12,7 +12,7 @@ from danlu.tasks.predictor import Predictor
 from danlu.tasks.rows import Split
 
 
-def settle(predictor: Predictor, dev: Split, found: Evaluation) -> Evaluation:
+def fit_on_dev(predictor: Predictor, dev: Split, found: Evaluation) -> Evaluation:
     """Make the predictor answer as its task asks for; the evaluation of the dev rows as it answers now."""
     task, outputs, labels = predictor.task, found.outputs, dev.labels
     assert isinstance(task, Classification)
@@ -25,5 +25,5 @@ def settle(predictor: Predictor, dev: Split, found: Evaluation) -> Evaluation:
         costs = cost_matrix(task.decision, predictor.label_names)
         threshold = choose_threshold(probabilities(outputs)[:, 1], labels, costs)
         task = task.model_copy(update={"decision": task.decision.model_copy(update={"threshold": threshold})})
-    predictor.settle(task)
+    predictor.set_task(task)
     return Evaluation(predictor.scores(outputs, dev), outputs, found.seconds)
