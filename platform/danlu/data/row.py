@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
@@ -88,14 +88,6 @@ def strings(value: object) -> Iterator[str]:
         case list():
             for inner in value:
                 yield from strings(inner)
-
-
-def rows_only(items: Iterable[Row | Broken], where: str) -> Iterator[Row]:
-    """The rows; DataError at the first broken one."""
-    for item in items:
-        if isinstance(item, Broken):
-            raise item.refusal(where)
-        yield item
 
 
 def decoded(line: bytes) -> tuple[str, str | None]:

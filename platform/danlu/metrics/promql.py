@@ -80,13 +80,6 @@ class Expr:
         """Only the series that `other` has none for."""
         return _binary(self, "unless", other)
 
-    def and_on(self, labels: Iterable[str], other: Expr) -> Expr:
-        """Only the series whose values of these labels `other` has as well."""
-        names = tuple(labels)
-        _check(names, self.labels, self.text)
-        _check(names, other.labels, other.text)
-        return _binary(self, f"and on ({', '.join(names)})", other)
-
 
 def select(series: Series, **matchers: str | Matches) -> Expr:
     """The series themselves. A value that begins with `$` is a Grafana variable and matches as a regular expression."""

@@ -20,7 +20,7 @@ from danlu.data.near import bands, duplicates, normal, shingles, signature, simi
 from danlu.data.personal import is_card, is_chinese_id, masked, personal
 from danlu.data.profile import profile
 from danlu.data.profile_text import html, text
-from danlu.data.row import rows_only
+from danlu.data.row import Row
 from danlu.data.stream import find, stream
 from danlu.errors import DataError
 from danlu.spec.data import Columns
@@ -55,7 +55,7 @@ def test_rows_one_by_one_are_the_rows_at_once(name: str, tmp_path: Path) -> None
             FRAME.to_parquet(path)
     whole = read_rows(str(path))
     (source,) = find(str(path))
-    rows = list(rows_only(stream(source), "data.train"))
+    rows = [row for row in stream(source) if isinstance(row, Row)]
     assert {name: [row.values[name] for row in rows] for name in whole.columns} == {k: list(v) for k, v in whole.columns.items()}
     assert (source.format, source.label_column) == (whole.format, whole.label_column)
     raw = path.read_bytes().split(b"\n") if name in ("a.csv", "a.tsv", "a.jsonl", "a.tab") else []
