@@ -203,6 +203,19 @@ def stop() -> None:
     with contextlib.suppress(ray.exceptions.RayActorError, TimeoutError):
         ray.get(client._controller.graceful_shutdown.options(max_task_retries=0).remote(), timeout=STOP_TIMEOUT_S)
     serve.shutdown()
+    _wait_for_port(client.http_config.host, client.http_config.port)
+
+
+def _wait_for_port(host: str, port: int) -> None:
+    """Until nobody listens there: Serve kills its proxies and does not wait for their end, and who serves next may want the port."""
+    deadline = time.monotonic() + PROXIES_TIMEOUT_S
+    while time.monotonic() < deadline:
+        try:
+            _free_port(host, port)
+        except ResourceError:
+            time.sleep(0.02)
+        else:
+            return
 
 
 def _wait_for_proxies(client: Any) -> None:

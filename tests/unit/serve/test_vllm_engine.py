@@ -61,7 +61,14 @@ def pids(engine: VllmEngine) -> list[int]:
 
 def gone(some: list[int]) -> bool:
     """Whether they have ended; one that nobody has buried has."""
-    return not any(psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE for pid in some)
+
+    def lives(pid: int) -> bool:
+        try:
+            return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            return False
+
+    return not any(map(lives, some))
 
 
 def wait_until(is_so: Callable[[], bool]) -> None:
