@@ -6,6 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
+from danlu.spec.after_training import check_compression, check_engine
 from danlu.spec.base import DnsLabel, NonNegativeInt, PositiveFloat, PositiveInt, Spec
 from danlu.spec.cluster import JobCluster
 from danlu.spec.compress import Compress
@@ -29,6 +30,7 @@ from danlu.spec.task import (
     is_decoders,
 )
 from danlu.spec.tuning import Adalora, Full, Lora, Tuning, VirtualTokens, is_merged
+from danlu.spec.vllm import Vllm
 
 STREAMED = ("classification", "pretrain", "chat")
 """Tasks whose training rows may be read from files, by need."""
@@ -240,8 +242,8 @@ class TrainJob(Spec):
 
     @model_validator(mode="after")
     def _what_follows_training_can_take_the_task(self) -> Self:
-        if self.compress is not None and not isinstance(self.task, EncoderTask):
-            raise ValueError(f"compress takes an encoder's task, such as classification; leave it out for task.kind={self.task.kind}")
+        if self.compress is not None:
+            check_compression(self.task, self.compress)
         if self.serve is None:
             return self
         if not isinstance(self.task, EncoderTask) and not is_decoders(self.task):
@@ -249,18 +251,19 @@ class TrainJob(Spec):
                 f"serve has no engine for {_named(self.task)}, which goes on with no text; leave it out: danlu predict answers"
             )
         engine = self.serve.engine
-        right = "encoder" if isinstance(self.task, EncoderTask) else "torch"
-        if engine is not None and engine.kind != right:
-            does = "continues texts" if isinstance(engine, Torch) else "answers with what an encoder's head says"
+        right = ("encoder",) if isinstance(self.task, EncoderTask) else ("torch", "vllm")
+        if engine is not None and engine.kind not in right:
+            does = "answers with what an encoder's head says" if isinstance(engine, Encoder) else "continues texts"
             raise ValueError(
-                f"serve.engine.kind={engine.kind} {does}, and {_named(self.task)} does not; serve.engine.kind={right}, or leave it out"
+                f"serve.engine.kind={engine.kind} {does}, and {_named(self.task)} does not; serve.engine.kind={' or '.join(right)}, "
+                "or leave it out"
             )
-        if isinstance(engine, Torch) and engine.model_name_or_path is not None:
-            raise ValueError("serve.engine.model_name_or_path is in the way of what was trained, which is served; leave it out")
-        if right == "torch" and isinstance(self.tuning, VirtualTokens):
+        if isinstance(engine, Torch | Vllm):
+            check_engine(engine, self.tuning, self.compress)
+        if is_decoders(self.task) and isinstance(self.tuning, VirtualTokens):
             raise ValueError(
-                f"serve: engine.kind=torch puts no virtual tokens before a text, which tuning.kind={self.tuning.kind} has learned; "
-                "leave serve out (danlu predict answers), or tuning.kind=lora"
+                f"serve: engine.kind={'torch' if engine is None else engine.kind} puts no virtual tokens before a text, which tuning.kind="
+                f"{self.tuning.kind} has learned; leave serve out (danlu predict answers), or tuning.kind=lora"
             )
         return self
 
