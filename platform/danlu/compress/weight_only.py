@@ -74,11 +74,17 @@ def multiply(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: t
     if weight.dtype == torch.uint8:
         return nn.functional.linear(x, dequantize(unpack_nibbles(weight), scale, x.dtype), None if bias is None else bias.to(x.dtype))
     # Integers up to 127 are exact in bf16, and so is what is multiplied before the scale.
-    if len(x) <= FEW_TOKENS and x.dtype == torch.bfloat16 and x.device.type == "cpu" and int8_product_works():
+    if _takes_int8_product(x, weight):
         y: torch.Tensor = torch.ops.aten._weight_int8pack_mm(x, weight, scale[:, 0].to(x.dtype))
     else:
         y = nn.functional.linear(x, weight.to(x.dtype)).mul_(scale[:, 0])
     return y if bias is None else y.add_(bias)
+
+
+def _takes_int8_product(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """It reads whole vectors, and beyond a weight whose rows are none: the process ends."""
+    few = len(x) <= FEW_TOKENS and x.dtype == torch.bfloat16 and x.device.type == "cpu"
+    return few and weight.shape[0] % 32 == 0 and weight.shape[1] % 32 == 0 and int8_product_works()
 
 
 def dequantize(values: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -132,8 +138,8 @@ def int8_product_works() -> bool:
     """Try PyTorch's product of bf16 and int8 once a process, against its own in steps: builds and CPUs differ in what they have."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(3, 96, generator=generator).bfloat16()
-    weight = torch.randint(-127, 128, (48, 96), generator=generator).to(torch.int8)
-    scale = torch.rand(48, generator=generator).bfloat16()
+    weight = torch.randint(-127, 128, (64, 96), generator=generator).to(torch.int8)
+    scale = torch.rand(64, generator=generator).bfloat16()
     try:
         y = torch.ops.aten._weight_int8pack_mm(x, weight, scale)
     except (AttributeError, RuntimeError):

@@ -90,6 +90,7 @@ def test_a_product_with_integers_is_that_of_what_they_stand_for(bits: int, group
 def check_step(config: PretrainedConfig, dtype: torch.dtype, native: Kernels, quantization: Int8 | Int4 | None = None) -> None:
     """Prompts, then tokens and small pieces of several sequences in one batch, with a gap between their slots."""
     torch.manual_seed(2)
+    rounded = 4e-2 if quantization is None else 6e-2  # PyTorch rounds a product with integers before its scale and after
     forwards = {}
     for which in (native, None):
         torch.manual_seed(2)
@@ -109,16 +110,16 @@ def check_step(config: PretrainedConfig, dtype: torch.dtype, native: Kernels, qu
     for pieces in steps:
         batch = make_batch(pieces, device=torch.device("cpu"), all_wanted=True)
         found, expected = (forward(batch, caches[which]).to(dtype) for which, forward in forwards.items())
-        check_close(found, expected)
+        check_close(found, expected, rounded)
     for mine, theirs in zip(caches[native].layers.values(), caches[None].layers.values(), strict=True):
         for found, expected in zip(mine, theirs, strict=True):
-            check_close(found, expected)
+            check_close(found, expected, rounded)
 
 
-def check_close(found: torch.Tensor, expected: torch.Tensor) -> None:
-    """Within what rounding in another order comes to, of the largest."""
+def check_close(found: torch.Tensor, expected: torch.Tensor, rounded: float) -> None:
+    """Within what rounding in another order comes to, of the largest; `rounded` to bf16."""
     difference = float((found - expected).abs().max() / expected.abs().max())
-    assert difference < (1e-5 if found.dtype == torch.float32 else 4e-2)
+    assert difference < (1e-5 if found.dtype == torch.float32 else rounded)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
