@@ -13,7 +13,17 @@ from danlu.artifact.bundle import Bundle
 from danlu.errors import DataError, SpecError, StorageError
 from danlu.handover import open_bundle
 from danlu.spec.data import Columns, DropBroken, RepairBroken
-from danlu.spec.task import CausalLm, Chat, Classification, EncoderTask, Preference, Pretrain
+from danlu.spec.task import (
+    CausalLm,
+    Chat,
+    Classification,
+    EncoderTask,
+    MultiLabelClassification,
+    Preference,
+    Pretrain,
+    Regression,
+    rows_are_texts,
+)
 from danlu.spec.train import TrainJob
 
 if TYPE_CHECKING:
@@ -59,6 +69,7 @@ def data_report(
     if job is None:
         return profile(sources, Columns(), near_threshold=near_threshold, max_rows=max_rows)
     from danlu.artifact.pretrained import model_folder
+    from danlu.data.row_texts import conversation_reader
     from danlu.tasks.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(model_folder(job.model))
@@ -68,9 +79,12 @@ def data_report(
         format=job.data.format,
         tokenizer=tokenizer,
         max_length=job.model.max_length,
-        cuts=job.task.kind != "pretrain",
+        # Of other rows the model reads several texts, or windows: the plan says what is cut of them.
+        cuts=isinstance(job.task, Classification | MultiLabelClassification | Regression | Chat),
         near_threshold=near_threshold,
         max_rows=max_rows,
+        of_texts=rows_are_texts(job.task),
+        reader_for=lambda first: conversation_reader(job.task, tokenizer, first) if isinstance(job.task, Chat | Preference) else None,
     )
     try:
         example = _first_example(job, sources["train"], tokenizer, sorted(found.splits["train"].labels))
@@ -81,6 +95,7 @@ def data_report(
 
 def _first_example(job: TrainJob, source: str | Sequence[str], tokenizer: Any, labels: Sequence[str]) -> Example:
     from danlu.data.profile import Example
+    from danlu.data.rendering import show
     from danlu.tasks.task import read_given
 
     names = list(getattr(job.task, "labels", None) or labels)
@@ -91,7 +106,8 @@ def _first_example(job: TrainJob, source: str | Sequence[str], tokenizer: Any, l
         split = read_given(source, job.model_copy(update={"data": few}), tokenizer, names, max_length=job.model.max_length)
     ids = [int(token) for token in split.encoded.row(0)]
     target = "every next token" if split.labels is None else str(names[int(split.labels[0])] if split.labels.ndim == 1 else split.labels[0])
-    return Example(tuple(tokenizer.convert_ids_to_tokens(ids)), tuple(ids), target)
+    learned = show(split.encoded, 0, tokenizer) if isinstance(job.task, Chat | Preference) else None
+    return Example(tuple(tokenizer.convert_ids_to_tokens(ids)), tuple(ids), target, learned)
 
 
 def clean(job: TrainJob, out: str | None = None) -> tuple[Mapping[str, Sequence[str]], Cleaned]:
@@ -105,7 +121,7 @@ def clean(job: TrainJob, out: str | None = None) -> tuple[Mapping[str, Sequence[
             fix="data.clean: [{kind: drop_broken}, {kind: deduplicate_exact}]",
         )
     data = job.data if out is None else job.data.model_copy(update={"cache_dir": out})
-    made, cleaned = prepare(data, job.seed)
+    made, cleaned = prepare(data, job.seed, of_texts=rows_are_texts(job.task))
     return {name: list(shards) for name in ("train", "dev", "test") if (shards := getattr(made, name)) is not None}, cleaned
 
 
@@ -287,9 +303,9 @@ def _columns(
 
     job = TrainJob.model_validate(bundle.meta.lineage.spec)
     if data is not None:
-        source, spec = prepare_given(data, job.data, job.seed)
+        source, spec = prepare_given(data, job.data, job.seed, of_texts=rows_are_texts(job.task))
     else:
-        spec = prepare(job.data, job.seed)[0] if needs_preparing(job.data) else job.data
+        spec = prepare(job.data, job.seed, of_texts=rows_are_texts(job.task))[0] if needs_preparing(job.data) else job.data
         source = getattr(spec, name) or spec.train
     rows = read_rows(source, format=spec.format, max_rows=spec.max_rows, where=f"data.{name}")
     for column in wanted:
