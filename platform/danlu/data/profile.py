@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from danlu.data.columns import as_label, is_empty
+from danlu.data.columns import is_empty
 from danlu.data.conversations import BadRow
 from danlu.data.language import language
 from danlu.data.near import Seen, database
 from danlu.data.personal import masked, personal
 from danlu.data.row import Broken
-from danlu.data.row_texts import Reader, Values, roles_of, row_text
+from danlu.data.row_texts import ANY, Reader, Reading, Values, roles_of, row_text
 from danlu.data.stream import Source, find, stream
 from danlu.errors import DataError
 from danlu.spec.data import Columns
@@ -124,13 +124,9 @@ def profile(
     cuts: bool = True,
     near_threshold: float | None = 0.8,
     max_rows: int | None = None,
-    of_texts: bool | None = None,
-    reader_for: Callable[[Values], Reader | None] = lambda _: None,
+    reading: Reading = ANY,
 ) -> Profile:
-    """Read every split once. `near_threshold=None` leaves near duplicates out, which take most of the time.
-
-    `of_texts` as in `roles_of`. `reader_for`: how rows like a first one are read by the model; what cannot be read so is broken.
-    """
+    """Read every split once. `near_threshold=None` leaves near duplicates out, which take most of the time; `reading`: as a task does."""
     splits = {}
     with TemporaryDirectory(prefix="danlu-report-") as folder:
         connection = database(Path(folder) / "seen.sqlite")
@@ -140,7 +136,7 @@ def profile(
             for name in names:
                 found = find(sources[name], format=format, where=f"data.{name}")
                 seen = Seen(connection, f"exact_{name}"), Seen(connection, f"near_{name}", near_threshold) if near_threshold else None
-                builder = _Builder(name, found, columns, tokenizer, max_length if cuts else None, seen, train, of_texts, reader_for)
+                builder = _Builder(name, found, columns, tokenizer, max_length if cuts else None, seen, train, reading)
                 for source in found:
                     for item in _first(stream(source, where=f"data.{name}"), max_rows):
                         builder.add(item)
@@ -207,10 +203,9 @@ class _Builder:
         max_length: int | None,
         seen: tuple[Seen, Seen | None],
         train: tuple[Seen, Seen | None] | None,
-        of_texts: bool | None,
-        reader_for: Callable[[Values], Reader | None],
+        reading: Reading,
     ) -> None:
-        self.of_texts, self.reader_for = of_texts, reader_for
+        self.reading = reading
         self.reader: Reader | None = None
         self.name, self.sources, self.wanted, self.tokenizer, self.max_length = name, sources, columns, tokenizer, max_length
         self.exact_seen, self.near_seen = seen
@@ -236,8 +231,8 @@ class _Builder:
         self.rows += 1
         if self.roles is None:
             label = next((source.label_column for source in self.sources if source.path == item.source), None)
-            self.roles = roles_of(item.values, self.wanted, label, f"data.{self.name}", of_texts=self.of_texts)
-            self.reader = self.reader_for(item.values)
+            self.roles = roles_of(item.values, self.wanted, label, f"data.{self.name}", of_texts=self.reading.of_texts)
+            self.reader = self.reading.reader_for(item.values)
         for name, value in item.values.items():
             self.columns.setdefault(name, _Column()).add(value)
         text = row_text(item.values, self.roles)
@@ -249,11 +244,13 @@ class _Builder:
         except BadRow as error:
             self.broken.add(at, str(error))
             return
-        label = as_label(item.values.get(self.roles["label"])) if "label" in self.roles else None
-        if label:
-            self.labels[label] += 1
-        elif label is not None:
-            self.unlabelled.add(at)
+        label = None
+        if "label" in self.roles and self.reading.labels_of is not None:
+            names = self.reading.labels_of(item.values.get(self.roles["label"]))
+            label = ", ".join(names)
+            self.labels.update(names)
+            if not names:
+                self.unlabelled.add(at)
         self._lengths(item.values, text, read)
         self.languages[language(text)] += 1
         for kind, hit in dict(personal(text)).items():

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from danlu.data.columns import USUAL, choose
-from danlu.data.conversations import BadRow, Conversation, detect, reader
+from danlu.data.columns import USUAL, as_label, choose
+from danlu.data.conversations import Conversation, detect, reader
 from danlu.data.formats import Rows
 from danlu.data.row import strings
 from danlu.errors import DataError
@@ -21,6 +22,20 @@ Reader = Callable[[Values], Sequence[str]]
 """The texts that the model reads of a row. BadRow if it can read none."""
 MESSAGES = ({"role", "content"}, {"from", "value"})
 """A message's keys, in OpenAI's form and in sharegpt's: who speaks, and what is said."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How a task reads rows. `of_texts` as `roles_of` has it; `labels_of` a cell, None where a row's answer is none of a few;
+    `reader_for` rows like a first one: what that cannot read is broken."""
+
+    of_texts: bool | None = None
+    labels_of: Callable[[object], Sequence[str]] | None = lambda value: [name] if (name := as_label(value)) else []
+    reader_for: Callable[[Values], Reader | None] = lambda _: None
+
+
+ANY = Reading()
+"""Nobody says which task the rows are for."""
 
 
 def roles_of(first: Values, columns: Columns, label_column: str | None, where: str, *, of_texts: bool | None = True) -> dict[str, str]:
@@ -98,6 +113,3 @@ def conversation_reader(task: Chat | Preference, tokenizer: PreTrainedTokenizerB
         return [rendered.text for conversation in conversations(row) for rendered in render(conversation, tokenizer, turns)]
 
     return read
-
-
-__all__ = ["BadRow", "Reader", "conversation_reader", "roles_of", "row_text"]
