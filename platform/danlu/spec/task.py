@@ -301,6 +301,10 @@ LanguageTask = Pretrain | Chat | Preference | Seq2Seq
 Task = Annotated[EncoderTask | LanguageTask, Field(discriminator="kind")]
 
 
+AnsweredTask = EncoderTask | Pretrain | Seq2Seq
+"""Tasks that a request is answered of as a whole, by a route of their own; of `pretrain` only the masked objective is."""
+
+
 def is_decoders(task: Task) -> bool:
     """True if a causal language model is what learns it: tokens that predict the next one, each of which sees those before it."""
     match task:
@@ -308,6 +312,13 @@ def is_decoders(task: Task) -> bool:
             return isinstance(task.objective, CausalLm)
         case _:
             return isinstance(task, Chat | Preference)
+
+
+def engine_kind(task: Task) -> Literal["encoder", "encoder_decoder", "torch"]:
+    """The kind of engine that serves its bundles; where that is torch, vllm does too."""
+    if isinstance(task, Seq2Seq):
+        return "encoder_decoder"
+    return "torch" if is_decoders(task) else "encoder"
 
 
 METRICS: dict[str, tuple[str, ...]] = {
