@@ -298,11 +298,15 @@ EncoderTask = Classification | MultiLabelClassification | Regression | Extractiv
 LanguageTask = Pretrain | Chat | Preference | Seq2Seq
 """Tasks of language models: what they answer is text."""
 
+AnsweredTask = EncoderTask | Pretrain | Seq2Seq
+"""Tasks whose requests are answered as a whole, by a route of their own; of `pretrain` only the masked objective is."""
+
 Task = Annotated[EncoderTask | LanguageTask, Field(discriminator="kind")]
 
 
-AnsweredTask = EncoderTask | Pretrain | Seq2Seq
-"""Tasks that a request is answered of as a whole, by a route of their own; of `pretrain` only the masked objective is."""
+def rows_are_texts(task: Task) -> bool:
+    """True if a row is one text, or two, and its label; other rows are made of messages, questions and contexts, options, answers."""
+    return isinstance(task, Classification | MultiLabelClassification | Regression | Pretrain)
 
 
 def is_decoders(task: Task) -> bool:
