@@ -147,7 +147,8 @@ def word_pieces(tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
 
     WordPiece marks what goes on (##), byte-level and SentencePiece tokenizers what begins (a space); there a word is letters and digits.
     """
-    names = [name or "" for name in tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))]
+    highest = max(tokenizer.get_vocab().values())  # more than there are entries, where a vocabulary has holes
+    names = [name or "" for name in tokenizer.convert_ids_to_tokens(list(range(highest + 1)))]
     if any(name.startswith("##") for name in names):
         return np.asarray([[True] * len(names), [name.startswith("##") for name in names]])
     from transformers.convert_slow_tokenizer import bytes_to_unicode

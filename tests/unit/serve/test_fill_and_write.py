@@ -238,9 +238,9 @@ def test_texts_that_come_together_are_written_together_and_as_they_are_alone(fol
     assert len(batches) <= 5
 
 
-@pytest.mark.parametrize("kind", ["masked", "seq2seq"])
+@pytest.mark.parametrize(("kind", "precision"), [("masked", "bf16"), ("seq2seq", "fp32"), ("seq2seq", "bf16")])
 def test_a_bundle_is_served_as_it_was_evaluated_from_its_file_to_its_endpoint(
-    kind: str, folders: dict[str, Path], served: Served, tmp_path: Path
+    kind: str, precision: str, folders: dict[str, Path], served: Served, tmp_path: Path
 ) -> None:
     rows = [{"text": f"{text} rose"} for text in ("wheat", "the ship", "corn and maize") * 8] if kind == "masked" else translations(24)
     task = {"kind": "pretrain", "objective": {"kind": "masked"}} if kind == "masked" else {"kind": "seq2seq", "max_target_length": 8}
@@ -250,7 +250,7 @@ def test_a_bundle_is_served_as_it_was_evaluated_from_its_file_to_its_endpoint(
             "model": {"model_name_or_path": str(folders["bert" if kind == "masked" else "t5"] / "model"), "max_length": 16},
             "data": {"train": write_rows(tmp_path / "rows.jsonl", rows), "dev_size": 0.25, "cache_dir": str(tmp_path / "cache")},
             "task": task,
-            "precision": "fp32",
+            "precision": precision,
             "optim": {"learning_rate": 1e-2},
             "global_batch_size": 8,
             "micro_batch_size": 8,
@@ -273,13 +273,13 @@ def test_a_bundle_is_served_as_it_was_evaluated_from_its_file_to_its_endpoint(
             assert all("[MASK]" in one.question for one in shown)
             with pytest.raises(SpecError, match="scores words that were not masked"):
                 sdk.examine(trained.reference, storage=job.storage, url=url)
-        else:
+        elif precision == "fp32":  # in bf16 a near tie may fall otherwise in another batch
             found = sdk.examine(trained.reference, storage=job.storage, url=url)
             evaluated = trained.evaluations["dev"].scores.metrics()
             assert found.evaluation.scores.metrics() == {name: evaluated[name] for name in ("bleu", "chrf", "rouge1", "rouge2", "rougeL")}
             assert found.analysis.metrics["chrf"].low <= evaluated["chrf"] <= found.analysis.metrics["chrf"].high
     probe = bundle.meta.probes[0]
-    moved = probe.model_copy(update={"logprobs": [one - 0.1 for one in probe.logprobs]})
+    moved = probe.model_copy(update={"logprobs": [one - 1.0 for one in probe.logprobs]})
     wrong = Bundle(bundle.path, bundle.meta.model_copy(update={"probes": [moved]}))
     with pytest.raises(QualityError, match="where its evaluation gave it"):
         asyncio.run(make_engine(service, wrong).start())

@@ -118,10 +118,6 @@ PROBLEMS = {
         "serve.engine (line 5): there is no kind 'echo'",
         "encoder or encoder_decoder or torch",
     ),
-        "serve: {engine: {kind: echo}}",
-        "serve.engine (line 5): there is no kind 'echo'",
-        "encoder or encoder_decoder or torch",
-    ),
     "an engine that continues texts for one that has labels": (
         "serve: {engine: {kind: torch}}",
         "serve.engine.kind=torch continues texts, and task.kind=classification does not; serve.engine.kind=encoder, or leave it out",
