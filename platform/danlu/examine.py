@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from danlu.artifact.bundle import Bundle
-from danlu.data.encode import NO_TARGET
 from danlu.errors import DataError, SpecError, StorageError
 from danlu.handover import open_bundle
 from danlu.spec.data import Columns, DropBroken, RepairBroken
@@ -117,6 +116,7 @@ def _reading(task: Task, tokenizer: Any) -> Reading:
 
 
 def _first_example(job: TrainJob, source: str | Sequence[str], tokenizer: Any, labels: Sequence[str]) -> Example:
+    from danlu.data.encode import NO_TARGET
     from danlu.data.profile import Example
     from danlu.data.rendering import show
     from danlu.tasks.task import read_given, read_splits
