@@ -309,7 +309,7 @@ def _show_answers(url: str, job: TrainJob, bundle: Bundle, split: Split) -> Sequ
     """Some rows' answers; of a language model also for the report."""
     import httpx
 
-    from danlu.serve.encoder_wire import wire_of
+    from danlu.serve.wires import wire_of
     from danlu.tasks.exchange import shown
 
     if not isinstance(job.task, EncoderTask):

@@ -27,7 +27,7 @@ from danlu.metrics.promql import (
 
 USER_ROUTES = Matches("/v1/.+")
 """What clients ask; health and readiness are asked by machines."""
-WHOLE_ANSWERS = Matches("/v1/(answer|choose|classify|embeddings|rerank|tag)")
+WHOLE_ANSWERS = Matches("/v1/(answer|choose|classify|embeddings|fill_mask|rerank|tag)")
 """Of these a client waits for all of the answer. A language model's may well take minutes: there the first token counts."""
 ERROR_BUDGET = 0.005
 """The objective: of a month's requests at most one in 200 ends with a 5xx."""

@@ -27,14 +27,14 @@ from danlu.local_ray import start_ray
 from danlu.metrics import catalog, emit
 from danlu.metrics.catalog import Metric
 from danlu.serve.asgi import App
-from danlu.serve.encoder_wire import wire_of
 from danlu.serve.engine import make_engine
 from danlu.serve.gateway import Gateway
 from danlu.serve.generation import TextEngine
 from danlu.serve.keys import Authenticated, KeyRing, read_keys
+from danlu.serve.wires import wire_of
 from danlu.spec.files import dump, load, parse
-from danlu.spec.serve import Echo, EchoText, Encoder, Service
-from danlu.spec.task import Classification, EncoderTask, Pretrain, Task
+from danlu.spec.serve import Echo, EchoText, Encoder, EncoderDecoder, Service
+from danlu.spec.task import AnsweredTask, Classification, EncoderTask, Pretrain, Task, engine_kind
 from danlu.spec.vllm import Vllm
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ class Replica:
             torch.set_num_threads(1)
         bundle = None if service.bundle is None else read_bundle(Store(service.storage).resolve(service.bundle), verify=True)
         engine = make_engine(service, bundle)
-        if isinstance(service.engine, Encoder):
+        if isinstance(service.engine, Encoder | EncoderDecoder):
             from danlu.serve.engines.encoder import EncoderEngine
 
             assert isinstance(engine, EncoderEngine)
@@ -161,7 +161,9 @@ def run(service: Service) -> Endpoint:
         os.environ["RAY_SERVE_ENABLE_HA_PROXY"] = "1"
     # A bundle that is not there is the user's to hear of now, not a replica's to die of.
     task = None if service.bundle is None else read_bundle(Store(service.storage).resolve(service.bundle)).meta.task
-    route = wire_of(task if isinstance(task, EncoderTask) else Classification()).path
+    route, asked = "", ""
+    if not service.is_language_model:
+        route, asked = _first_example(service, task)
     if service.auth is not None:
         read_keys(Path(service.auth.keys_file))
     traces.asked_exporter()  # replicas inherit the environment: what it asks for in vain is said now
@@ -178,11 +180,25 @@ def run(service: Service) -> Endpoint:
         if not was_there:  # else what ran before runs on
             serve.delete(service.name)
         raise
-    asked = ""
     if service.is_language_model:
         route, body = _first_request(service.name, task)
         asked = json.dumps(body)
     return Endpoint(f"http://{host}:{port}", service.name, route, asked, _dashboard_url(), _metrics_url(), service.auth is not None)
+
+
+def _first_example(service: Service, task: Task | None) -> tuple[str, str]:
+    """Where an engine that answers requests as a whole is asked, and how, unless that is a label's; SpecError if it has no such bundle."""
+    if task is None:
+        return wire_of(Classification()).path, ""
+    if (right := engine_kind(task)) != service.engine.kind or not isinstance(task, AnsweredTask):
+        raise SpecError(
+            f"{service.bundle} was trained for {task.kind}, which engine.kind={service.engine.kind} does not answer",
+            where="engine.kind",
+            fix=f"engine: {{kind: {right}}}",
+        )
+    wire = wire_of(task)
+    example = json.loads(wire.example) | {"model": service.name}
+    return wire.path, "" if isinstance(task, EncoderTask | Pretrain) else json.dumps(example)
 
 
 def _first_request(model: str, task: Task | None) -> tuple[str, dict[str, Any]]:

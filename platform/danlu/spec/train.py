@@ -13,7 +13,7 @@ from danlu.spec.data import Data
 from danlu.spec.model import Model
 from danlu.spec.optim import Adafactor, BnbAdamW, Lion, Optim, Wsd
 from danlu.spec.parallel import Ddp, DeepSpeed, Parallel, Pipeline, Tensor, Workers
-from danlu.spec.serve import Encoder, Engine, ServeAfterTraining, Service, Torch
+from danlu.spec.serve import Encoder, EncoderDecoder, Engine, ServeAfterTraining, Service, Torch
 from danlu.spec.task import (
     COLUMNS,
     METRICS,
@@ -26,6 +26,7 @@ from danlu.spec.task import (
     Pretrain,
     Seq2Seq,
     Task,
+    engine_kind,
     is_decoders,
 )
 from danlu.spec.tuning import Adalora, Full, Lora, Tuning, VirtualTokens, is_merged
@@ -244,16 +245,16 @@ class TrainJob(Spec):
             raise ValueError(f"compress takes an encoder's task, such as classification; leave it out for task.kind={self.task.kind}")
         if self.serve is None:
             return self
-        if not isinstance(self.task, EncoderTask) and not is_decoders(self.task):
-            raise ValueError(
-                f"serve has no engine for {_named(self.task)}, which goes on with no text; leave it out: danlu predict answers"
-            )
-        engine = self.serve.engine
-        right = "encoder" if isinstance(self.task, EncoderTask) else "torch"
+        engine, right = self.serve.engine, engine_kind(self.task)
         if engine is not None and engine.kind != right:
-            does = "continues texts" if isinstance(engine, Torch) else "answers with what an encoder's head says"
+            does = {
+                "encoder": "answers with what an encoder's head says",
+                "encoder_decoder": "writes a text for a text",
+                "torch": "continues texts",
+            }
             raise ValueError(
-                f"serve.engine.kind={engine.kind} {does}, and {_named(self.task)} does not; serve.engine.kind={right}, or leave it out"
+                f"serve.engine.kind={engine.kind} {does[engine.kind]}, and {_named(self.task)} does not; serve.engine.kind={right}, or "
+                "leave it out"
             )
         if isinstance(engine, Torch) and engine.model_name_or_path is not None:
             raise ValueError("serve.engine.model_name_or_path is in the way of what was trained, which is served; leave it out")
@@ -377,12 +378,17 @@ class TrainJob(Spec):
     def service(self, bundle: str) -> Service:
         """The service that hosts this job's bundle."""
         serve = self.serve or ServeAfterTraining()
-        usual: Engine = Torch(num_gpus=self.workers.gpus_per_worker) if is_decoders(self.task) else Encoder()
+        gpus = self.workers.gpus_per_worker
+        usual: dict[str, Engine] = {
+            "encoder": Encoder(),
+            "encoder_decoder": EncoderDecoder(num_gpus=gpus),
+            "torch": Torch(num_gpus=gpus),
+        }
         return Service(
             name=self.name,
             bundle=bundle,
             storage=self.storage,
-            engine=serve.engine or usual,
+            engine=serve.engine or usual[engine_kind(self.task)],
             autoscaling=serve.autoscaling,
             limits=serve.limits,
             http=serve.http,

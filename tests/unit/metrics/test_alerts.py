@@ -18,8 +18,8 @@ from danlu import cli
 from danlu.metrics import rules
 from danlu.metrics.alerts import ALERTS, ERROR_RATIO, SLOW_RATIO, WHOLE_ANSWERS
 from danlu.metrics.dashboards import DASHBOARDS
-from danlu.serve.encoder_wire import routes_of
-from danlu.spec.task import EncoderTask
+from danlu.serve.wires import routes_of
+from danlu.spec.task import EncoderTask, Pretrain
 
 ROOT = Path(__file__).parents[3]
 OPS = ROOT / "ops/prometheus"
@@ -86,8 +86,8 @@ def test_critical_alerts_page_and_others_are_told() -> None:
 
 
 def test_the_routes_whose_whole_answers_must_be_fast_are_the_encoders() -> None:
-    routes = {path for task in get_args(EncoderTask) for path in routes_of(task())}
-    assert len(routes) == 6
+    routes = {path for task in (*get_args(EncoderTask), Pretrain) for path in routes_of(task())}
+    assert len(routes) == 7
     assert {route for route in (*routes, "/v1/chat/completions", "/v1/models") if re.fullmatch(WHOLE_ANSWERS.pattern, route)} == routes
 
 

@@ -411,6 +411,28 @@ GOOD: dict[str, tuple[type[Spec], Document]] = {
         for task in ({"kind": "chat"}, {"kind": "preference"}, {"kind": "pretrain"})
         for engine in (None, {"kind": "torch", "max_num_seqs": 8})
     },
+    **{
+        f"a {kind} text's model that is served by {engine}": (TrainJob, JOB | {"task": task, "serve": {"engine": engine}})
+        for kind, task, engines in (
+            ("masked", {"kind": "pretrain", "objective": {"kind": "masked"}}, (None, {"kind": "encoder"})),
+            (
+                "written",
+                {"kind": "seq2seq"},
+                (
+                    None,
+                    {
+                        "kind": "encoder_decoder",
+                        "dtype": "bf16",
+                        "max_num_seqs": 4,
+                        "batch_wait_ms": 0.5,
+                        "num_threads": 2,
+                        "num_gpus": 1,
+                    },
+                ),
+            ),
+        )
+        for engine in engines
+    },
     "empty mappings": (
         TrainJob,
         JOB | {name: {} for name in ("workers", "optim", "evaluation", "checkpoint", "serve", "compress")},
@@ -549,6 +571,7 @@ SPANNING = {
     "leaves no training row": (TrainJob, JOB | {"data": {"train": "t", "split": {"kind": "ratio", "dev_size": 0.5, "test_size": 0.5}}}),
     "is more than max_replicas": (Service, SERVICE | {"autoscaling": {"min_replicas": 2}}),
     "bundle is needed by engine.kind=encoder": (Service, {"name": "topics"}),
+    "bundle is needed by engine.kind=encoder_decoder": (Service, {"name": "topics", "engine": {"kind": "encoder_decoder"}}),
     "bundle has no effect with engine.kind=echo": (Service, SERVICE | {"engine": {"kind": "echo"}}),
     "data.columns.context has no effect with task.kind=classification": (
         TrainJob,
@@ -563,7 +586,10 @@ SPANNING = {
         TrainJob,
         JOB | {"task": {"kind": "extractive_qa", "null_score_diff_threshold": 1}},
     ),
-    "serve has no engine for task.kind=seq2seq": (TrainJob, JOB | {"task": {"kind": "seq2seq"}, "serve": {}}),
+    "serve.engine.kind=encoder answers with what an encoder's head says, and task.kind=seq2seq": (
+        TrainJob,
+        JOB | {"task": {"kind": "seq2seq"}, "serve": {"engine": {"kind": "encoder"}}},
+    ),
     "serve.engine.kind=torch continues texts": (TrainJob, JOB | {"serve": {"engine": {"kind": "torch"}}}),
     "serve.engine.model_name_or_path is in the way": (
         TrainJob,
