@@ -42,7 +42,7 @@ check: $(STAMP) ## Lint, types, layers, generated files; rules by promtool and a
 	@! command -v amtool >/dev/null || amtool check-config ops/prometheus/alertmanager.yaml
 
 bench: $(STAMP) $(DATA) ## Measure against peers and limits; tables here, JSON in build/bench
-	@for script in train decoder startup encoder engine serve_http metrics; do $(BIN)/python ops/bench/$$script.py || exit 1; done
+	@for script in train decoder startup encoder engine serve_http serving metrics; do $(BIN)/python ops/bench/$$script.py || exit 1; done
 
 soak: $(STAMP) $(DATA) ## The longer suites: killed workers, load, benchmarks' smoke
 	@$(BIN)/python -m pytest -m soak $(ARGS)

@@ -79,12 +79,14 @@ def write_byte_tokenizer(folder: Path) -> None:
     fast.save_pretrained(folder)
 
 
-def write_family(folder: Path, family: str) -> Path:
-    """A model with random weights, as a Hugging Face folder."""
+def write_family(folder: Path, family: str, **shape: Any) -> Path:
+    """A model with random weights, as a Hugging Face folder; `shape` changes its configuration."""
     folder.mkdir(parents=True, exist_ok=True)
     write_byte_tokenizer(folder)
     torch.manual_seed(1)
-    AutoModelForCausalLM.from_config(copy.deepcopy(FAMILIES[family])).save_pretrained(folder)
+    config = copy.deepcopy(FAMILIES[family])
+    config.update(shape)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     return folder
 
 

@@ -1,9 +1,10 @@
-"""A language-model engine: output tokens per second of 1, 16 and 64 streams that begin together, fresh prompts in every round.
+"""A language-model engine: output tokens per second of 1, 4, 16 and 64 streams that begin together, fresh prompts in every round.
 
 A Qwen3-shaped model of 95M random parameters in bf16 (fp32 where the CPU does not multiply bf16), prompts of 32 tokens, greedy: the
 engine with its compiled kernels and without, in process and over HTTP (the gateway on uvicorn, one process; every answer streamed to a
 client in another). Against `model.generate` on one padded batch of the same prompts, and at one stream against the memory: a token reads
-every weight once, so the bound is the measured read bandwidth over the weights' bytes. Then what LoRA adapters cost (four and the base,
+every weight once, so the bound is the measured read bandwidth over the weights' bytes. Weights of 8 and 4 bits against those, and what
+they cost a model that has learned something (`perplexity.py`). Then what LoRA adapters cost (four and the base,
 in a batch of 16), what guessing ahead saves or costs, and what a cached prefix saves. Each contestant is a process of its own that takes
 all cores.
 """
@@ -21,12 +22,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from harness import Row, compare, cores, finish, interleave, options, say
+from harness import DATA, Row, compare, cores, finish, interleave, options, say
+from perplexity import perplexities
 
 VOCABULARY = 25_600
 PROMPT_TOKENS = 32
 PREFIX_TOKENS = 400
-STREAMS = {1: 128, 16: 96, 64: 64}
+STREAMS = {1: 128, 4: 96, 16: 96, 64: 64}
 """Streams -> tokens of each."""
 QUICK = {1: 8, 4: 4}
 LORA = {"q, v": ("q_proj", "v_proj"), "all linears": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")}
@@ -272,6 +274,8 @@ def memory_bound(folder: Path, streams: dict[int, int], seed: int) -> dict[str, 
 
 CONTESTANTS: dict[str, Callable[[Path, dict[int, int], int], dict[str, float]]] = {
     "Danlu": in_process,
+    "Danlu in int8": lambda folder, streams, seed: in_process(folder, streams, seed, quantization="int8"),
+    "Danlu in int4": lambda folder, streams, seed: in_process(folder, streams, seed, quantization="int4"),
     "Danlu, PyTorch only": lambda folder, streams, seed: in_process(folder, streams, seed, kernels="off"),
     "Danlu over HTTP": over_http,
     "model.generate": hugging_face,
@@ -305,6 +309,10 @@ def rows(found: dict[str, list[dict[str, float]]], streams: dict[int, int]) -> l
             for other in ("Danlu", "model.generate", "the memory's bound"):
                 if at[other] and ours != other:
                     made.append(compare(f"{ours}, {number} streams", "tokens/s", at[ours], at[other], other))
+    for kind in ("int8", "int4"):
+        for number in streams:
+            ours, other = ([one[str(number)] for one in found[name]] for name in (f"Danlu in {kind}", "Danlu"))
+            made.append(compare(f"Danlu in {kind}, {number} streams", "tokens/s", ours, other, "Danlu"))
     for name in LORA:
         base, mixed = ([one[f"{name}: {what}"] for one in found["adapters"]] for what in ("base", "mixed"))
         made.append(compare(f"{ADAPTERS} LoRA adapters and the base, {name}", "tokens/s", mixed, base, "the base alone"))
@@ -331,7 +339,16 @@ def main() -> None:
 
         found = interleave({name: (lambda name=name: run(name)) for name in CONTESTANTS}, given.rounds)
     bound = statistics.median(one["1"] for one in found["the memory's bound"])
-    finish("engine", given, rows(found, streams), [f"the memory gives one stream at most {bound:.0f} tokens/s"])
+    notes = [f"the memory gives one stream at most {bound:.0f} tokens/s"]
+    table = rows(found, streams)
+    if DATA.is_dir():
+        read = perplexities(steps=2 if given.quick else 300)
+        for kind in ("int8", "int4"):
+            table.append(compare(f"perplexity, {kind}", "", [read[kind]], [read["bf16"]], "bf16", less_is_better=True))
+        notes.append(f"perplexity of the small model in fp32: {read['fp32']:.3f}")
+    else:
+        notes.append(f"no perplexity: {DATA} is not there")
+    finish("engine", given, table, notes)
 
 
 if __name__ == "__main__":

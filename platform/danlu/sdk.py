@@ -176,16 +176,17 @@ def quantize(
 
     `before` is the original's evaluation on the test (else dev) split, where it has just been made.
     """
-    from danlu.compress.load import load_predictor
+    from danlu.compress.load import load_judge
+    from danlu.compress.quantize import module_bytes, weight_bytes
     from danlu.compress.quantize import quantize as write_quantized
-    from danlu.compress.quantize import weight_bytes
     from danlu.evaluate.score import compare
     from danlu.spec.compress import Compress
+    from danlu.spec.task import is_decoders
 
     budget = job.compress or Compress()
     original = open_bundle(reference or f"{job.name}@{LATEST}", job.storage)
-    predictor = load_predictor(original)
-    split, split_name = split_for(original, predictor, None)
+    judge = load_judge(original)
+    split, split_name = split_for(original, judge, None)
     with tempfile.TemporaryDirectory(prefix="danlu-quantize-") as temporary:
         folder = Path(temporary)
         write_quantized(original, budget.quantization, folder / "model")
@@ -201,17 +202,23 @@ def quantize(
                 }
             ),
         )
-        smaller = load_predictor(draft)
+        race = None
+        if is_decoders(original.meta.task):
+            from danlu.serve.engines.torch.race import decode_race
+
+            race = decode_race(original, draft)
+        smaller = load_judge(draft)
         delta = compare(
-            predictor,
+            judge,
             smaller,
             split,
             name=budget.quantization.kind,
             split_name=split_name,
             # An adapter's file is not what serving it takes.
-            bytes_original=weight_bytes(original.path / "model") if original.meta.weights == "full" else predictor.num_bytes,
+            bytes_original=weight_bytes(original.path / "model") if original.meta.weights == "full" else module_bytes(judge.model),
             bytes_compressed=weight_bytes(folder / "model"),
             before=before,
+            race=race,
         )
         kept, verdict = within_budget(job, delta)
         result = Quantized(delta, kept, verdict, None, None)

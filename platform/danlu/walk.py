@@ -190,7 +190,7 @@ def run(spec: Path, overrides: Sequence[str], *, fresh: bool, keep: bool | None)
     with sdk.serving(service) as endpoint:
         split, bundle = prepared.splits.test or prepared.splits.dev, sdk.open_bundle(reference, job.storage)
         talks = _show_answers(endpoint.url, job, bundle, split)
-        served = sdk.check_served(endpoint.url, bundle, split, served_in_fp32=getattr(service.engine, "dtype", "auto") != "bf16")
+        served = sdk.check_served(endpoint.url, bundle, split, served_in_fp32=getattr(service.engine, "dtype", "auto") in ("auto", "fp32"))
         show(f"  checked: {served}")
         report = sdk.report(prepared, trained, quantized, served, exchanges=talks, endpoint=endpoint.where_to_look())
         heading("Where to look")

@@ -15,7 +15,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 BENCH = ROOT / "ops/bench"
-SCRIPTS = ("train", "decoder", "startup", "encoder", "engine", "serve_http")
+SCRIPTS = ("train", "decoder", "startup", "encoder", "engine", "serve_http", "serving")
 TIMEOUT_S = 900
 
 pytestmark = pytest.mark.soak

@@ -27,7 +27,7 @@ from danlu.artifact.pretrained import model_folder
 from danlu.compress.bf16 import hold_linears_in_bf16
 from danlu.compress.quantized_base import keep_format_of_odd_shapes, need_bitsandbytes, quantized_base
 from danlu.errors import ModelError
-from danlu.spec.compress import BnbInt8, BnbNf4, Int8
+from danlu.spec.compress import BnbInt8, BnbNf4, Int4, Int8
 from danlu.spec.model import Model
 from danlu.spec.task import (
     Chat,
@@ -42,6 +42,7 @@ from danlu.spec.task import (
     Seq2Seq,
     Task,
     TokenClassification,
+    is_decoders,
 )
 from danlu.spec.tuning import Adapter, Qlora, VirtualTokens
 from danlu.tasks import bottleneck
@@ -54,6 +55,7 @@ from danlu.tasks.task import encoder_file, task_file
 from danlu.tasks.tokenizer import load_tokenizer
 
 INT8_FILE = "model.int8.safetensors"
+INT4_FILE = "model.int4.safetensors"
 
 
 def load_judge(bundle: Bundle) -> Predictor | LanguageJudge:
@@ -150,7 +152,8 @@ def load_predictor(bundle: Bundle, *, precision: Literal["fp32", "bf16"] | None 
 def _wrapped(bundle: Bundle) -> PackedModel:
     """The model as a task calls it, with its prompt where it has one."""
     task = task_file(bundle.meta.task)
-    if bundle.meta.quantization is not None:
+    # Of a language model's weights alone are rounded: each row's answer is its own, packed or not.
+    if bundle.meta.quantization is not None and not is_decoders(bundle.meta.task):
         return _as_packed(bundle, load_model(bundle), packed=_can_be_packed(bundle))
     if not isinstance(bundle.meta.tuning, VirtualTokens):
         return task.wrap(load_model(bundle), bundle.meta.task)
@@ -193,6 +196,11 @@ def auto_class(task: Task) -> Any:
             return AutoModelForSequenceClassification
 
 
+def weights_file(quantization: Int8 | Int4) -> str:
+    """Of a folder of such weights."""
+    return INT8_FILE if isinstance(quantization, Int8) else INT4_FILE
+
+
 def load_model(bundle: Bundle) -> PreTrainedModel:
     """The Hugging Face model of a bundle; adapters are merged into float32 weights where they can be."""
     folder = bundle.path / "model"
@@ -203,6 +211,14 @@ def load_model(bundle: Bundle) -> PreTrainedModel:
         case None:
             model: PreTrainedModel = loader.from_pretrained(folder, dtype=torch.float32)
             return model
+        case Int8() | Int4() as quantization if is_decoders(bundle.meta.task):
+            from danlu.compress.weight_only import load_weights
+
+            config = AutoConfig.from_pretrained(folder)
+            state = load_file(folder / weights_file(quantization))
+            return load_weights(lambda: loader.from_config(config, dtype=torch.float32), state)
+        case Int4() as quantization:
+            raise ModelError(f"{bundle.meta.name} is quantized by {quantization.kind}, and no language model", where="bundle.quantization")
         case Int8():
             from danlu.compress.int8 import load_int8
 

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from torch import nn
 from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from danlu.artifact.bundle import Bundle
-from danlu.compress.load import INT8_FILE, auto_class, load_model
+from danlu.compress.load import INT8_FILE, auto_class, load_model, weights_file
 from danlu.compress.quantized_base import HEADS, need_bitsandbytes
 from danlu.errors import ModelError
-from danlu.spec.compress import BnbInt8, BnbNf4, Int8, Quantization
+from danlu.spec.compress import BnbInt8, BnbNf4, Int4, Int8, Quantization
+from danlu.spec.task import is_decoders
 from danlu.spec.tuning import is_merged
 
 
@@ -34,11 +38,26 @@ def quantize(bundle: Bundle, quantization: Quantization, folder: Path) -> None:
     model = load_model(bundle)
     folder.mkdir(parents=True, exist_ok=True)
     match quantization:
+        case Int8() | Int4() if is_decoders(bundle.meta.task):
+            _write_weight_only(model, quantization, folder)
         case Int8():
             _write_int8(model, folder)
-        case BnbInt8() | BnbNf4():
+        case BnbInt8() | BnbNf4() if not is_decoders(bundle.meta.task):
             _write_bitsandbytes(model, auto_class(bundle.meta.task), quantization, folder)
+        case _:
+            takes = "int8 or int4" if is_decoders(bundle.meta.task) else "int8, bnb_int8 or bnb_nf4"
+            raise ModelError(
+                f"{quantization.kind} is not for {bundle.meta.task.kind}", where="compress.quantization.kind", fix=f"kind: {takes}"
+            )
     AutoTokenizer.from_pretrained(bundle.path / "model").save_pretrained(folder)
+    defaults = bundle.path / "model" / GENERATION_CONFIG_NAME
+    if defaults.exists():  # what ends an answer: an adapter's says more than its base model's
+        shutil.copyfile(defaults, folder / defaults.name)
+
+
+def module_bytes(model: nn.Module) -> int:
+    """Size of the weights in memory."""
+    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
 
 
 def weight_bytes(folder: Path) -> int:
@@ -52,6 +71,14 @@ def _write_int8(model: PreTrainedModel, folder: Path) -> None:
     quantized = quantize_int8(model, skip=HEADS)
     model.config.save_pretrained(folder)
     save_file({name: tensor.contiguous() for name, tensor in quantized.state_dict().items()}, folder / INT8_FILE)
+
+
+def _write_weight_only(model: PreTrainedModel, quantization: Int8 | Int4, folder: Path) -> None:
+    from danlu.compress.weight_only import quantize_weights, state_of
+
+    state = state_of(quantize_weights(model, quantization))
+    model.config.save_pretrained(folder)
+    save_file(state, folder / weights_file(quantization))
 
 
 def _write_bitsandbytes(model: PreTrainedModel, loader: Any, quantization: BnbInt8 | BnbNf4, folder: Path) -> None:

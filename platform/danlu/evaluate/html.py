@@ -210,7 +210,7 @@ def _delta(delta: Mapping[str, Any]) -> str:
     spread = f"{delta['speedup_min']:.2f}-{delta['speedup_max']:.2f} over {delta['runs']} interleaved runs"
     before, after = delta["rows_per_second_original"], delta["rows_per_second"]
     rows += [
-        ("rows a second", f"{before:.0f}", f"{after:.0f}", f"{delta['speedup']:.2f}x ({spread})"),
+        (delta["rate"], f"{before:.0f}", f"{after:.0f}", f"{delta['speedup']:.2f}x ({spread})"),
         (
             "MB of weights",
             f"{delta['bytes_original'] / 1e6:.1f}",

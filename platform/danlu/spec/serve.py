@@ -66,6 +66,10 @@ class Torch(Spec):
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
     """Of weights, computation and cache. `auto` is what a bundle was evaluated in, or bf16 where the hardware multiplies it."""
 
+    quantization: Literal["int8", "int4"] | None = None
+    """Round the weights of `model_name_or_path` when it is loaded, to 8 bits with a scale for each output or to 4 with one for 32 inputs. A
+    bundle brings its own (`compress:` of a job), with what it costs."""
+
     max_model_len: PositiveInt | None = None
     """Longest prompt and answer together, in tokens. Unset: the model's positions, 4096 at most. Each running sequence has a slot of this
     length in the cache."""
@@ -253,7 +257,7 @@ class Service(Spec):
             raise ValueError(f"bundle is needed by engine.kind={self.engine.kind}: name@alias, name@v1, a folder or a URI")
         if isinstance(self.engine, Torch | Vllm) and (self.bundle is None) == (self.engine.model_name_or_path is None):
             raise ValueError(f"engine.kind={self.engine.kind} needs a model, and one only: bundle or engine.model_name_or_path")
-        if isinstance(self.engine, Vllm) and self.bundle is not None and self.engine.quantization is not None:
+        if isinstance(self.engine, Torch | Vllm) and self.bundle is not None and self.engine.quantization is not None:
             raise ValueError(
                 f"engine.quantization={self.engine.quantization} would serve other weights than the bundle's, which were evaluated; leave "
                 "it out, or name the bundle's model folder in engine.model_name_or_path"
@@ -266,9 +270,9 @@ class Service(Spec):
 class ServeAfterTraining(Spec):
     """The `serve:` of a training job: a Service whose name, bundle and storage are the job's."""
 
-    engine: Annotated[Encoder | EncoderDecoder | Torch, Field(discriminator="kind")] | None = None
+    engine: Annotated[Encoder | EncoderDecoder | Torch | Vllm, Field(discriminator="kind")] | None = None
     """Unset: what the task takes, which is `encoder` for an encoder's; `encoder_decoder` for seq2seq and `torch` for a decoder's, these on
-    a GPU if the workers have one."""
+    a GPU if the workers have one. A decoder's may be `vllm` too."""
     autoscaling: Autoscaling = Autoscaling()
     limits: Limits = Limits()
     http: Http = Http()

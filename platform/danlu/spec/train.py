@@ -6,6 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
+from danlu.spec.after_training import check_compression, check_engine
 from danlu.spec.base import DnsLabel, NonNegativeInt, PositiveFloat, PositiveInt, Spec
 from danlu.spec.cluster import JobCluster
 from danlu.spec.compress import Compress
@@ -19,7 +20,6 @@ from danlu.spec.task import (
     METRICS,
     Classification,
     Embed,
-    EncoderTask,
     ExtractiveQA,
     Kto,
     Preference,
@@ -30,6 +30,7 @@ from danlu.spec.task import (
     is_decoders,
 )
 from danlu.spec.tuning import Adalora, Full, Lora, Tuning, VirtualTokens, is_merged
+from danlu.spec.vllm import Vllm
 
 STREAMED = ("classification", "pretrain", "chat")
 """Tasks whose training rows may be read from files, by need."""
@@ -241,27 +242,29 @@ class TrainJob(Spec):
 
     @model_validator(mode="after")
     def _what_follows_training_can_take_the_task(self) -> Self:
-        if self.compress is not None and not isinstance(self.task, EncoderTask):
-            raise ValueError(f"compress takes an encoder's task, such as classification; leave it out for task.kind={self.task.kind}")
+        if self.compress is not None:
+            check_compression(self.task, self.compress)
         if self.serve is None:
             return self
         engine, right = self.serve.engine, engine_kind(self.task)
-        if engine is not None and engine.kind != right:
+        kinds = (right, "vllm") if right == "torch" else (right,)
+        if engine is not None and engine.kind not in kinds:
             does = {
                 "encoder": "answers with what an encoder's head says",
                 "encoder_decoder": "writes a text for a text",
                 "torch": "continues texts",
+                "vllm": "continues texts",
             }
             raise ValueError(
-                f"serve.engine.kind={engine.kind} {does[engine.kind]}, and {_named(self.task)} does not; serve.engine.kind={right}, or "
-                "leave it out"
+                f"serve.engine.kind={engine.kind} {does[engine.kind]}, and {_named(self.task)} does not; serve.engine.kind="
+                f"{' or '.join(kinds)}, or leave it out"
             )
-        if isinstance(engine, Torch) and engine.model_name_or_path is not None:
-            raise ValueError("serve.engine.model_name_or_path is in the way of what was trained, which is served; leave it out")
-        if right == "torch" and isinstance(self.tuning, VirtualTokens):
+        if isinstance(engine, Torch | Vllm):
+            check_engine(engine, self.tuning, self.compress)
+        if is_decoders(self.task) and isinstance(self.tuning, VirtualTokens):
             raise ValueError(
-                f"serve: engine.kind=torch puts no virtual tokens before a text, which tuning.kind={self.tuning.kind} has learned; "
-                "leave serve out (danlu predict answers), or tuning.kind=lora"
+                f"serve: engine.kind={'torch' if engine is None else engine.kind} puts no virtual tokens before a text, which tuning.kind="
+                f"{self.tuning.kind} has learned; leave serve out (danlu predict answers), or tuning.kind=lora"
             )
         return self
 

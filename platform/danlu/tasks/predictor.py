@@ -39,11 +39,6 @@ class Predictor:
         self.device = next(model.parameters()).device
         self.temperature = temperature_of(self.task)
 
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of the weights in memory."""
-        return sum(p.numel() * p.element_size() for p in self.model.parameters())
-
     def set_task(self, task: EncoderTask) -> None:
         """Answer by this task from now on: the same one, with what was fitted on the dev rows."""
         self.task, self.temperature = task, temperature_of(task)

@@ -68,7 +68,7 @@ def serve(gateway: Gateway, app: Any = None) -> Iterator[str]:
 
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
-    started.result(60)
+    started.result(300)
     host, port = server.servers[0].sockets[0].getsockname()[:2]
     try:
         yield f"http://{host}:{port}"

@@ -21,15 +21,36 @@ from danlu.errors import ModelError, RequestError
 from danlu.metrics import catalog
 from danlu.serve.engines.echo import EchoTextEngine
 from danlu.serve.engines.torch.engine import TorchEngine
+from danlu.serve.engines.vllm.engine import VllmEngine
 from danlu.serve.gateway import Gateway
 from danlu.serve.generation import Chat, Delta, Generation, Guide, Prompt, Sampling, TextEngine
 from danlu.spec.serve import EchoText, Limits, Torch
+from danlu.spec.vllm import Vllm
+
+VLLM = Path(__file__).parents[3] / ".cache/bench/vllm/bin/python"
+"""An environment of vLLM's CPU build, where somebody has made one."""
+
+
+def make_vllm(decoder: Path) -> TextEngine:
+    small: dict[str, Any] = {"gpu_memory_utilization": 0.05, "max_num_seqs": 16, "args": ["--enforce-eager"]}
+    return VllmEngine(Vllm(model_name_or_path=str(decoder), python=str(VLLM), device="cpu", dtype="fp32", **small))
+
 
 ENGINES: dict[str, Callable[[Path], TextEngine]] = {
     "echo": lambda _: EchoTextEngine(EchoText(max_model_len=512)),
     "torch": lambda decoder: TorchEngine(Torch(model_name_or_path=str(decoder), dtype="fp32", kv_cache_memory_gb=0.1)),
+    "vllm": make_vllm,
 }
 """Name -> an engine that has not been started, with room for 128 tokens or more; from the folder of a tiny decoder."""
+
+NAMES = [
+    pytest.param(
+        name, marks=[pytest.mark.soak, pytest.mark.skipif(not VLLM.exists(), reason=f"there is no vLLM for a CPU: {VLLM} is not there")]
+    )
+    if name == "vllm"
+    else name
+    for name in ENGINES
+]
 
 PROMPT = "the market price rose on the new report"
 GREEDY = Sampling(max_tokens=24, temperature=0.0, ignore_eos=True)
@@ -43,15 +64,50 @@ SCHEMA = {
 
 @pytest.fixture(scope="module")
 def decoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_family(tmp_path_factory.mktemp("decoder"), "qwen3")
+    return write_family(tmp_path_factory.mktemp("decoder"), "qwen3", head_dim=64)  # vLLM's kernels have no smaller heads
 
 
-@pytest.fixture(params=ENGINES)
+class Kept:
+    """Makes engines, of which `with_engine` asks one again and again: it takes most of a minute to start."""
+
+    def __init__(self, make: Callable[[], TextEngine]) -> None:
+        self.make, self.engine, self.loop = make, make(), asyncio.new_event_loop()
+        self.started = False
+
+    def __call__(self) -> TextEngine:
+        return self.make()
+
+    def run(self, body: Callable[[TextEngine], Coroutine[Any, Any, Any]]) -> Any:
+        if not self.started:
+            self.loop.run_until_complete(self.engine.start())
+            self.started = True
+        return self.loop.run_until_complete(body(self.engine))
+
+    def close(self) -> None:
+        if self.started:
+            self.loop.run_until_complete(self.engine.stop())
+        self.loop.close()
+
+
+@pytest.fixture(scope="module")
+def kept(decoder: Path) -> Iterator[Kept]:
+    found = Kept(lambda: make_vllm(decoder))
+    yield found
+    found.close()
+
+
+@pytest.fixture(params=NAMES)
 def make_engine(request: pytest.FixtureRequest, decoder: Path) -> Callable[[], TextEngine]:
+    if request.param == "vllm":
+        found: Kept = request.getfixturevalue("kept")
+        return found
     return lambda: ENGINES[request.param](decoder)
 
 
 def with_engine(make: Callable[[], TextEngine], body: Callable[[TextEngine], Coroutine[Any, Any, Any]]) -> Any:
+    if isinstance(make, Kept):
+        return make.run(body)
+
     async def life() -> Any:
         engine = make()
         await engine.start()
@@ -254,7 +310,7 @@ def test_health_follows_the_engines_life(make_engine: Callable[[], TextEngine]) 
 # Over HTTP, with OpenAI's client.
 
 
-@pytest.fixture(scope="module", params=ENGINES)
+@pytest.fixture(scope="module", params=NAMES)
 def url(request: pytest.FixtureRequest, decoder: Path, served: Callable[..., AbstractContextManager[str]]) -> Iterator[str]:
     gateway = Gateway(ENGINES[request.param](decoder), "model", Limits(), lambda *_, **__: None)
     with served(gateway) as found:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
@@ -14,6 +15,7 @@ import pytest
 import torch
 from language import preferences, talks, write_chat_model, write_rows
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
@@ -28,6 +30,8 @@ from danlu.spec.train import TrainJob
 
 Served = Callable[..., AbstractContextManager[str]]
 MakeJob = Callable[..., TrainJob]
+VLLM = Path(__file__).parents[3] / ".cache/bench/vllm/bin/python"
+"""An environment of vLLM's CPU build, where somebody has made one."""
 QUESTION: Any = [{"role": "user", "content": "What is the capital of Peru?"}]
 
 
@@ -168,6 +172,41 @@ def test_another_model_than_the_evaluated_one_is_found_out(
         sdk.check_served(url, named, prepared.splits.dev)
 
 
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_rounded_weights_are_measured_stored_and_served_as_they_were_evaluated(
+    kind: str, served: Served, make_job: MakeJob, chat: tuple[sdk.Prepared, sdk.Trained], tmp_path: Path
+) -> None:
+    prepared, trained = chat
+    compress = {"quantization": {"kind": kind}, "max_quality_drop": 1, "min_speedup": 1e-9}
+    job = TrainJob.model_validate(prepared.job.model_dump() | {"compress": compress})
+    found = sdk.quantize(job, trained.bundle)
+    bundle = found.bundle
+    assert bundle is not None
+    assert "tokens a second" in found.delta.text()
+    assert found.delta.compressed["loss"] != found.delta.original["loss"]
+    assert 3 < found.delta.bytes_original / found.delta.bytes < 8
+    state = load_file(bundle.path / "model" / f"model.{kind}.safetensors")
+    weight, scale = (state[f"model.layers.0.mlp.up_proj.{name}"] for name in ("weight", "scale"))
+    if kind == "int4":
+        weight = torch.stack([weight & 15, weight >> 4], dim=-1).flatten(1).to(torch.int8)
+        weight = torch.where(weight > 7, weight - 16, weight)
+    merged = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(prepared.folder), trained.bundle.path / "model"
+    ).merge_and_unload()
+    step = scale.abs().repeat_interleave(weight.shape[1] // scale.shape[1], dim=1)
+    lost = (weight * step * scale.sign().repeat_interleave(weight.shape[1] // scale.shape[1], dim=1)) - merged.model.layers[
+        0
+    ].mlp.up_proj.weight
+    assert float((lost.abs() / step).quantile(0.9)) <= 0.5, "most weights are the nearest step's"
+    with endpoint(served, job, bundle) as url:
+        assert "greedy answers over HTTP are the evaluation's" in sdk.check_served(url, bundle, prepared.splits.dev)
+    shutil.copytree(bundle.path, tmp_path / "other")
+    state["lm_head.scale"] *= torch.linspace(0.5, 2, len(state["lm_head.scale"]))[:, None].bfloat16().float()
+    save_file(state, tmp_path / "other/model" / f"model.{kind}.safetensors")
+    with pytest.raises(QualityError, match="the engine"), endpoint(served, job, Bundle(tmp_path / "other", bundle.meta)):
+        pass
+
+
 PROBES: dict[str, tuple[dict[str, Any], str]] = {
     "log probabilities": ({"logprobs": [-3.0] * 16}, "a log probability of"),
     "tokens": ({"completion_token_ids": [7] * 4, "logprobs": [-0.1] * 4}, "a log probability of|would not say"),
@@ -216,6 +255,30 @@ def test_virtual_tokens_are_refused_with_what_answers_instead(make_job: MakeJob)
     with pytest.raises(ModelError, match="tuned by prompt: its virtual tokens") as refused:
         load(Torch(), bundle)
     assert "danlu predict" in refused.value.fix
+
+
+@pytest.mark.soak
+@pytest.mark.skipif(not VLLM.exists(), reason=f"there is no vLLM for a CPU: {VLLM} is not there")
+@pytest.mark.parametrize("tuning", ["full", "lora"])
+def test_a_job_may_be_served_by_vllm(
+    tuning: str, served: Served, make_job: MakeJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # where merged adapters are kept
+    small = {"gpu_memory_utilization": 0.05, "max_num_seqs": 16, "args": ["--enforce-eager"]}
+    engine = {"kind": "vllm", "python": str(VLLM), "device": "cpu", **small}
+    model = write_chat_model(tmp_path / "wide", hidden_size=256)  # vLLM's kernels have no heads of less than 64
+    job = make_job(
+        f"vllm-{tuning}",
+        model={"model_name_or_path": str(model), "max_length": 64},
+        tuning={"kind": tuning},
+        optim={"learning_rate": 1e-3},
+        serve={"engine": engine},
+    )
+    prepared = sdk.prepare(job, calibrate=False)
+    bundle = sdk.train(job, prepared=prepared).bundle
+    service = job.service(str(bundle.path))
+    with served(Gateway(make_engine(service, bundle), service.name, service.limits, lambda *_, **__: None)) as url:
+        assert "greedy answers over HTTP are the evaluation's" in sdk.check_served(url, bundle, prepared.splits.dev)
 
 
 def test_the_service_of_a_chat_says_how_it_is_asked() -> None:

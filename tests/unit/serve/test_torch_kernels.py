@@ -14,6 +14,7 @@ from lm import SMALL, ask, engine, greedy, ids_of, prompts, reference, with_engi
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PretrainedConfig, Qwen2Config, Qwen3Config
 
+from danlu.compress.weight_only import quantize_weights
 from danlu.metrics import catalog
 from danlu.serve.engines.torch import kernels
 from danlu.serve.engines.torch.attention import make_batch
@@ -24,6 +25,7 @@ from danlu.serve.engines.torch.kernels import Kernels, KernelsUnavailable, Linea
 from danlu.serve.engines.torch.scheduler import Piece
 from danlu.serve.engines.torch.sequence import Sequence
 from danlu.serve.generation import Generation, Sampling
+from danlu.spec.compress import Int4, Int8
 
 GREEDY = Sampling(max_tokens=12, temperature=0.0, ignore_eos=True)
 SHAPES: dict[str, PretrainedConfig] = {
@@ -68,14 +70,34 @@ def test_a_product_is_pytorchs(dtype: torch.dtype, native: Kernels) -> None:
             torch.testing.assert_close(native.linear(struct, x).double(), expected, rtol=within, atol=1e-5 * ins**0.5)
 
 
-def check_step(config: PretrainedConfig, dtype: torch.dtype, native: Kernels) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("bits", "group"), [(8, 0), (4, 32), (4, 64)])
+def test_a_product_with_integers_is_that_of_what_they_stand_for(bits: int, group: int, dtype: torch.dtype, native: Kernels) -> None:
+    draw = torch.Generator().manual_seed(0)
+    for tokens in (1, 2, 3, 5, 12, 13, 37):
+        for ins, outs in ((64, 1), (128, 31), (192, 32), (128, 33), (256, 200)):
+            x, bias = torch.randn(tokens, ins, generator=draw).to(dtype), torch.randn(outs, generator=draw).to(dtype)
+            values = torch.randint(-8 if bits == 4 else -127, 8 if bits == 4 else 128, (outs, ins), generator=draw).to(torch.int8)
+            scale = torch.rand(outs, ins // (group or ins), generator=draw).bfloat16().float() / 2**bits
+            packed, scales = native.pack_integers(values, scale, bits, dtype)
+            struct = LinearStruct(packed.data_ptr(), scales.data_ptr(), bits, group, bias.data_ptr(), outs, ins)
+            weight = values.double() * scale.double().repeat_interleave(group or ins, dim=1)
+            expected = nn.functional.linear(x.double(), weight, bias.double())
+            within = 1e-5 if dtype == torch.float32 else 2**-8
+            torch.testing.assert_close(native.linear(struct, x).double(), expected, rtol=within, atol=1e-5 * ins**0.5)
+
+
+def check_step(config: PretrainedConfig, dtype: torch.dtype, native: Kernels, quantization: Int8 | Int4 | None = None) -> None:
     """Prompts, then tokens and small pieces of several sequences in one batch, with a gap between their slots."""
     torch.manual_seed(2)
+    rounded = 4e-2 if quantization is None else 6e-2  # PyTorch rounds a product with integers before its scale and after
     forwards = {}
     for which in (native, None):
         torch.manual_seed(2)
-        model = AutoModelForCausalLM.from_config(config).to(dtype).eval()
-        forwards[which] = FusedForward(model, 128, which)
+        model = AutoModelForCausalLM.from_config(config).eval()
+        if quantization is not None:
+            model = quantize_weights(model, quantization)
+        forwards[which] = FusedForward(model.to(dtype), 128, which)
     heads = forwards[None].kv_heads
     shape = LayerShape(heads, forwards[None].head_dim, forwards[None].head_dim)
     caches = {which: Cache({0: shape, 1: shape}, 5, 128, dtype=dtype, device=torch.device("cpu")) for which in forwards}
@@ -88,16 +110,16 @@ def check_step(config: PretrainedConfig, dtype: torch.dtype, native: Kernels) ->
     for pieces in steps:
         batch = make_batch(pieces, device=torch.device("cpu"), all_wanted=True)
         found, expected = (forward(batch, caches[which]).to(dtype) for which, forward in forwards.items())
-        check_close(found, expected)
+        check_close(found, expected, rounded)
     for mine, theirs in zip(caches[native].layers.values(), caches[None].layers.values(), strict=True):
         for found, expected in zip(mine, theirs, strict=True):
-            check_close(found, expected)
+            check_close(found, expected, rounded)
 
 
-def check_close(found: torch.Tensor, expected: torch.Tensor) -> None:
-    """Within what rounding in another order comes to, of the largest."""
+def check_close(found: torch.Tensor, expected: torch.Tensor, rounded: float) -> None:
+    """Within what rounding in another order comes to, of the largest; `rounded` to bf16."""
     difference = float((found - expected).abs().max() / expected.abs().max())
-    assert difference < (1e-5 if found.dtype == torch.float32 else 4e-2)
+    assert difference < (1e-5 if found.dtype == torch.float32 else rounded)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -105,6 +127,14 @@ def check_close(found: torch.Tensor, expected: torch.Tensor) -> None:
 @torch.inference_mode()
 def test_a_step_is_the_fused_forwards(shape: str, dtype: torch.dtype, native: Kernels) -> None:
     check_step(SHAPES[shape], dtype, native)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("quantization", [Int8(), Int4()], ids=["int8", "int4"])
+@torch.inference_mode()
+def test_a_step_with_integer_weights_is_the_fused_forwards(quantization: Int8 | Int4, dtype: torch.dtype, native: Kernels) -> None:
+    for shape in ("qwen3, three heads a key", "llama, odd sizes"):
+        check_step(SHAPES[shape], dtype, native, quantization)
 
 
 @pytest.mark.usefixtures("own")

@@ -89,7 +89,7 @@ PROBLEMS = {
     "an unknown inner tag": (
         "compress: {quantization: {kind: int3}}",
         "compress.quantization (line 5)",
-        "choices: int8, bnb_int8, bnb_nf4",
+        "choices: int8, int4, bnb_int8, bnb_nf4",
     ),
     "another task": (
         "task: {kind: sort}",

@@ -404,12 +404,20 @@ GOOD: dict[str, tuple[type[Spec], Document]] = {
     "int8": (TrainJob, JOB | {"compress": {"quantization": {"kind": "int8"}}}),
     "bitsandbytes int8": (TrainJob, JOB | {"compress": {"quantization": {"kind": "bnb_int8"}, "max_quality_drop": 0}}),
     "bitsandbytes nf4": (TrainJob, JOB | {"compress": {"quantization": {"kind": "bnb_nf4"}}}),
+    **{
+        f"a chat in {quantization}": (TrainJob, JOB | {"task": {"kind": "chat"}, "compress": {"quantization": quantization}})
+        for quantization in ({"kind": "int8"}, {"kind": "int4", "group_size": 64})
+    },
+    "a model that is rounded when it is loaded": (
+        Service,
+        {"name": "w", "engine": {"kind": "torch", "model_name_or_path": "m", "quantization": "int4"}},
+    ),
     "compress by default": (TrainJob, JOB | {"compress": {}}),
     "serve by default": (TrainJob, JOB | {"serve": {}}),
     **{
         f"a {task['kind']} that is served by {engine}": (TrainJob, JOB | {"task": task, "serve": {"engine": engine}})
         for task in ({"kind": "chat"}, {"kind": "preference"}, {"kind": "pretrain"})
-        for engine in (None, {"kind": "torch", "max_num_seqs": 8})
+        for engine in (None, {"kind": "torch", "max_num_seqs": 8}, {"kind": "vllm", "tensor_parallel_size": 2})
     },
     **{
         f"a {kind} text's model that is served by {engine}": (TrainJob, JOB | {"task": task, "serve": {"engine": engine}})
@@ -514,7 +522,8 @@ BAD: dict[str, tuple[type[Spec], Document, str, object]] = {
         "trackers": ["tensorboard", ["neptune"], [1]],
         "budget_usd": [0, -1, "120 USD"],
         "storage": [None, 3],
-        "compress.quantization": [{}, None, "int8", {"kind": "int3"}, {"kind": "int8", "double_quant": True}],
+        "compress.quantization": [{}, None, "int8", {"kind": "int3"}, {"kind": "int8", "double_quant": True},
+                                  {"kind": "int4", "group_size": 16}],
         "compress.max_quality_drop": [1.1, -0.1],
         "compress.min_speedup": [0],
         "serve.engine": [{"kind": "echo"}, {"kind": None}, {"num_threads": 2}, "torch"],
@@ -597,7 +606,32 @@ SPANNING = {
     ),
     "serve.engine.kind=encoder answers with": (TrainJob, JOB | {"task": {"kind": "chat"}, "serve": {"engine": {"kind": "encoder"}}}),
     "puts no virtual tokens before a text": (TrainJob, JOB | {"task": {"kind": "chat"}, "tuning": {"kind": "prompt"}, "serve": {}}),
-    "compress takes an encoder's task": (TrainJob, JOB | {"task": {"kind": "chat"}, "compress": {}}),
+    "compress takes an encoder's or a decoder's task": (TrainJob, JOB | {"task": {"kind": "seq2seq"}, "compress": {}}),
+    "compress.quantization.kind=bnb_nf4 is not for task.kind=chat": (
+        TrainJob,
+        JOB | {"task": {"kind": "chat"}, "compress": {"quantization": {"kind": "bnb_nf4"}}},
+    ),
+    "compress.quantization.kind=int4 is not for task.kind=classification": (
+        TrainJob,
+        JOB | {"compress": {"quantization": {"kind": "int4"}}},
+    ),
+    "serve.engine.quantization=int8 makes weights that nobody evaluates": (
+        TrainJob,
+        JOB | {"task": {"kind": "chat"}, "serve": {"engine": {"kind": "torch", "quantization": "int8"}}},
+    ),
+    "serve.engine.kind=vllm continues texts": (TrainJob, JOB | {"serve": {"engine": {"kind": "vllm"}}}),
+    "serve.engine.kind=vllm cannot serve tuning.kind=qlora": (
+        TrainJob,
+        JOB | {"task": {"kind": "chat"}, "tuning": {"kind": "qlora"}, "serve": {"engine": {"kind": "vllm"}}},
+    ),
+    "serve.engine.kind=vllm cannot serve what compress makes": (
+        TrainJob,
+        JOB | {"task": {"kind": "chat"}, "compress": {}, "serve": {"engine": {"kind": "vllm"}}},
+    ),
+    "engine.quantization=int8 would serve other weights than the bundle's": (
+        Service,
+        {"name": "w", "bundle": "w@v1", "engine": {"kind": "torch", "quantization": "int8"}},
+    ),
     "puts a prompt in front of a text": (TrainJob, JOB | {"task": {"kind": "multiple_choice"}, "tuning": {"kind": "prefix"}}),
     "with task.objective.kind=masked does not take": (
         TrainJob,

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.functional import rms_norm, silu
 from transformers import PreTrainedModel
 
+from danlu.compress.weight_only import WeightOnlyLinear
 from danlu.serve.engines.torch.attention import Batch, attend
 from danlu.serve.engines.torch.cache import Cache
 from danlu.serve.engines.torch.kernels import Kernels
@@ -56,7 +57,7 @@ class FusedForward:
         self.kernels = kernels
         self.layers = [self._layer(layer, names) for layer in backbone.layers]
         self.norm: torch.Tensor = backbone.norm.weight.detach()
-        self.head = Linear([(names[model.lm_head], model.lm_head)], kernels)
+        self.head = Linear([(names[model.lm_head], model.lm_head)], kernels, dtype=self.embedding.dtype)
         self.native = None if kernels is None else NativeStep(kernels, self)
 
     @property
@@ -93,10 +94,11 @@ class FusedForward:
     def _layer(self, layer: Any, names: dict[nn.Module, str]) -> Layer:
         attention, mlp = layer.self_attn, layer.mlp
 
-        def product(*modules: nn.Linear) -> Linear:
-            made = Linear([(names[module], module) for module in modules], self.kernels)
+        def product(*modules: nn.Linear | WeightOnlyLinear) -> Linear:
+            made = Linear([(names[module], module) for module in modules], self.kernels, dtype=self.embedding.dtype)
             for module in modules:  # a second copy of a model is what nobody has room for
-                module.weight = nn.Parameter(module.weight.new_empty(0), requires_grad=False)
+                nothing = module.weight.new_empty(0)
+                module.weight = nothing if isinstance(module, WeightOnlyLinear) else nn.Parameter(nothing, requires_grad=False)
             return made
 
         norm_qk = None
@@ -122,11 +124,11 @@ def can_be_fused(model: PreTrainedModel) -> bool:
     rope = getattr(config, "rope_parameters", None) or {}
     plain = rope.get("rope_type", "default") in ROPES and rope.get("partial_rotary_factor", 1.0) == 1.0
     shapes = config.model_type in FAMILIES and config.hidden_act == "silu" and plain
-    # Quantized linears and adapters bring their own classes; bottleneck adapters are hooks.
+    # bitsandbytes' linears and adapters bring their own classes; bottleneck adapters are hooks.
     products = [module for name, module in model.named_modules() if name.endswith(("_proj", "lm_head"))]
     if len({parameter.dtype for parameter in model.parameters()}) > 1:
         return False
-    return shapes and all(type(module) is nn.Linear and not module._forward_hooks for module in products)
+    return shapes and all(type(module) in (nn.Linear, WeightOnlyLinear) and not module._forward_hooks for module in products)
 
 
 def _window(attention: Any) -> int | None:

@@ -5,7 +5,9 @@
 // T is float or bf16; sums are made in float, and what PyTorch would round to T between two operations is rounded here too. Where the CPU
 // multiplies bf16 (AVX512-BF16) its instruction does; elsewhere GCC's vector extensions become whatever the CPU has.
 //
-// A product's weights lie in panels of 32 outputs: float [outs / 32][ins][32]; bf16 [outs / 32][ins / 2][32][2].
+// A product's weights lie in panels of 32 outputs: float [outs / 32][ins][32]; bf16 [outs / 32][ins / 2][32][2]. Integers of 8 or 4 bits
+// lie as `Expands` and `pack_int4` say; a sum of products with them is multiplied by its scale: of an output (8 bits), or of an output and
+// a group of inputs (4 bits). They are whole numbers that a bf16 holds, so nothing is rounded on the way into a product.
 
 #include <algorithm>
 #include <atomic>
@@ -18,7 +20,7 @@
 #include <sys/mman.h>
 #include <type_traits>
 #include <vector>
-#ifdef __AVX512F__
+#ifdef __AVX2__
 #include <immintrin.h>
 #endif
 
@@ -43,8 +45,10 @@ constexpr int KEYS = 16;
 typedef float vec __attribute__((vector_size(4 * LANES)));
 typedef float vec_u __attribute__((vector_size(4 * LANES), aligned(4)));
 typedef uint32_t uvec __attribute__((vector_size(4 * LANES)));
+typedef int32_t ivec __attribute__((vector_size(4 * LANES)));
 typedef uint32_t uvec_u __attribute__((vector_size(4 * LANES), aligned(2)));
 typedef uint16_t halves_u __attribute__((vector_size(2 * LANES), aligned(2)));
+typedef int8_t bytes_u __attribute__((vector_size(LANES), aligned(1)));
 
 inline float to_float(float x) { return x; }
 inline float to_float(bf16 x) { return __builtin_bit_cast(float, uint32_t(x.bits) << 16); }
@@ -58,6 +62,17 @@ template <> inline bf16 rounded<bf16>(float x) {
 }
 
 inline vec load(const float* from) { return *reinterpret_cast<const vec_u*>(from); }
+inline vec widened(bytes_u x) {
+#ifdef __AVX512F__
+    const ivec wide = (ivec)_mm512_cvtepi8_epi32((__m128i)x);
+#elif defined(__AVX2__)
+    const ivec wide = (ivec)_mm256_cvtepi8_epi32(_mm_cvtsi64_si128(__builtin_bit_cast(int64_t, x)));
+#else
+    const ivec wide = __builtin_convertvector(x, ivec);  // which GCC would do one by one there
+#endif
+    return __builtin_convertvector(wide, vec);
+}
+inline vec load(const int8_t* from) { return widened(*reinterpret_cast<const bytes_u*>(from)); }
 inline vec load(const bf16* from) {
     const uvec wide = __builtin_convertvector(*reinterpret_cast<const halves_u*>(from), uvec) << 16;
     return (vec)wide;
@@ -111,8 +126,14 @@ template <typename Run> void in_parallel(int64_t phases, Run run) {
 
 // ---------------------------------------------------------------------------------------------------------------- products
 
+struct Weight {
+    const void* values;
+    const void* scales;  // 8 bits: float [panels * 32]; 4 bits: bf16 [panels][groups][32]; else null
+    int64_t bits, group;  // 0 bits: numbers of T
+};
+
 struct Linear {
-    const void* weight;
+    Weight weight;
     const void* bias;
     int64_t outs, ins;
     const void* down;  // of the LoRA adapters side by side: [rank, ins] and [outs, rank], in panels too; null if there are none
@@ -121,12 +142,17 @@ struct Linear {
     const void* mask;  // [tokens, rank]: 1 where the token is the adapter's; null if no token of this step has an adapter
 };
 
-inline const float* panel_of(const void* weight, int64_t panel, int64_t ins, float) {
-    return static_cast<const float*>(weight) + panel * ins * PANEL;
-}
-inline const bf16* panel_of(const void* weight, int64_t panel, int64_t ins, bf16) {
-    return static_cast<const bf16*>(weight) + panel * ins * PANEL;
-}
+#if defined(__AVX512BF16__) && defined(__AVX512VBMI__)
+#define EXPANDS 1
+#else
+#define EXPANDS 0
+#endif
+
+// Whether integers become pairs of bf16 for the CPU's instruction; else they become floats, one input at a time.
+template <typename T> constexpr bool Expands = EXPANDS && std::is_same<T, bf16>::value;
+
+// Inputs that one multiply_once takes.
+template <typename T, typename W> constexpr int STEP = std::is_same<T, float>::value || (std::is_same<W, int8_t>::value && !Expands<T>) ? 1 : 2;
 
 template <int R> inline void multiply_once(const float* x, int64_t stride, const float* w, vec (&sums)[R][VECTORS]) {
     vec weights[VECTORS];
@@ -155,45 +181,174 @@ template <int R> inline void multiply_once(const bf16* x, int64_t stride, const 
 #endif
 }
 
+template <typename T, int R> inline void multiply_floats(const T* x, int64_t stride, const vec (&weights)[VECTORS], vec (&sums)[R][VECTORS]) {
+    for (int r = 0; r < R; ++r) {
+        const float one = to_float(x[r * stride]);
+        for (int v = 0; v < VECTORS; ++v) sums[r][v] += weights[v] * one;
+    }
+}
+
+#if EXPANDS
+template <int R> inline void multiply_pairs(const bf16* x, int64_t stride, const __m512i (&weights)[VECTORS], vec (&sums)[R][VECTORS]) {
+    for (int r = 0; r < R; ++r) {
+        int32_t pair;
+        std::memcpy(&pair, x + r * stride, 4);
+        const __m512bh both = (__m512bh)_mm512_set1_epi32(pair);
+        for (int v = 0; v < VECTORS; ++v) sums[r][v] = (vec)_mm512_dpbf16_ps((__m512)sums[r][v], both, (__m512bh)weights[v]);
+    }
+}
+
+// The bytes of the bf16 that are 0, 1, ... 127: an integer's magnitude finds both, its sign is the bf16's.
+struct Magnitudes {
+    alignas(64) uint8_t low[128], high[128];
+    constexpr Magnitudes() : low(), high() {
+        for (int i = 1; i < 128; ++i) {
+            int exponent = 0;
+            while (i >> (exponent + 1)) ++exponent;
+            const int bits = (127 + exponent) << 7 | ((i << (7 - exponent)) & 127);
+            low[i] = uint8_t(bits);
+            high[i] = uint8_t(bits >> 8);
+        }
+    }
+};
+constexpr Magnitudes MAGNITUDES;
+
+inline void expand(const int8_t* w, __m512i (&weights)[VECTORS]) {
+    const __m512i bytes = _mm512_loadu_si512(w);
+    const auto found = [&](const uint8_t* table) {
+        return _mm512_permutex2var_epi8(_mm512_load_si512(table), bytes, _mm512_load_si512(table + 64));
+    };
+    const __m512i low = found(MAGNITUDES.low);
+    const __m512i high = _mm512_ternarylogic_epi32(found(MAGNITUDES.high), bytes, _mm512_set1_epi8(-128), 0xf8);  // a | (b & c)
+    weights[0] = _mm512_unpacklo_epi8(low, high);
+    weights[1] = _mm512_unpackhi_epi8(low, high);
+}
+#endif
+
+template <int R, typename T> inline void multiply_once(const T* x, int64_t stride, const int8_t* w, vec (&sums)[R][VECTORS]) {
+#if EXPANDS
+    if constexpr (Expands<T>) {
+        __m512i weights[VECTORS];
+        expand(w, weights);
+        multiply_pairs<R>(x, stride, weights, sums);
+        return;
+    }
+#endif
+    vec weights[VECTORS];
+    for (int v = 0; v < VECTORS; ++v) weights[v] = load(w + v * LANES);
+    multiply_floats<T, R>(x, stride, weights, sums);
+}
+
 // R rows by one panel. Few rows have few sums, and one addition waits for the last: several sets take turns.
-template <typename T, int R> void multiply_tile(const T* x, int64_t stride, const T* w, int64_t ins, float* out) {
-    constexpr int STEP = std::is_same<T, float>::value ? 1 : 2;
+template <typename T, typename W, int R> void multiply_tile(const T* x, int64_t stride, const W* w, int64_t ins, float* out) {
+    constexpr int step = STEP<T, W>;
     constexpr int SETS = R <= 2 ? 4 : R <= 4 ? 2 : 1;
-    constexpr int AHEAD = 4096 / sizeof(T);
+    constexpr int AHEAD = 4096 / sizeof(W);
     vec sums[SETS][R][VECTORS] = {};
     int64_t k = 0;
-    for (; k + SETS * STEP <= ins; k += SETS * STEP)
+    for (; k + SETS * step <= ins; k += SETS * step)
         for (int set = 0; set < SETS; ++set) {
-            const T* at = w + (k + set * STEP) * PANEL;
+            const W* at = w + (k + set * step) * PANEL;
             if (R <= 4)  // the weights come from memory, once
-                for (int line = 0; line < STEP * PANEL * int(sizeof(T)); line += 64)
+                for (int line = 0; line < step * PANEL * int(sizeof(W)); line += 64)
                     __builtin_prefetch(reinterpret_cast<const char*>(at + AHEAD) + line, 0, 0);
-            multiply_once<R>(x + k + set * STEP, stride, at, sums[set]);
+            multiply_once<R>(x + k + set * step, stride, at, sums[set]);
         }
-    for (; k < ins; k += STEP) multiply_once<R>(x + k, stride, w + k * PANEL, sums[0]);
+    for (; k < ins; k += step) multiply_once<R>(x + k, stride, w + k * PANEL, sums[0]);
     for (int set = 1; set < SETS; ++set)
         for (int r = 0; r < R; ++r)
             for (int v = 0; v < VECTORS; ++v) sums[0][r][v] += sums[set][r][v];
     std::memcpy(out, sums[0], sizeof sums[0]);
 }
 
-template <typename T, int R = ROWS>
-inline void multiply_rows(int64_t rows, const T* x, int64_t stride, const T* w, int64_t ins, float* out) {
+constexpr int BLOCK = 8;  // inputs whose integers of 4 bits lie together
+
+// One block: as words of four, of which a table makes bf16; or as bytes of two.
+template <typename T, int R, int SETS> inline void multiply_block(const T* x, int64_t stride, const uint8_t* w, vec (&sums)[SETS][R][VECTORS]) {
+#if EXPANDS
+    if constexpr (Expands<T>) {
+        // -8 ... 7 as bf16, twice: the instruction reads five bits of a word.
+        const __m512i table = _mm512_broadcast_i64x4(_mm256_setr_epi16(0, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0, short(0xc100),
+            short(0xc0e0), short(0xc0c0), short(0xc0a0), short(0xc080), short(0xc040), short(0xc000), short(0xbf80)));
+        __m512i words[VECTORS];
+        for (int v = 0; v < VECTORS; ++v) words[v] = _mm512_loadu_si512(w + 64 * v);
+        for (int j = 0; j < 4; ++j) {
+            __m512i weights[VECTORS];
+            for (int v = 0; v < VECTORS; ++v) weights[v] = _mm512_permutexvar_epi16(_mm512_srli_epi16(words[v], 4 * j), table);
+            multiply_pairs<R>(x + 2 * j, stride, weights, sums[j % SETS]);
+        }
+        return;
+    }
+#endif
+    for (int j = 0; j < BLOCK; ++j) {
+        vec weights[VECTORS];
+        for (int v = 0; v < VECTORS; ++v) {
+            const bytes_u both = *reinterpret_cast<const bytes_u*>(w + j / 2 * PANEL + v * LANES);
+            weights[v] = widened((((j % 2 ? both >> 4 : both) & 15) ^ 8) - 8);
+        }
+        multiply_floats<T, R>(x + j, stride, weights, sums[j % SETS]);
+    }
+}
+
+template <typename T, int R>
+void multiply_tile(const T* x, int64_t stride, const uint8_t* w, const bf16* scales, int64_t ins, int64_t group, float* out) {
+    constexpr int SETS = R <= 2 ? 4 : R <= 4 ? 2 : 1;
+    constexpr int AHEAD = 4096;
+    vec totals[R][VECTORS] = {};
+    for (int64_t first = 0; first < ins; first += group, scales += PANEL) {
+        vec sums[SETS][R][VECTORS] = {};
+        for (int64_t k = first; k < first + group; k += BLOCK) {
+            const uint8_t* at = w + k * PANEL / 2;
+            if (R <= 4)
+                for (int line = 0; line < BLOCK * PANEL / 2; line += 64) __builtin_prefetch(at + AHEAD + line, 0, 0);
+            multiply_block<T, R, SETS>(x + k, stride, at, sums);
+        }
+        for (int v = 0; v < VECTORS; ++v) {
+            const vec scale = load(scales + v * LANES);
+            for (int r = 0; r < R; ++r) {
+                for (int set = 1; set < SETS; ++set) sums[0][r][v] += sums[set][r][v];
+                totals[r][v] += sums[0][r][v] * scale;
+            }
+        }
+    }
+    std::memcpy(out, totals, sizeof totals);
+}
+
+// run(R) with R = rows as a constant.
+template <int R = ROWS, typename Run> inline void with_rows(int64_t rows, Run run) {
     if (rows == R)
-        multiply_tile<T, R>(x, stride, w, ins, out);
+        run(std::integral_constant<int, R>());
     else if constexpr (R > 1)
-        multiply_rows<T, R - 1>(rows, x, stride, w, ins, out);
+        with_rows<R - 1>(rows, run);
+}
+
+// One panel of up to ROWS rows.
+template <typename T> inline void multiply_rows(int64_t rows, const T* x, int64_t stride, const Weight& weight, int64_t panel, int64_t ins, float* sums) {
+    const int64_t first = panel * ins * PANEL;
+    with_rows(rows, [&](auto number) {
+        constexpr int R = decltype(number)::value;
+        if (weight.bits == 8) {
+            multiply_tile<T, int8_t, R>(x, stride, static_cast<const int8_t*>(weight.values) + first, ins, sums);
+            const float* scales = static_cast<const float*>(weight.scales) + panel * PANEL;
+            for (int r = 0; r < R; ++r)
+                for (int i = 0; i < PANEL; ++i) sums[r * PANEL + i] *= scales[i];
+        } else if (weight.bits == 4) {
+            const bf16* scales = static_cast<const bf16*>(weight.scales) + first / weight.group;
+            multiply_tile<T, R>(x, stride, static_cast<const uint8_t*>(weight.values) + first / 2, scales, ins, weight.group, sums);
+        } else {
+            multiply_tile<T, T, R>(x, stride, static_cast<const T*>(weight.values) + first, ins, sums);
+        }
+    });
 }
 
 // One panel of all rows, which lie `stride` apart; finish(row, column, number of columns, sums) does what the product is for.
 template <typename T, typename Finish>
-inline void multiply_panel(const T* x, int64_t stride, int64_t rows, const void* weight, int64_t panel, int64_t outs, int64_t ins, Finish finish) {
+inline void multiply_panel(const T* x, int64_t stride, int64_t rows, const Weight& weight, int64_t panel, int64_t outs, int64_t ins, Finish finish) {
     alignas(64) float sums[ROWS * PANEL];
-    const T* w = panel_of(weight, panel, ins, T());
     const int64_t tiles = (rows + ROWS - 1) / ROWS, columns = std::min<int64_t>(PANEL, outs - panel * PANEL);
     for (int64_t tile = 0, row = 0; tile < tiles; ++tile) {
         const int64_t some = (rows - row + tiles - tile - 1) / (tiles - tile);  // all tiles about as high
-        multiply_rows<T>(some, x + row * stride, stride, w, ins, sums);
+        multiply_rows<T>(some, x + row * stride, stride, weight, panel, ins, sums);
         for (int64_t r = 0; r < some; ++r) finish(row + r, panel * PANEL, columns, sums + r * PANEL);
         row += some;
     }
@@ -223,14 +378,14 @@ template <typename T> void multiply(Team& team, const Linear& linear, const T* x
                 }
             });
         else
-            multiply_panel(x, stride, rows, linear.down, unit - own, rank, linear.ins, [&](int64_t row, int64_t first, int64_t n, const float* sums) {
+            multiply_panel(x, stride, rows, Weight{linear.down}, unit - own, rank, linear.ins, [&](int64_t row, int64_t first, int64_t n, const float* sums) {
                 for (int64_t i = row * rank + first; i < row * rank + first + n; ++i)
                     scratch[i] = rounded<T>(to_float(rounded<T>(sums[i - row * rank - first])) * to_float(mask[i]));
             });
     });
     if (!rank) return;
     team.share(own, [&](int64_t unit) {
-        multiply_panel(scratch, rank, rows, linear.up, unit, linear.outs, rank, [&](int64_t row, int64_t first, int64_t n, const float* sums) {
+        multiply_panel(scratch, rank, rows, Weight{linear.up}, unit, linear.outs, rank, [&](int64_t row, int64_t first, int64_t n, const float* sums) {
             T* to = y + row * linear.outs + first;
             for (int64_t i = 0; i < n; ++i) to[i] = rounded<T>(to_float(to[i]) + sums[i]);
         });
@@ -509,6 +664,44 @@ template <typename T> void run_pack(const T* weight, int64_t outs, int64_t ins, 
     }
 }
 
+// int8 [outs][ins] -> bytes: [panels][ins][32]; to be expanded, sign and magnitude, [panels][ins / 2][64] in the order in which the pairs
+// of 32 outputs come out of unpacking the bytes' low and high halves.
+void run_pack_int8(bool expands, const int8_t* weight, int64_t outs, int64_t ins, int8_t* packed) {
+    ask_for_large_pages(packed, panels(outs) * PANEL * ins);
+    const auto at = [&](int64_t out, int64_t in) { return out < outs ? weight[out * ins + in] : int8_t(0); };
+#pragma omp parallel for
+    for (int64_t panel = 0; panel < panels(outs); ++panel) {
+        int8_t* to = packed + panel * ins * PANEL;
+        if (!expands)
+            for (int64_t k = 0; k < ins; ++k)
+                for (int64_t out = panel * PANEL; out < (panel + 1) * PANEL; ++out) *to++ = at(out, k);
+        else
+            for (int64_t k = 0; k < ins; k += 2)
+                for (int64_t i = 0; i < 64; ++i) {
+                    const int64_t half = i % 16 / 8, word = i / 16 * 8 + i % 8;
+                    const int value = at(panel * PANEL + half * 16 + word / 2, k + word % 2);
+                    *to++ = int8_t(value < 0 ? -value | 0x80 : value);
+                }
+    }
+}
+
+// int8 [outs][ins], -8 ... 7 -> [panels][ins / 8] blocks of 128 bytes: two inputs in a byte, [4][32]; to be expanded, words of four pairs'
+// nibbles, [32 outputs][2 of a pair].
+void run_pack_int4(bool expands, const int8_t* weight, int64_t outs, int64_t ins, uint8_t* packed) {
+    ask_for_large_pages(packed, panels(outs) * PANEL * ins / 2);
+    const auto at = [&](int64_t out, int64_t in) { return out < outs ? weight[out * ins + in] & 15 : 0; };
+#pragma omp parallel for
+    for (int64_t panel = 0; panel < panels(outs); ++panel) {
+        uint8_t* to = packed + panel * ins * PANEL / 2;
+        for (int64_t k = 0; k < ins; k += BLOCK)
+            for (int64_t i = 0; i < BLOCK * PANEL / 2; ++i) {
+                const int64_t word = i / 2, nibble = i % 2 * 2;  // of a word: its low byte has the first two pairs'
+                const int64_t out = panel * PANEL + (expands ? word / 2 : i % PANEL), low = k + (expands ? 2 * nibble + word % 2 : i / PANEL * 2);
+                *to++ = uint8_t(at(out, low) | at(out, low + (expands ? 2 : 1)) << 4);
+            }
+    }
+}
+
 }  // namespace
 
 extern "C" {
@@ -531,6 +724,15 @@ void danlu_pack(int is_bf16, const void* weight, int64_t outs, int64_t ins, void
         run_pack(static_cast<const bf16*>(weight), outs, ins, static_cast<bf16*>(packed));
     else
         run_pack(static_cast<const float*>(weight), outs, ins, static_cast<float*>(packed));
+}
+
+// values: int8; packed: [panels * 32 * ins * bits / 8] bytes. bf16 takes an even number of inputs; 4 bits take a multiple of 8.
+void danlu_pack_integers(int is_bf16, int bits, const int8_t* values, int64_t outs, int64_t ins, void* packed) {
+    const bool expands = is_bf16 && Expands<bf16>;
+    if (bits == 8)
+        run_pack_int8(expands, values, outs, ins, static_cast<int8_t*>(packed));
+    else
+        run_pack_int4(expands, values, outs, ins, static_cast<uint8_t*>(packed));
 }
 
 // Without its LoRA.

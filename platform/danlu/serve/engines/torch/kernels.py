@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from danlu.errors import ModelError
 
@@ -40,6 +41,9 @@ class LinearStruct(ctypes.Structure):
 
     _fields_ = [
         ("weight", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
+        ("bits", ctypes.c_int64),
+        ("group", ctypes.c_int64),
         ("bias", ctypes.c_void_p),
         ("outs", ctypes.c_int64),
         ("ins", ctypes.c_int64),
@@ -58,10 +62,11 @@ class Kernels:
         self.library = ctypes.CDLL(str(path))
         self.library.danlu_vectors.restype = ctypes.c_char_p
         self.library.danlu_pack.argtypes = (ctypes.c_int, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p)
+        self.library.danlu_pack_integers.argtypes = (ctypes.c_int, *self.library.danlu_pack.argtypes)
         self.library.danlu_linear.argtypes = (ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p)
         self.library.danlu_step.argtypes = (ctypes.c_void_p, ctypes.c_void_p)
-        for function in (self.library.danlu_pack, self.library.danlu_linear, self.library.danlu_step):
-            function.restype = None
+        for function in ("danlu_pack", "danlu_pack_integers", "danlu_linear", "danlu_step"):
+            getattr(self.library, function).restype = None
 
     @property
     def vectors(self) -> str:
@@ -72,12 +77,24 @@ class Kernels:
     def pack(self, weight: torch.Tensor) -> torch.Tensor:
         """A weight [out, in] as they read it: [panels, in, 32] elements in their own order. ModelError: bf16 goes in pairs of inputs."""
         outs, ins = weight.shape
-        if weight.dtype == torch.bfloat16 and ins % 2:
-            raise ModelError(f"a product of {ins} inputs cannot be made in pairs of bf16", where="engine.dtype", fix="dtype: fp32")
+        _check_pairs(weight.dtype, ins)
         packed = weight.new_empty(-(-outs // PANEL), ins, PANEL)
         weight = weight.contiguous()
         self.library.danlu_pack(weight.dtype == torch.bfloat16, weight.data_ptr(), outs, ins, packed.data_ptr())
         return packed
+
+    def pack_integers(self, values: torch.Tensor, scale: torch.Tensor, bits: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """A weight of 8 or 4 bits as they multiply activations of `dtype` with it, and its scales. values: int8 [out, in]; scale:
+        [out, groups]. ModelError as of `pack`."""
+        outs, ins = values.shape
+        _check_pairs(dtype, ins)
+        packed = torch.empty(-(-outs // PANEL) * PANEL * ins * bits // 8, dtype=torch.uint8)
+        values = values.contiguous()
+        self.library.danlu_pack_integers(dtype == torch.bfloat16, bits, values.data_ptr(), outs, ins, packed.data_ptr())
+        whole = nn.functional.pad(scale.float(), (0, 0, 0, -outs % PANEL))
+        if bits == 8:
+            return packed, whole[:, 0].contiguous()
+        return packed, whole.view(-1, PANEL, whole.shape[1]).transpose(1, 2).contiguous().bfloat16()
 
     def linear(self, struct: LinearStruct, x: torch.Tensor) -> torch.Tensor:
         """x: [tokens, in]; returns x @ weight.T + bias, [tokens, out]."""
@@ -87,11 +104,16 @@ class Kernels:
         return y
 
 
-def need_kernels(dtype: torch.dtype) -> None:
-    """KernelsUnavailable where PyTorch's own products are the faster ones."""
+def _check_pairs(dtype: torch.dtype, ins: int) -> None:
+    if dtype == torch.bfloat16 and ins % 2:
+        raise ModelError(f"a product of {ins} inputs cannot be made in pairs of bf16", where="engine.dtype", fix="dtype: fp32")
+
+
+def need_kernels(dtype: torch.dtype, *, integers: bool = False) -> None:
+    """KernelsUnavailable where PyTorch's own products are the faster ones; it has none to speak of for weights that are integers."""
     if dtype not in (torch.float32, torch.bfloat16):
         raise KernelsUnavailable(f"they are for fp32 and bf16, not for {dtype}")
-    if dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported():
+    if dtype == torch.bfloat16 and not integers and torch.cpu._is_amx_tile_supported():
         raise KernelsUnavailable("this CPU has AMX, which they do not use and PyTorch does")
 
 

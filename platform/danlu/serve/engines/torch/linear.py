@@ -9,7 +9,9 @@ from dataclasses import dataclass
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+from transformers import PreTrainedModel
 
+from danlu.compress.weight_only import WeightOnlyLinear, multiply
 from danlu.serve.engines.torch.kernels import Kernels, LinearStruct
 from danlu.serve.engines.torch.lora import LoraSite
 
@@ -24,25 +26,49 @@ class Part:
 
 
 class Linear:
-    """One product: a linear layer, or several that read the same input, side by side."""
+    """One product: a linear layer, or several that read the same input, side by side. All with weights of floating point, or all with
+    integers of one kind."""
 
-    def __init__(self, layers: Sequence[tuple[str, nn.Linear]], kernels: Kernels | None = None) -> None:
-        weight = torch.cat([layer.weight.detach() for _, layer in layers])
-        biases = [layer.weight.new_zeros(len(layer.weight)) if layer.bias is None else layer.bias.detach() for _, layer in layers]
-        self.bias = None if all(layer.bias is None for _, layer in layers) else torch.cat(biases)
+    def __init__(
+        self,
+        layers: Sequence[tuple[str, nn.Linear | WeightOnlyLinear]],
+        kernels: Kernels | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """`dtype`: of activations, where the weights are integers."""
+        modules = [layer for _, layer in layers]
+        weight = torch.cat([layer.weight.detach() for layer in modules])
+        self.bias = _joined_bias(modules, weight.dtype if dtype is None else dtype)
         self.parts: list[Part] = []
         for name, layer in layers:
             start = self.parts[-1].stop if self.parts else 0
             self.parts.append(Part(name, start, start + layer.out_features))
-        self.shape = tuple(weight.shape)
+        self.shape = (self.parts[-1].stop, modules[0].in_features)
         self.kernels = kernels
-        self.packed = kernels is None and weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and packing_works()
-        if kernels is not None:
+        self.packed = False
+        self.scale: torch.Tensor | None = None
+        self.bits, self.group = 0, 0
+        self.weight = weight
+        if isinstance(modules[0], WeightOnlyLinear):
+            assert dtype is not None
+            self._hold_integers([layer for layer in modules if isinstance(layer, WeightOnlyLinear)], dtype)
+        elif kernels is not None:
             self.weight = kernels.pack(weight)
+        elif weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and packing_works():
+            self.packed = True
+            self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, None)
+        if kernels is not None:
             self.own = self.struct()
-        else:
-            self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, None) if self.packed else weight
         self.lora: LoraSite | None = None
+
+    def _hold_integers(self, layers: Sequence[WeightOnlyLinear], dtype: torch.dtype) -> None:
+        self.bits, self.group = layers[0].bits, layers[0].group_size
+        assert all((layer.bits, layer.group_size) == (self.bits, self.group) for layer in layers)
+        self.scale = torch.cat([layer.scale for layer in layers])
+        if self.kernels is not None:
+            values = torch.cat([layer.values() for layer in layers])
+            self.weight, self.scale = self.kernels.pack_integers(values, self.scale, self.bits, dtype)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x: [tokens, in]; returns [tokens, out]."""
@@ -51,6 +77,8 @@ class Linear:
             y = self.kernels.linear(self.own, x)
         elif self.packed:
             y = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+        elif self.scale is not None:
+            y = multiply(x, self.weight, self.scale, self.bias)
         else:
             y = nn.functional.linear(x, self.weight, self.bias)
         if self.lora is not None:
@@ -60,8 +88,23 @@ class Linear:
     def struct(self) -> LinearStruct:
         """For the kernels; without adapters."""
         assert self.kernels is not None
-        bias = None if self.bias is None else self.bias.data_ptr()
-        return LinearStruct(weight=self.weight.data_ptr(), bias=bias, outs=self.shape[0], ins=self.shape[1])
+        bias, scales = (None if tensor is None else tensor.data_ptr() for tensor in (self.bias, self.scale))
+        return LinearStruct(
+            weight=self.weight.data_ptr(),
+            scales=scales,
+            bits=self.bits,
+            group=self.group,
+            bias=bias,
+            outs=self.shape[0],
+            ins=self.shape[1],
+        )
+
+
+def _joined_bias(layers: Sequence[nn.Linear | WeightOnlyLinear], dtype: torch.dtype) -> torch.Tensor | None:
+    if all(layer.bias is None for layer in layers):
+        return None
+    zeros = [torch.zeros(layer.out_features, device=layer.weight.device) for layer in layers]
+    return torch.cat([zero if layer.bias is None else layer.bias.detach() for zero, layer in zip(zeros, layers, strict=True)]).to(dtype)
 
 
 class LinearModule(nn.Module):
@@ -76,19 +119,19 @@ class LinearModule(nn.Module):
         return self.linear(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], self.linear.shape[0])
 
 
-def exchange_linears(model: nn.Module, head: nn.Module) -> list[Linear]:
-    """Put a Linear in the place of each nn.Linear, in place; those made for the purpose (quantized ones) stay. Without the head's, which
-    sees fewer tokens than the others."""
+def exchange_linears(model: PreTrainedModel, head: nn.Module) -> list[Linear]:
+    """Put a Linear in the place of each nn.Linear and WeightOnlyLinear, in place; others that are quantized stay. Without the head's,
+    which sees fewer tokens than the others."""
     found = []
     own = [f"{name}." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
     # Exactly nn.Linear: a subclass computes something else, as one with a hook does; what is inside a PEFT layer, that layer reads.
     plain = [
         (name, module)
         for name, module in model.named_modules()
-        if type(module) is nn.Linear and not module._forward_hooks and not name.startswith(tuple(own))
+        if type(module) in (nn.Linear, WeightOnlyLinear) and not module._forward_hooks and not name.startswith(tuple(own))
     ]
     for name, module in plain:
-        linear = Linear([(name, module)])
+        linear = Linear([(name, module)], dtype=model.dtype)
         model.set_submodule(name, LinearModule(linear))
         if module is not head:
             found.append(linear)

@@ -10,7 +10,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from danlu.artifact.bundle import Bundle
 from danlu.artifact.pretrained import model_folder
 from danlu.compress.load import load_model
+from danlu.compress.weight_only import quantize_weights
 from danlu.errors import ModelError
+from danlu.spec.compress import BnbInt8, BnbNf4, Int4, Int8
 from danlu.spec.model import Model
 from danlu.spec.serve import Torch
 from danlu.spec.task import is_decoders
@@ -45,7 +47,8 @@ def load(spec: Torch, bundle: Bundle | None) -> Loaded:
         folder = bundle.path / "model"
         wanted = bundle.meta.precision if spec.dtype == "auto" else spec.dtype
         model = load_model(bundle)
-        if bundle.meta.quantization is None and not isinstance(bundle.meta.tuning, Qlora):  # their bits are packed: no dtype to cast to
+        # bitsandbytes' bits are packed in a format of their own: no dtype to cast to.
+        if not isinstance(bundle.meta.quantization, BnbInt8 | BnbNf4) and not isinstance(bundle.meta.tuning, Qlora):
             model = model.to(_dtype(wanted, device))
     else:
         assert spec.model_name_or_path is not None, "the spec asks for a bundle or a model"
@@ -54,6 +57,8 @@ def load(spec: Torch, bundle: Bundle | None) -> Loaded:
             model = AutoModelForCausalLM.from_pretrained(folder, dtype=_dtype(spec.dtype, device), attn_implementation="eager")
         except (OSError, ValueError, KeyError) as error:
             raise ModelError(f"{folder} is no causal language model: {error}", where="engine.model_name_or_path") from error
+        if spec.quantization is not None:
+            model = quantize_weights(model, Int8() if spec.quantization == "int8" else Int4()).to(model.dtype)
     # The reference that the engine's answers are compared with: the one implementation that every model has, with all its details.
     model.set_attn_implementation("eager")
     model = model.to(device).eval().requires_grad_(False)

@@ -1,0 +1,290 @@
+"""Language models over HTTP: Danlu's service against vLLM and transformers serve, at 1, 16 and 64 streams.
+
+One model of 95M random parameters, Qwen3-shaped, bf16, all cores. The load is `danlu bench serve`'s: a mix of prompts and answers, every
+prompt a fresh one, closed loop. A turn starts a server, warms it up, asks at each number of streams, and ends it: nobody's idle threads are
+in the way of the next. vLLM's CPU build lives in an environment of its own, .cache/bench/vllm; transformers serve comes with Danlu. A peer
+that is not there, or does not start, is left out, and a note under the table says why.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import aiohttp
+import httpx
+import numpy as np
+from harness import DATA, ROOT, Row, compare, cores, finish, interleave, options, say, stop
+
+from danlu.client.load import Load, bodies
+
+BENCH = Path(__file__).parent
+PEERS = ROOT / ".cache/bench"
+STREAMS = {1: 6, 16: 48, 64: 128}
+"""Streams -> requests of a turn; an answer has 68 tokens on average."""
+QUICK = {1: 1, 4: 4}
+START_S = 240.0
+WAIT_S = 300.0
+ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What the clients of one number of streams saw. A piece of an answer is a token, or what the server sends together."""
+
+    rate: float
+    first_p50_ms: float
+    gap_p95_ms: float
+
+
+@dataclass(frozen=True)
+class Peer:
+    """How it is started, what it calls the model, the fields of a request that it does not take, and what else it is told."""
+
+    command: Callable[[Path, int], list[str]]
+    model: Callable[[Path], str] = lambda _: "bench"
+    without: tuple[str, ...] = ()
+    environment: tuple[tuple[str, str], ...] = ()
+
+
+def vllm(folder: Path, port: int) -> list[str]:
+    flags = ["--dtype", "bfloat16", "--max-model-len", "1024", "--max-num-seqs", "64", "--gpu-memory-utilization", "0.2"]
+    program = [str(PEERS / "vllm/bin/python"), "-m", "vllm.entrypoints.cli.main", "serve", str(folder)]
+    return [*program, *flags, "--host", "127.0.0.1", "--port", str(port), "--served-model-name", "bench"]
+
+
+def transformers(folder: Path, port: int) -> list[str]:
+    code = "from transformers.cli.transformers import main; main()"
+    cache = ["--cb-block-size", "32", "--cb-num-blocks", "2048"]  # 64 sequences of 1,024 tokens
+    flags = ["--continuous-batching", *cache, "--device", "cpu", "--dtype", "bfloat16", "--host", "127.0.0.1", "--port", str(port)]
+    return [sys.executable, "-c", code, "serve", str(folder), *flags]
+
+
+OPENMP = (("OMP_NUM_THREADS", str(cores())),)
+PEER: dict[str, Peer] = {
+    "vLLM": Peer(vllm, environment=(*OPENMP, ("VLLM_CPU_OMP_THREADS_BIND", "nobind"))),
+    "transformers serve": Peer(transformers, str, ("ignore_eos", "stream_options"), OPENMP),
+}
+
+
+def write_model(folder: Path, *, quick: bool) -> None:
+    """Random weights, a byte-level BPE tokenizer and a chat template; no token ends a text, so that everybody makes as many."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+    size = 25_600
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<|pad|>", "<|end|>", "<|user|>", "<|assistant|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    texts = (
+        (DATA / "reuters-r8-train.tab").read_text(encoding="utf-8").splitlines()
+        if DATA.is_dir()
+        else [json.dumps(bodies(Load("", "m"), 64))]
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.add_tokens([f"<{i}>" for i in range(size - tokenizer.get_vocab_size())])
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<|pad|>", eos_token="<|end|>")
+    fast.chat_template = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}<|assistant|>"
+    fast.save_pretrained(folder)
+    torch.manual_seed(0)
+    shape = Qwen3Config(
+        vocab_size=size,
+        hidden_size=768,
+        num_hidden_layers=2 if quick else 12,
+        num_attention_heads=12,
+        num_key_value_heads=4,
+        head_dim=64,
+        intermediate_size=2048,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+        pad_token_id=0,
+        eos_token_id=None,
+    )
+    Qwen3ForCausalLM(shape).to(torch.bfloat16).save_pretrained(folder)
+
+
+@contextmanager
+def peer_running(peer: Peer, folder: Path, log: Path) -> Iterator[str]:
+    """The URL of a peer that answers while the block runs; RuntimeError says why there is none."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = int(probe.getsockname()[1])
+    command = peer.command(folder, port)
+    if not Path(command[0]).exists():
+        raise RuntimeError(f"{command[0].removeprefix(f'{ROOT}/')} is not there")
+    with log.open("w") as out:
+        environment = os.environ | ENVIRONMENT | dict(peer.environment)
+        process = subprocess.Popen(command, stdout=out, stderr=out, env=environment, cwd=folder, start_new_session=True)
+    url = f"http://127.0.0.1:{port}"
+    try:
+        deadline = time.monotonic() + START_S
+        while not _answers(f"{url}/health"):
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError(f"it did not start: {log.read_text(errors='replace').strip()[-300:]}")
+            time.sleep(0.2)
+        yield url
+    finally:
+        stop(process, timeout_s=15)
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # what it started and did not end
+
+
+def _answers(url: str) -> bool:
+    with suppress(httpx.HTTPError):
+        return httpx.get(url, timeout=2).status_code == 200
+    return False
+
+
+@contextmanager
+def danlu_running(folder: Path, log: Path) -> Iterator[str]:
+    """Danlu's service on Ray Serve, behind HAProxy, as `danlu serve` runs it."""
+    engine: dict[str, Any] = {
+        "kind": "torch",
+        "model_name_or_path": str(folder),
+        "dtype": "bf16",
+        "max_model_len": 1024,
+        "max_num_seqs": 64,
+    }
+    engine["num_speculative_tokens"] = 0  # random weights repeat themselves, and would flatter
+    service = {
+        "name": "bench",
+        "storage": str(folder / "storage"),
+        "engine": engine | {"num_threads": cores()},
+        "limits": {"request_timeout_s": WAIT_S},
+        "http": {"port": 0, "haproxy": True},
+    }
+    command = [sys.executable, str(BENCH / "servers.py"), "danlu", json.dumps(service)]
+    with log.open("w") as errors:
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True)
+    assert process.stdin is not None
+    assert process.stdout is not None
+    try:
+        line = next((line for line in process.stdout if line.startswith('{"url"')), None)
+        if line is None:
+            raise RuntimeError(f"Danlu did not start: {log.read_text()[-3000:]}")
+        parts = urlsplit(json.loads(line)["url"])
+        yield f"{parts.scheme}://{parts.netloc}"
+    finally:
+        process.stdin.close()
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=30)
+        stop(process)
+
+
+async def ask(url: str, asked: Sequence[dict[str, Any]], streams: int) -> Seen:
+    """So many clients, each of which waits for its answer's end. RuntimeError if a request fails."""
+    left = iter(asked)
+    firsts: list[float] = []
+    gaps: list[float] = []
+    timeout = aiohttp.ClientTimeout(total=None, sock_read=WAIT_S)
+    async with aiohttp.ClientSession(url, timeout=timeout, connector=aiohttp.TCPConnector(limit=0)) as session:
+
+        async def client() -> None:
+            for body in left:
+                began, times, ended = time.perf_counter(), [], None
+                async with session.post("/v1/chat/completions", json=body) as response:
+                    if response.status != 200:
+                        raise RuntimeError(f"{response.status}: {(await response.text())[:300]}")
+                    async for line in response.content:
+                        if line.startswith(b"data: {"):
+                            choices = json.loads(line[6:]).get("choices")
+                            if choices and choices[0]["delta"].get("content"):
+                                times.append(time.perf_counter())
+                            ended = (choices and choices[0].get("finish_reason")) or ended
+                # A piece can be less than a character, and then waits for the next one: pieces are fewer than tokens.
+                if not times or ("ignore_eos" in body and ended != "length"):
+                    raise RuntimeError(f"{len(times)} pieces came, and the answer ended by {ended}")
+                firsts.append(times[0] - began)
+                gaps.extend(after - before for before, after in pairwise(times))
+
+        began = time.perf_counter()
+        await asyncio.gather(*(client() for _ in range(streams)))
+        seconds = time.perf_counter() - began
+    tokens = sum(int(body["max_tokens"]) for body in asked)
+    return Seen(tokens / seconds, 1000 * float(np.median(firsts)), 1000 * float(np.percentile(gaps, 95)))
+
+
+def turn(url: str, model: str, without: Sequence[str], streams: dict[int, int], seed: int) -> dict[int, Seen]:
+    """Warmed up with as many streams as there will be."""
+    found = {}
+    for number, requests in {0: max(streams), **streams}.items():
+        load = Load(url, model, seed=1000 * seed + number, max_tokens=None if number else 8)
+        asked = [{key: value for key, value in body.items() if key not in without} for body in bodies(load, requests)]
+        seen = asyncio.run(ask(url, asked, number or max(streams)))
+        if number:
+            found[number] = seen
+    return found
+
+
+def contestants(folder: Path, streams: dict[int, int], missing: dict[str, str]) -> dict[str, Callable[[], dict[int, Seen]]]:
+    """Each starts its server, asks and ends it. A peer that cannot is tried once."""
+    turns = dict.fromkeys(["Danlu", *PEER], 0)
+
+    def danlu() -> dict[int, Seen]:
+        turns["Danlu"] += 1
+        with danlu_running(folder, folder / "danlu.log") as url:
+            return turn(url, "bench", (), streams, turns["Danlu"])
+
+    def against(name: str, peer: Peer) -> dict[int, Seen]:
+        if name in missing:
+            return {}
+        turns[name] += 1
+        try:
+            with peer_running(peer, folder, folder / f"{name}.log") as url:
+                return turn(url, peer.model(folder), peer.without, streams, turns[name])
+        except (RuntimeError, subprocess.SubprocessError, aiohttp.ClientError, TimeoutError) as error:
+            missing[name] = str(error)
+            return {}
+
+    return {"Danlu": danlu, **{name: (lambda name=name, peer=peer: against(name, peer)) for name, peer in PEER.items()}}
+
+
+def rows(found: dict[str, list[dict[int, Seen]]], streams: dict[int, int]) -> list[Row]:
+    made = []
+    fields = (("rate", "tokens/s", False), ("first_p50_ms", "ms", True), ("gap_p95_ms", "ms", True))
+    names = {"rate": "output", "first_p50_ms": "first token, p50", "gap_p95_ms": "between tokens, p95"}
+    for number in streams:
+        for field, unit, less in fields:
+            ours = [float(getattr(one[number], field)) for one in found["Danlu"]]
+            metric = f"{names[field]}, {number} stream{'s' if number > 1 else ''}"
+            peers = {name: [float(getattr(one[number], field)) for one in found[name] if one] for name in PEER}
+            there = {name: values for name, values in peers.items() if len(values) == len(ours)}
+            made += [compare(metric, unit, ours, values, name, less_is_better=less) for name, values in there.items()]
+            if not there:
+                made.append(compare(metric, unit, ours))
+    return made
+
+
+def main() -> None:
+    given = options(__doc__, rounds=3)
+    streams = QUICK if given.quick else STREAMS
+    missing: dict[str, str] = {}
+    with tempfile.TemporaryDirectory(prefix="danlu-bench-") as temporary:
+        folder = Path(temporary)
+        write_model(folder, quick=given.quick)
+        say(f"{(folder / 'model.safetensors').stat().st_size / 1e6:.0f} MB of weights")
+        found = interleave(contestants(folder, streams, missing), given.rounds)
+    notes = [f"{cores()} cores, shared with the clients; Danlu is its whole service: Ray Serve in HAProxy mode, gateway, engine"]
+    finish("serving", given, rows(found, streams), notes + [f"without {name}: {why}" for name, why in missing.items()])
+
+
+if __name__ == "__main__":
+    main()
