@@ -1,4 +1,7 @@
-"""What somebody should hear of: recording rules and alerts, each declared once. Rule files and runbooks are made from this."""
+"""What somebody should hear of: recording rules and alerts, each declared once. Rule files and runbooks are made from this.
+
+Over 400 lines: one table of alerts, which is read from top to bottom.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from danlu.metrics import catalog as c
+from danlu.metrics import costs
 from danlu.metrics import foreign as f
 from danlu.metrics.promql import (
     Expr,
@@ -60,7 +64,7 @@ READY_REPLICAS = Recorded(
     total(select(f.RAY_HEALTHY_REPLICAS), "application", "deployment"),
     "Replicas that answer.",
 )
-RECORDED: tuple[Recorded, ...] = (*ERROR_RATIO.values(), *SLOW_RATIO.values(), MFU_BASELINE, READY_REPLICAS)
+RECORDED: tuple[Recorded, ...] = (*ERROR_RATIO.values(), *SLOW_RATIO.values(), MFU_BASELINE, READY_REPLICAS, *costs.RECORDED)
 
 Severity = Literal["critical", "warning"]
 Component = Literal["train", "serve", "cluster"]
@@ -194,6 +198,23 @@ ALERTS: tuple[Alert, ...] = (
         "The job's `budget_usd` is spent, and it trains on: whether to stop it is for whoever pays to say.",
         ("Stop it: Ctrl-C, or `kubectl delete rayjob NAME`. The last checkpoint is kept.",
          "Go on with it: `danlu train SPEC --set budget_usd=500`."), _COST,
+    ),
+    Alert(
+        "TenantBudgetNearlySpent", "serve", "warning",
+        select(costs.TENANT_BUDGET_USED) > 0.8, "15m",
+        "{{ $labels.tenant }} has cost four fifths of its week's budget",
+        "Its share of what replicas cost in the last seven days, by its share of their tokens, is above 80 % of `danlu keys budget`. Nobody is "
+        "refused. In a quiet week a tenant pays for idle replicas, too: fewer of them lower everybody's share.",
+        ("By which of its keys? `Tokens in this range, by key`; `danlu keys list` shows whose they are.",
+         "Replicas that idle: `danlu serve SPEC --set autoscaling.min_replicas=0`.", "More: `danlu keys budget TENANT --usd-per-week 500`."), _COST,
+    ),
+    Alert(
+        "TenantBudgetSpent", "serve", "critical",
+        select(costs.TENANT_BUDGET_USED) > 1, "15m",
+        "{{ $labels.tenant }} has cost more than its week's budget",
+        "Its budget of seven days is spent, and it is answered on: whether to refuse it is for whoever pays to say.",
+        ("Shut it out: `danlu keys revoke NAME`, for each of its keys in `danlu keys list`.",
+         "More: `danlu keys budget TENANT --usd-per-week 500`."), _COST,
     ),
     Alert(
         "WorkersNotScheduled", "train", "warning",
