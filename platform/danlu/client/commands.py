@@ -31,9 +31,9 @@ def list_keys(file: Path) -> None:
     for key in found.keys:
         expires = f"{key.expires:%Y-%m-%d %H:%M}" if key.expires else "never"
         state = key.state(datetime.now(UTC))
-        tenant = f"  tenant {key.tenant}" if key.tenant else ""
+        payer = f"  tenant {key.tenant}" if key.tenant else ""
         dates = f"created {key.created:%Y-%m-%d}  expires {expires}"
-        show(f"{key.name:<20} {key.prefix}...  {state:<8} {dates}  {', '.join(key.models)}{tenant}")
+        show(f"{key.name:<20} {key.prefix}...  {state:<8} {dates}  {', '.join(key.models)}{payer}")
 
 
 def revoke_key(file: Path, name: str) -> None:

@@ -125,7 +125,11 @@ def test_the_chart_makes_of_every_spec_what_the_renderer_makes(tmp_path: Path) -
     services += [
         SERVICE | {"name": "gpu", "engine": {"kind": "encoder", "num_gpus": 1, "num_threads": 3}, "http": {"haproxy": True}},
         SERVICE
-        | {"name": "limits", "limits": {"request_timeout_s": 2.5, "max_body_bytes": 100_000_000}, "autoscaling": {"max_replicas": 3}},
+        | {
+            "name": "limits",
+            "limits": {"request_timeout_s": 2.5, "drain_timeout_s": 45.5, "max_body_bytes": 100_000_000},
+            "autoscaling": {"max_replicas": 3},
+        },
         SERVICE | {"name": "to-zero", "autoscaling": {"min_replicas": 0}},
         {"name": "echo", "engine": {"kind": "echo", "latency_ms": 0.5}, "cluster": {"image": "i", "gpu_type": None}},
         {
