@@ -1,7 +1,4 @@
-"""What somebody should hear of: recording rules and alerts, each declared once. Rule files and runbooks are made from this.
-
-Over 400 lines: one table of alerts, which is read from top to bottom.
-"""
+"""What somebody should hear of: recording rules and alerts, each declared once. Rule files and runbooks are made from this."""
 
 from __future__ import annotations
 
@@ -11,14 +8,13 @@ from typing import Literal
 from danlu.metrics import catalog as c
 from danlu.metrics import costs
 from danlu.metrics import foreign as f
+from danlu.metrics.objectives import ERROR_BUDGET, ERROR_RATIO, SLOW_BUDGET, SLOW_RATIO, SLOW_S
 from danlu.metrics.promql import (
     Expr,
     Matches,
     Recorded,
     aggregate,
-    bucket_rate,
     call,
-    count_rate,
     increase,
     mean,
     now,
@@ -29,31 +25,6 @@ from danlu.metrics.promql import (
     total,
 )
 
-USER_ROUTES = Matches("/v1/.+")
-"""What clients ask; health and readiness are asked by machines."""
-WHOLE_ANSWERS = Matches("/v1/(answer|choose|classify|embeddings|rerank|tag)")
-"""Of these a client waits for all of the answer. A language model's may well take minutes: there the first token counts."""
-ERROR_BUDGET = 0.005
-"""The objective: of a month's requests at most one in 200 ends with a 5xx."""
-SLOW_BUDGET = 0.01
-"""The objective: at most one request in 100 takes longer than SLOW_S."""
-SLOW_S = "1.0"
-WINDOWS = ("5m", "30m", "1h", "6h")
-
-
-def _error_ratio(window: str) -> Expr:
-    requests = total(rate(c.SERVE_REQUESTS, window, route=USER_ROUTES), "model")
-    failed = total(rate(c.SERVE_REQUESTS, window, route=USER_ROUTES, status=Matches("5..")), "model")
-    return (failed | requests * 0) / requests  # a model that never failed has no series with a 5xx
-
-
-def _slow_ratio(window: str) -> Expr:
-    requests = total(count_rate(c.SERVE_SECONDS, window, route=WHOLE_ANSWERS), "model")
-    return (requests - total(bucket_rate(c.SERVE_SECONDS, window, route=WHOLE_ANSWERS, le=SLOW_S), "model")) / requests
-
-
-ERROR_RATIO = {w: Recorded(f"model:danlu_serve_errors:ratio_rate{w}", _error_ratio(w), "Share of requests with a 5xx.") for w in WINDOWS}
-SLOW_RATIO = {w: Recorded(f"model:danlu_serve_slow:ratio_rate{w}", _slow_ratio(w), f"Share of requests over {SLOW_S} s.") for w in WINDOWS}
 MFU_BASELINE = Recorded(
     "train_job:danlu_train_mfu:p90_6h",
     aggregate("max", over_time("quantile", c.TRAIN_MFU, "6h", quantile=0.9), ["train_job"]),

@@ -8,7 +8,8 @@ from typing import Literal
 from danlu.metrics import catalog as c
 from danlu.metrics import costs
 from danlu.metrics import foreign as f
-from danlu.metrics.alerts import ERROR_BUDGET, ERROR_RATIO, MFU_BASELINE, READY_REPLICAS, SLOW_RATIO
+from danlu.metrics.alerts import MFU_BASELINE, READY_REPLICAS
+from danlu.metrics.objectives import ERROR_BUDGET, ERROR_RATIO, SLOW_RATIO
 from danlu.metrics.promql import (
     Expr,
     Series,

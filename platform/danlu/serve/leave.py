@@ -22,7 +22,7 @@ def leave(timeout_s: float, node_id: str | None = None) -> bool:
     context = ray.get_runtime_context()
     node_id = node_id or context.get_node_id()
     deadline = time.monotonic() + timeout_s
-    command = [Path(sys.executable).with_name("ray"), "drain-node", f"--address={context.gcs_address}", f"--node-id={node_id}"]
+    command = [str(Path(sys.executable).with_name("ray")), "drain-node", f"--address={context.gcs_address}", f"--node-id={node_id}"]
     reason = ["--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=its pod ends"]
     subprocess.run([*command, *reason, f"--deadline-remaining-seconds={int(timeout_s)}"], check=True)
     while _num_replicas(node_id):

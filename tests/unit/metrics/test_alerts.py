@@ -16,8 +16,9 @@ from alert_cases import ALIVE, CASES
 
 from danlu import cli
 from danlu.metrics import costs, rules
-from danlu.metrics.alerts import ALERTS, ERROR_RATIO, SLOW_RATIO, WHOLE_ANSWERS
+from danlu.metrics.alerts import ALERTS
 from danlu.metrics.dashboards import DASHBOARDS
+from danlu.metrics.objectives import ERROR_RATIO, SLOW_RATIO, WHOLE_ANSWERS
 from danlu.serve.encoder_wire import routes_of
 from danlu.spec.task import EncoderTask
 
