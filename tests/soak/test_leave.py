@@ -20,7 +20,7 @@ TWO_NODES = """if True:
     from danlu.serve.leave import _num_replicas, leave
     from danlu.spec.serve import Service
 
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
     ends = cluster.add_node(num_cpus=1).node_id
     ray.init(address=cluster.address, log_to_driver=False)
     serve.start(http_options=HTTPOptions(host="127.0.0.1", port=app._free_port("127.0.0.1", 0), location="HeadOnly"))

@@ -36,7 +36,8 @@ def _num_replicas(node_id: str) -> int:
     client = serve.context._get_global_client(raise_if_no_controller_running=False)
     applications = client.get_serve_details()["applications"].values() if client is not None else []
     deployments = [one for application in applications for one in application["deployments"].values()]
-    return sum(replica["node_id"] == node_id for one in deployments for replica in one["replicas"])
+    # One that is starting has no node yet.
+    return sum(replica.get("node_id") == node_id for one in deployments for replica in one["replicas"])
 
 
 if __name__ == "__main__":
