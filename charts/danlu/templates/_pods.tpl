@@ -121,6 +121,9 @@ metadata:
 spec:
   {{- include "danlu.identity" $c | nindent 2 }}
   automountServiceAccountToken: {{ and (not $worker) .scales | ternary true false }}
+  {{- if and $worker .leave }}
+  terminationGracePeriodSeconds: {{ add (int .leave) (int $facts.end_s) }}
+  {{- end }}
   containers:
     - name: ray-{{ .role }}
       {{- include "danlu.image" $c | nindent 6 }}
@@ -139,6 +142,10 @@ spec:
         - {name: {{ .name }}, containerPort: {{ .port }}}
         {{- end }}
         {{- end }}
+      {{- if and $worker .leave }}
+      lifecycle:
+        preStop: {exec: {command: [python, -m, danlu.serve.leave, {{ .leave | toString | quote }}]}}
+      {{- end }}
       resources:
         {{- range list "requests" "limits" }}
         {{ . }}:

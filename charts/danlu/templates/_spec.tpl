@@ -95,6 +95,9 @@
   "num_threads": 1,
   "num_gpus": 0
  },
+ "drain_timeout_s": 20.0,
+ "leave_s": 120,
+ "end_s": 30,
  "request_timeout_s": 30.0,
  "cleanup": {
   "ttl": {

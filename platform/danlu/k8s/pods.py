@@ -41,6 +41,11 @@ RESTRICTED = {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"
 WRITABLE = {"tmp": "/tmp", "home": "/home/danlu"}
 """Folders that live as long as their pod: the rest of its file system is read-only."""
 
+LEAVE_S = 120
+"""How long a service's pod that is told to end waits for replicas elsewhere to be ready, before its own finish what they have begun."""
+END_S = 30
+"""And how long its processes may take to end after that."""
+
 Cluster = JobCluster | ServiceCluster
 
 
@@ -99,12 +104,20 @@ def ray_cluster(
     pods: tuple[int, int],
     env: Mapping[str, str],
     config_map: str | None = None,
+    leave_s: int | None = None,
 ) -> Object:
-    """A RayCluster's spec: a head without work of its own, and from `pods[0]` to `pods[1]` workers of `cpus` cores and `gpus` GPUs."""
+    """A RayCluster's spec: a head without work of its own, and from `pods[0]` to `pods[1]` workers of `cpus` cores and `gpus` GPUs.
+
+    `leave_s` is how long a worker may take to hand its replicas over before it is ended.
+    """
     scales = pods[0] < pods[1]
     head = _pod(cluster, kind, name, "head", cluster.head.cpus, cluster.head.memory, 0, env, config_map)
     head["spec"]["automountServiceAccountToken"] = scales
     worker = _pod(cluster, kind, name, "worker", cpus, cluster.memory, gpus, env, config_map)
+    if leave_s is not None:
+        leave = ["python", "-m", "danlu.serve.leave", str(leave_s)]
+        worker["spec"]["containers"][0]["lifecycle"] = {"preStop": {"exec": {"command": leave}}}
+        worker["spec"]["terminationGracePeriodSeconds"] = leave_s + END_S
     return {
         "rayVersion": RAY_VERSION,
         "authOptions": {"mode": "token"},

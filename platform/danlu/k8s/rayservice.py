@@ -7,7 +7,7 @@ import math
 import yaml
 
 from danlu.errors import SpecError
-from danlu.k8s.pods import GPU, Object, metadata, needed, ray_cluster
+from danlu.k8s.pods import GPU, LEAVE_S, Object, metadata, needed, ray_cluster
 from danlu.spec.cluster import Incremental, InPlace, NewCluster, ServiceCluster
 from danlu.spec.files import dump
 from danlu.spec.serve import Echo, EchoText, Service
@@ -41,6 +41,7 @@ def ray_service(service: Service) -> Object:
                     gpus=(0 if isinstance(engine, Echo | EchoText) else engine.num_gpus) * each,
                     pods=(math.ceil(scaling.min_replicas / each), math.ceil(scaling.max_replicas / each)),
                     env={"RAY_SERVE_ENABLE_HA_PROXY": "1"} if service.http.haproxy else {},
+                    leave_s=LEAVE_S + math.ceil(service.limits.drain_timeout_s),
                 ),
             },
         },

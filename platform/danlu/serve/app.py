@@ -26,6 +26,7 @@ from danlu.errors import ResourceError, SpecError
 from danlu.local_ray import start_ray
 from danlu.metrics import catalog, emit
 from danlu.metrics.catalog import Metric
+from danlu.metrics.prices import accelerator, usd_per_hour
 from danlu.serve.asgi import App
 from danlu.serve.engine import make_engine
 from danlu.serve.gateway import Gateway
@@ -33,7 +34,7 @@ from danlu.serve.generation import TextEngine
 from danlu.serve.keys import Authenticated, KeyRing, read_keys
 from danlu.serve.wires import wire_of
 from danlu.spec.files import dump, load, parse
-from danlu.spec.serve import Echo, EchoText, Encoder, EncoderDecoder, Service
+from danlu.spec.serve import Echo, EchoText, Encoder, EncoderDecoder, Engine, Service
 from danlu.spec.task import AnsweredTask, Classification, EncoderTask, Pretrain, Task, engine_kind
 from danlu.spec.vllm import Vllm
 
@@ -50,6 +51,7 @@ class Replica:
     """One process of a service. Serve calls it; the ASGI app that it builds answers."""
 
     async def __init__(self, spec: str) -> None:  # type: ignore[misc]  # Serve awaits it
+        began = time.monotonic()
         service = parse(Service, spec, source="the service's spec")
         replica = serve.get_replica_context().replica_id.unique_id
         logs.begin("json", service=service.name, replica=replica)
@@ -70,7 +72,7 @@ class Replica:
             engine, service.name, service.limits, emit.emit, sends_request_id=False, lora_updates=service.allows_lora_updates
         )
         self.entrance: App = self.gateway  # `app` is a name of Serve's own
-        self.reading: list[asyncio.Task[None]] = []
+        self.reading = [asyncio.create_task(_meter_devices(service, began))]
         if service.auth is not None:
             ring = KeyRing(Path(service.auth.keys_file))
             self.entrance = Authenticated(self.gateway, ring, self.gateway.count)
@@ -100,12 +102,10 @@ def build(spec: Service | Mapping[str, Any]) -> serve.Application:
     service = spec if isinstance(spec, Service) else _from_arguments(spec)
     scaling, limits, engine = service.autoscaling, service.limits, service.engine
     room = limits.max_ongoing_requests + limits.max_queued_requests
+    cpus, gpus = _cores_and_gpus(engine)
     deployment = serve.deployment(
         name=service.name,
-        ray_actor_options={
-            "num_cpus": 1 if isinstance(engine, Echo | EchoText) else engine.num_threads,
-            "num_gpus": 0 if isinstance(engine, Echo | EchoText) else engine.num_gpus,
-        },
+        ray_actor_options={"num_cpus": cpus, "num_gpus": gpus},
         # The gateway queues and refuses, in OpenAI's shape and with a Retry-After that it has measured; Serve's bound is the net under it.
         max_ongoing_requests=room + 16,
         # A burst waits here while it is handed to replicas that have room: too small a bound would refuse it with Serve's plain text.
@@ -125,6 +125,11 @@ def build(spec: Service | Mapping[str, Any]) -> serve.Application:
         max_constructor_retry_count=1,
     )(serve.ingress()(Replica))
     return deployment.bind(dump(service))
+
+
+def _cores_and_gpus(engine: Engine) -> tuple[int, int]:
+    """What a replica holds."""
+    return (1, 0) if isinstance(engine, Echo | EchoText) else (engine.num_threads, engine.num_gpus)
 
 
 @dataclass(frozen=True)
@@ -309,10 +314,42 @@ async def _meter_engine(engine: TextEngine, model: str) -> None:
         await asyncio.sleep(STATS_EVERY_S)
 
 
+async def _meter_devices(service: Service, began: float) -> None:
+    """What the replica holds, and what that costs, from its first moment on: GPUs, which bring their cores, or cores."""
+    cpus, gpus = _cores_and_gpus(service.engine)
+    device = _accelerator() if gpus else "cpu"
+    price = usd_per_hour(device)
+    charged = began
+    while True:
+        now = time.monotonic()
+        held, charged = (now - charged) * (gpus or cpus), now
+        emit.emit(catalog.SERVE_DEVICE_SECONDS, held, model=service.name, device=device)
+        if price is not None:
+            emit.emit(catalog.SERVE_COST, held * price / 3600, model=service.name)
+        await asyncio.sleep(STATS_EVERY_S)
+
+
+def _accelerator() -> str:
+    """This node's GPU as Ray has found it: torch would take some of its memory to tell."""
+    here = ray.get_runtime_context().get_node_id()
+    return accelerator(next(node["Resources"] for node in ray.nodes() if node["NodeID"] == here))
+
+
 async def _meter_keys(ring: KeyRing, model: str) -> None:
+    begun: set[str] = set()
     while True:
         emit.emit(catalog.SERVE_KEY_EXPIRY, ring.next_expiry(), model=model)
         emit.emit(catalog.SERVE_KEYS_UNREADABLE, float(not ring.is_readable), model=model)
+        for tenant in ring.tenants():
+            emit.emit(catalog.SERVE_TENANT_BUDGET, tenant.budget_usd_per_week, tenant=tenant.name)
+        valid = ring.valid()
+        if len(valid) <= catalog.SERVE_KEY_TOKENS.max_values:  # else keys that nobody uses would push out those in use
+            # Who pays by tokens pays from the first one on: a counter that begins with it shows Prometheus no increase.
+            for key in valid:
+                if key.name not in begun:
+                    begun.add(key.name)
+                    for kind in ("prompt", "completion"):
+                        emit.emit(catalog.SERVE_KEY_TOKENS, 0, model=model, tenant=key.payer, key=key.name, kind=kind)
         await asyncio.sleep(STATS_EVERY_S)
 
 

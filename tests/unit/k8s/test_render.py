@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import copy
+import importlib.util
 import re
 import subprocess
 from pathlib import Path
@@ -227,6 +228,19 @@ def test_a_services_keys_are_a_secret_that_its_pods_have() -> None:
         render(Service.model_validate(SERVICE | keys))
     assert refused.value.where == "auth.keys_file"
     assert "secret_volumes" in refused.value.fix
+
+
+def test_a_services_pod_hands_its_replicas_over_before_it_is_ended_and_a_jobs_does_not() -> None:
+    (one,) = render(Service.model_validate(SERVICE | {"limits": {"drain_timeout_s": 40.5}}))
+    found = containers(one["spec"])
+    (container,) = found["worker"]["containers"]
+    *command, seconds = container["lifecycle"]["preStop"]["exec"]["command"]
+    assert command == ["python", "-m", "danlu.serve.leave"]
+    assert importlib.util.find_spec("danlu.serve.leave") is not None
+    assert int(seconds) > 41 + 60, "replicas elsewhere have time to start, and those here to finish"
+    assert found["worker"]["terminationGracePeriodSeconds"] > int(seconds)
+    for other in (found["head"], *containers(ray_job(job())).values()):
+        assert "lifecycle" not in other["containers"][0]
 
 
 GPU_SERVICE = {**SERVICE, "engine": {"kind": "encoder", "num_gpus": 1}, "autoscaling": {"min_replicas": 3, "max_replicas": 8}}
