@@ -15,7 +15,7 @@ from danlu import logs, traces
 from danlu.artifact.bundle import Bundle, canonical_json, text_digest, write_bundle
 from danlu.artifact.runs import SPEC, RunFolder, latest_run, open_run
 from danlu.artifact.store import Store, ensure_writable
-from danlu.benchmark import run_suite, suite_text
+from danlu.benchmark import run_harness, run_suite, suite_text
 from danlu.errors import DanluError, DataError, ModelError, ResourceError
 from danlu.examine import Examined, clean, compare, data_report, examine, explain, scores_json, write_files
 from danlu.handover import (
@@ -368,6 +368,7 @@ __all__ = [
     "prepare",
     "quantize",
     "report",
+    "run_harness",
     "run_suite",
     "scores_json",
     "serving",
