@@ -13,12 +13,28 @@ from danlu.artifact.bundle import Bundle
 from danlu.errors import DataError, SpecError, StorageError
 from danlu.handover import open_bundle
 from danlu.spec.data import Columns, DropBroken, RepairBroken
-from danlu.spec.task import CausalLm, Chat, Classification, EncoderTask, Preference, Pretrain
+from danlu.spec.task import (
+    CausalLm,
+    Chat,
+    Classification,
+    Embed,
+    EncoderTask,
+    MaskedLm,
+    MultiLabelClassification,
+    Preference,
+    Pretrain,
+    Regression,
+    Seq2Seq,
+    Task,
+    TokenClassification,
+    rows_are_texts,
+)
 from danlu.spec.train import TrainJob
 
 if TYPE_CHECKING:
     from danlu.data.clean import Cleaned
     from danlu.data.profile import Example, Profile
+    from danlu.data.row_texts import Reading
     from danlu.evaluate.analysis import Analysis
     from danlu.evaluate.explain import Explained
     from danlu.evaluate.score import Evaluation
@@ -68,9 +84,11 @@ def data_report(
         format=job.data.format,
         tokenizer=tokenizer,
         max_length=job.model.max_length,
-        cuts=job.task.kind != "pretrain",
+        # Of other rows the model reads several texts, or windows: the plan says what is cut of them.
+        cuts=isinstance(job.task, Classification | MultiLabelClassification | Regression | Chat),
         near_threshold=near_threshold,
         max_rows=max_rows,
+        reading=_reading(job.task, tokenizer),
     )
     try:
         example = _first_example(job, sources["train"], tokenizer, sorted(found.splits["train"].labels))
@@ -79,19 +97,68 @@ def data_report(
     return replace(found, example=example)
 
 
+def _reading(task: Task, tokenizer: Any) -> Reading:
+    from danlu.data.row_texts import Reading, conversation_reader
+
+    match task:
+        case Classification() | Pretrain():
+            return Reading(of_texts=True)
+        case MultiLabelClassification():
+            from danlu.tasks.multi_label import label_reader
+
+            read = label_reader(task.separator)
+            return Reading(of_texts=True, labels_of=lambda value: read(value, 0) or ())
+        case Chat() | Preference():
+            return Reading(False, None, lambda first: conversation_reader(task, tokenizer, first))
+        case _:
+            return Reading(of_texts=rows_are_texts(task), labels_of=None)
+
+
 def _first_example(job: TrainJob, source: str | Sequence[str], tokenizer: Any, labels: Sequence[str]) -> Example:
+    from danlu.data.encode import NO_TARGET
     from danlu.data.profile import Example
-    from danlu.tasks.task import read_given
+    from danlu.data.rendering import show
+    from danlu.tasks.task import read_given, read_splits
 
     names = list(getattr(job.task, "labels", None) or labels)
     tolerant = any(isinstance(step, DropBroken | RepairBroken) for step in job.data.clean)
     steps = job.data.clean if tolerant else [*job.data.clean, DropBroken()]  # a broken row is reported, not a reason to show nothing
     with tempfile.TemporaryDirectory(prefix="danlu-example-") as folder:
-        few = job.data.model_copy(update={"max_rows": 50, "clean": steps, "cache_dir": folder})
-        split = read_given(source, job.model_copy(update={"data": few}), tokenizer, names, max_length=job.model.max_length)
+        changes = {"max_rows": 50, "clean": steps, "cache_dir": folder}
+        if isinstance(job.task, TokenClassification) and job.task.labels is None:  # tags are known when rows have been read
+            few = job.data.model_copy(update=changes | {"train": source, "dev": None, "test": None})
+            made = read_splits(job.model_copy(update={"data": few}), tokenizer, max_length=job.model.max_length)
+            split = min(made.train, made.dev, key=lambda split: split.texts.row_numbers[0])
+        else:
+            few = job.data.model_copy(update=changes)
+            split = read_given(source, job.model_copy(update={"data": few}), tokenizer, names, max_length=job.model.max_length)
     ids = [int(token) for token in split.encoded.row(0)]
-    target = "every next token" if split.labels is None else str(names[int(split.labels[0])] if split.labels.ndim == 1 else split.labels[0])
-    return Example(tuple(tokenizer.convert_ids_to_tokens(ids)), tuple(ids), target)
+    text = None
+    if isinstance(job.task, Chat | Preference):
+        text = show(split.encoded, 0, tokenizer)
+    elif isinstance(job.task, Seq2Seq):
+        from_here = int((split.encoded.row_labels(0) == NO_TARGET).sum())
+        text = f"{tokenizer.decode(ids[:from_here])}⟦{tokenizer.decode(ids[from_here:])}⟧"
+    return Example(tuple(tokenizer.convert_ids_to_tokens(ids)), tuple(ids), _target(job.task, split, names), text)
+
+
+def _target(task: Task, split: Split, names: Sequence[str]) -> str:
+    match task:
+        case Regression() if split.labels is not None:
+            return f"{float(split.labels[0]):g}"
+        case Embed():
+            return "to be nearest to its own second text"
+        case Pretrain(objective=MaskedLm()):
+            return "the tokens that are masked"
+        case Pretrain() | Chat() | Preference():
+            return "every next token"
+        case Seq2Seq():
+            return "the text behind the source"
+        case _ if split.references:
+            return " | ".join(split.references[0]) or "no answer"
+        case _:
+            assert split.labels is not None
+            return names[int(split.labels[0])]
 
 
 def clean(job: TrainJob, out: str | None = None) -> tuple[Mapping[str, Sequence[str]], Cleaned]:
@@ -105,7 +172,7 @@ def clean(job: TrainJob, out: str | None = None) -> tuple[Mapping[str, Sequence[
             fix="data.clean: [{kind: drop_broken}, {kind: deduplicate_exact}]",
         )
     data = job.data if out is None else job.data.model_copy(update={"cache_dir": out})
-    made, cleaned = prepare(data, job.seed)
+    made, cleaned = prepare(data, job.seed, of_texts=rows_are_texts(job.task))
     return {name: list(shards) for name in ("train", "dev", "test") if (shards := getattr(made, name)) is not None}, cleaned
 
 
@@ -287,9 +354,9 @@ def _columns(
 
     job = TrainJob.model_validate(bundle.meta.lineage.spec)
     if data is not None:
-        source, spec = prepare_given(data, job.data, job.seed)
+        source, spec = prepare_given(data, job.data, job.seed, of_texts=rows_are_texts(job.task))
     else:
-        spec = prepare(job.data, job.seed)[0] if needs_preparing(job.data) else job.data
+        spec = prepare(job.data, job.seed, of_texts=rows_are_texts(job.task))[0] if needs_preparing(job.data) else job.data
         source = getattr(spec, name) or spec.train
     rows = read_rows(source, format=spec.format, max_rows=spec.max_rows, where=f"data.{name}")
     for column in wanted:

@@ -67,7 +67,7 @@ def _json(response: httpx.Response) -> dict[str, Any]:
         raise RequestError(
             str(told["message"]) if isinstance(told, dict) and "message" in told else response.text[:200],
             status=response.status_code,
-            fix=f"a key in {API_KEY}" if response.status_code == 401 else "",
+            fix=f"a key in DANLU_API_KEY or {API_KEY}; danlu keys create makes one" if response.status_code == 401 else "",
         )
     assert isinstance(document, dict)
     return document

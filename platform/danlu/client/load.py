@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import re
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -209,7 +210,9 @@ async def _ask(session: aiohttp.ClientSession, body: dict[str, Any], due: float,
             if not times:
                 raise RequestError("an answer without a text")
     except (aiohttp.ClientError, RequestError, OSError) as error:
-        refused[error.problem if isinstance(error, RequestError) else type(error).__name__] += 1
+        problem = error.problem if isinstance(error, RequestError) else type(error).__name__
+        # The same reason with other numbers in it is told once, in the words of the first.
+        refused[next((known for known in refused if _wording(known) == _wording(problem)), problem)] += 1
         return
     gaps = [after - before for before, after in pairwise(times)]
     tokens = usage.get("completion_tokens", len(times))
@@ -221,6 +224,10 @@ def _told(text: str) -> str:
         return str(json.loads(text)["error"]["message"])
     except (ValueError, KeyError, TypeError):
         return text[:100]
+
+
+def _wording(problem: str) -> str:
+    return re.sub(r"\d+", "0", problem)
 
 
 def _report(load: Load, seconds: float, seen: Sequence[Seen], refused: Counter[str]) -> Report:

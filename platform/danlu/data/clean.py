@@ -12,7 +12,7 @@ from typing import Any
 
 from danlu.data.language import language
 from danlu.data.near import Seen
-from danlu.data.profile import row_text
+from danlu.data.row_texts import row_text
 from danlu.errors import DataError
 from danlu.spec import data as spec
 
@@ -107,15 +107,16 @@ def _changing(change: Callable[[str], str], roles: Mapping[str, str], kind: str,
         match value:
             case str():
                 return change(value)
+            case {"answer_start": _} | {"start": _, "end": _} | [int(), int(), str()]:
+                counted = "[start, end, ...]" if isinstance(value, list) else "answer_start" if "answer_start" in value else "start"
+                raise DataError(
+                    f"the step {kind} moves texts, and rows with `{counted}` count their characters",
+                    where=where,
+                    fix="leave that step out of data.clean for this task",
+                )
             case list():
                 return [changed(inner) for inner in value]
             case dict():
-                if "answer_start" in value:
-                    raise DataError(
-                        f"the step {kind} moves texts, and rows with `answer_start` count their characters",
-                        where=where,
-                        fix="leave that step out of data.clean for this task",
-                    )
                 return {name: changed(inner) for name, inner in value.items()}
             case _:
                 return value

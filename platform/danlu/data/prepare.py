@@ -25,8 +25,8 @@ import fsspec
 from danlu.data.clean import CHANGES, Cleaned, Step, Values, make_step
 from danlu.data.columns import as_label
 from danlu.data.near import Seen, database
-from danlu.data.profile import roles_of, row_text
 from danlu.data.row import Broken, Row
+from danlu.data.row_texts import roles_of, row_text
 from danlu.data.split import draw_split
 from danlu.data.stream import Source, find, stream
 from danlu.errors import DataError, StorageError
@@ -42,8 +42,11 @@ def needs_preparing(data: spec.Data) -> bool:
     return data.streaming or bool(data.clean) or (data.split is not None and not isinstance(data.split, spec.Given))
 
 
-def prepare(data: spec.Data, seed: int) -> tuple[spec.Data, Cleaned]:
-    """The same data as shards without steps left to do, and what was done; from `cache_dir` if it was done before."""
+def prepare(data: spec.Data, seed: int, *, of_texts: bool = True) -> tuple[spec.Data, Cleaned]:
+    """The same data as shards without steps left to do, and what was done; from `cache_dir` if it was done before.
+
+    `of_texts`: a row is one text, or two, and its label; else every text in it counts, or rows that share a question would be duplicates.
+    """
     if data.streaming and data.dev is None and data.split is None:
         data = data.model_copy(update={"split": spec.Ratio(dev_size=data.dev_size)})
     sources = {
@@ -51,11 +54,11 @@ def prepare(data: spec.Data, seed: int) -> tuple[spec.Data, Cleaned]:
         for name in ("dev", "test", "train")  # what is held out is seen before training rows are compared with it
         if (source := getattr(data, name)) is not None
     }
-    folder = Path(data.cache_dir).expanduser() / "clean" / _key(data, sources, seed)
+    folder = Path(data.cache_dir).expanduser() / "clean" / _key(data, sources, seed, of_texts)
     manifest = _manifest(folder)
     if manifest is None:
         with _alone(folder):  # several workers of one machine may come here at once
-            manifest = _manifest(folder) or _prepare(data, sources, folder, seed)
+            manifest = _manifest(folder) or _prepare(data, sources, folder, seed, of_texts)
     label = manifest["label_column"]
     columns = data.columns if label is None or data.columns.label else data.columns.model_copy(update={"label": label})
     shards = {name: [str(folder / shard) for shard in names] or None for name, names in manifest["shards"].items()}
@@ -68,20 +71,22 @@ def prepare(data: spec.Data, seed: int) -> tuple[spec.Data, Cleaned]:
     return made, Cleaned(**manifest["cleaned"])
 
 
-def prepare_given(source: str | Sequence[str], data: spec.Data, seed: int) -> tuple[str | Sequence[str], spec.Data]:
+def prepare_given(
+    source: str | Sequence[str], data: spec.Data, seed: int, *, of_texts: bool = True
+) -> tuple[str | Sequence[str], spec.Data]:
     """Other files than the job's, with the steps that change texts, as dev and test rows have them."""
     steps = [step for step in data.clean if isinstance(step, (*CHANGES, spec.DropBroken, spec.RepairBroken))]
     if not steps:
         return source, data
     files = [source] if isinstance(source, str) else list(source)
     only = data.model_copy(update={"train": files, "dev": None, "test": None, "clean": steps, "split": None, "streaming": False})
-    made, _ = prepare(only, seed)
+    made, _ = prepare(only, seed, of_texts=of_texts)
     return made.train, made
 
 
-def _key(data: spec.Data, sources: Mapping[str, Sequence[Source]], seed: int) -> str:
+def _key(data: spec.Data, sources: Mapping[str, Sequence[Source]], seed: int, of_texts: bool) -> str:
     asked = data.model_dump(mode="json", include={"clean", "split", "columns", "max_rows"})
-    digest = sha256(json.dumps([1, asked, seed if data.split is not None else 0], sort_keys=True).encode())
+    digest = sha256(json.dumps([2, of_texts, asked, seed if data.split is not None else 0], sort_keys=True).encode())
     for name, found in sources.items():
         for source in found:
             digest.update(json.dumps([name, _absolute(source.path), source.format, *_state_of(source)]).encode())
@@ -127,13 +132,13 @@ def _cannot_write(folder: Path, error: Exception) -> StorageError:
     )
 
 
-def _prepare(data: spec.Data, sources: Mapping[str, Sequence[Source]], folder: Path, seed: int) -> dict[str, Any]:
+def _prepare(data: spec.Data, sources: Mapping[str, Sequence[Source]], folder: Path, seed: int, of_texts: bool) -> dict[str, Any]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         connection = database(folder / "state.sqlite")
         try:
             connection.execute("create table if not exists done (name text primary key, value text)")
-            run = _Run(data, folder, connection)
+            run = _Run(data, folder, connection, of_texts)
             for name, found in sources.items():
                 run.clean(name, found)
             shards = {name: run.shards[name] for name in sources}
@@ -169,8 +174,8 @@ def _prepare(data: spec.Data, sources: Mapping[str, Sequence[Source]], folder: P
 class _Run:
     """One pass over every split's files."""
 
-    def __init__(self, data: spec.Data, folder: Path, connection: sqlite3.Connection) -> None:
-        self.data, self.folder, self.connection = data, folder, connection
+    def __init__(self, data: spec.Data, folder: Path, connection: sqlite3.Connection, of_texts: bool) -> None:
+        self.of_texts, self.data, self.folder, self.connection = of_texts, data, folder, connection
         self.shards: dict[str, list[str]] = {}
         self.rows_in: Counter[str] = Counter()
         self.rows_out: Counter[str] = Counter()
@@ -223,7 +228,7 @@ class _Run:
 
     def _roles(self, row: Row, name: str, sources: Sequence[Source]) -> dict[str, str]:
         label = next((source.label_column for source in sources if source.path == row.source), None)
-        return roles_of(list(row.values), self.data.columns, label, f"data.{name}")
+        return roles_of(row.values, self.data.columns, label, f"data.{name}", of_texts=self.of_texts)
 
     def _through(self, item: Row | Broken, name: str, sources: Sequence[Source]) -> Values | None:
         if isinstance(item, Broken):

@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from danlu.data.columns import USUAL, as_label, choose, is_empty
-from danlu.data.formats import Rows
+from danlu.data.columns import is_empty
+from danlu.data.conversations import BadRow
 from danlu.data.language import language
 from danlu.data.near import Seen, database
 from danlu.data.personal import masked, personal
-from danlu.data.row import Broken, strings
+from danlu.data.row import Broken
+from danlu.data.row_texts import ANY, Reader, Reading, Values, roles_of, row_text
 from danlu.data.stream import Source, find, stream
 from danlu.errors import DataError
 from danlu.spec.data import Columns
@@ -90,11 +91,12 @@ class SplitProfile:
 
 @dataclass(frozen=True)
 class Example:
-    """The first row as the model reads it."""
+    """The first row as the model reads it. `text`: of a language model's, what it learns between ⟦ and ⟧."""
 
     tokens: tuple[str, ...]
     input_ids: tuple[int, ...]
     target: str
+    text: str | None = None
 
 
 @dataclass(frozen=True)
@@ -121,10 +123,10 @@ def profile(
     max_length: int | None = None,
     cuts: bool = True,
     near_threshold: float | None = 0.8,
-    example: Example | None = None,
     max_rows: int | None = None,
+    reading: Reading = ANY,
 ) -> Profile:
-    """Read every split once. `near_threshold=None` leaves near duplicates out, which take most of the time."""
+    """Read every split once. `near_threshold=None` leaves near duplicates out, which take most of the time; `reading`: as a task does."""
     splits = {}
     with TemporaryDirectory(prefix="danlu-report-") as folder:
         connection = database(Path(folder) / "seen.sqlite")
@@ -134,7 +136,7 @@ def profile(
             for name in names:
                 found = find(sources[name], format=format, where=f"data.{name}")
                 seen = Seen(connection, f"exact_{name}"), Seen(connection, f"near_{name}", near_threshold) if near_threshold else None
-                builder = _Builder(name, found, columns, tokenizer, max_length if cuts else None, seen, train)
+                builder = _Builder(name, found, columns, tokenizer, max_length if cuts else None, seen, train, reading)
                 for source in found:
                     for item in _first(stream(source, where=f"data.{name}"), max_rows):
                         builder.add(item)
@@ -142,7 +144,7 @@ def profile(
                 train = seen if name == "train" else train
         finally:
             connection.close()
-    return Profile(splits, max_length, near_threshold, example, tuple(_warnings(splits)))
+    return Profile(splits, max_length, near_threshold, None, tuple(_warnings(splits)))
 
 
 def _first(items: Iterator[Any], number: int | None) -> Iterator[Any]:
@@ -150,28 +152,6 @@ def _first(items: Iterator[Any], number: int | None) -> Iterator[Any]:
         if number is not None and i >= number:
             return
         yield item
-
-
-def roles_of(names: Sequence[str], columns: Columns, label_column: str | None, where: str) -> dict[str, str]:
-    """What the columns are, or nothing where that cannot be told; a column that is named and not there is refused."""
-    table = Rows({name: [] for name in names}, (), "", label_column)
-    for need_label in (True, False):
-        try:
-            chosen = choose(table, columns, USUAL, ("text", "label") if need_label else ("text",), where)
-            return chosen if need_label or columns.label is not None else {role: name for role, name in chosen.items() if role != "label"}
-        except DataError:
-            if any(isinstance(name, str) and name not in names for name in columns.model_dump().values()):
-                raise
-    return {}
-
-
-def row_text(values: Mapping[str, Any], roles: Mapping[str, str]) -> str:
-    """What a row says: its text and pair, or where that is unknown every text in it but the label."""
-    if "text" in roles:
-        parts = [values.get(roles[role]) for role in ("text", "text_pair") if role in roles]
-        # A list or an object is no text, as the tasks see it.
-        return "\n".join(str(value) for value in parts if isinstance(value, str | int | float))
-    return "\n".join(part for name, value in values.items() if name != roles.get("label") for part in strings(value))
 
 
 @dataclass
@@ -223,7 +203,10 @@ class _Builder:
         max_length: int | None,
         seen: tuple[Seen, Seen | None],
         train: tuple[Seen, Seen | None] | None,
+        reading: Reading,
     ) -> None:
+        self.reading = reading
+        self.reader: Reader | None = None
         self.name, self.sources, self.wanted, self.tokenizer, self.max_length = name, sources, columns, tokenizer, max_length
         self.exact_seen, self.near_seen = seen
         self.train = train
@@ -248,19 +231,27 @@ class _Builder:
         self.rows += 1
         if self.roles is None:
             label = next((source.label_column for source in self.sources if source.path == item.source), None)
-            self.roles = roles_of(list(item.values), self.wanted, label, f"data.{self.name}")
+            self.roles = roles_of(item.values, self.wanted, label, f"data.{self.name}", of_texts=self.reading.of_texts)
+            self.reader = self.reading.reader_for(item.values)
         for name, value in item.values.items():
             self.columns.setdefault(name, _Column()).add(value)
         text = row_text(item.values, self.roles)
         if is_empty(text):
             self.empty.add(at)
             return
-        label = as_label(item.values.get(self.roles["label"])) if "label" in self.roles else None
-        if label:
-            self.labels[label] += 1
-        elif label is not None:
-            self.unlabelled.add(at)
-        self._lengths(item.values, text)
+        try:
+            read = None if self.reader is None else self.reader(item.values)
+        except BadRow as error:
+            self.broken.add(at, str(error))
+            return
+        label = None
+        if "label" in self.roles and self.reading.labels_of is not None:
+            names = self.reading.labels_of(item.values.get(self.roles["label"]))
+            label = ", ".join(names)
+            self.labels.update(names)
+            if not names:
+                self.unlabelled.add(at)
+        self._lengths(item.values, text, read)
         self.languages[language(text)] += 1
         for kind, hit in dict(personal(text)).items():
             self.personal.setdefault(kind, _Counted()).add(at, masked(hit))
@@ -284,9 +275,14 @@ class _Builder:
             elif near is not None and near.find(text) is not None:
                 self.in_train.add(at, "nearly the same text")
 
-    def _lengths(self, values: Mapping[str, Any], text: str) -> None:
+    def _lengths(self, values: Values, text: str, read: Sequence[str] | None) -> None:
         self.characters.append(len(text))
         if self.tokenizer is None:
+            return
+        if read is not None:
+            # The chat template has written the special tokens already.
+            ids = self.tokenizer(list(read), add_special_tokens=False, truncation=False, verbose=False)["input_ids"]
+            self.tokens.extend(len(row) for row in ids)
             return
         assert self.roles is not None
         pair = values.get(self.roles["text_pair"]) if "text_pair" in self.roles and "text" in self.roles else None

@@ -68,7 +68,10 @@ def text(profile: Profile) -> str:
             if found.rows and told != "  with another label":
                 shown = ", ".join(line + (f" ({said})" if told in ("broken rows",) else "") for line, said in found.examples[:5])
                 lines.append(f"  {name}: {told} in line{'s' if found.rows > 1 else ''} {shown}{' ...' if found.rows > 5 else ''}")
-    if profile.example is not None:
+    if profile.example is not None and profile.example.text is not None:
+        lines += ["", "  the first row as the model reads it; it learns what stands between ⟦ and ⟧:", ""]
+        lines += [f"    {line}" for line in profile.example.text.split("\n")]
+    elif profile.example is not None:
         lines += ["", "  the first row as the model reads it", "    " + " ".join(profile.example.tokens[:60])]
         if len(profile.example.tokens) > 60:
             lines[-1] += f" ... ({len(profile.example.tokens)} tokens)"
@@ -88,6 +91,8 @@ def html(profile: Profile, title: str) -> str:
         ids = " ".join(map(str, profile.example.input_ids))
         parts += [heading("The first row as the model reads it")]
         rows = [("tokens", " ".join(profile.example.tokens)), ("ids", ids), ("target", profile.example.target)]
+        if profile.example.text is not None:
+            rows[2] = ("learned", profile.example.text)
         parts.append(table(("what", "value"), rows, text=(1,)))
     return page(title, f"Danlu data report · read as {first.format}", parts)
 

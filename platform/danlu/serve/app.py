@@ -139,12 +139,14 @@ class Endpoint:
     """The body of a request that it answers, as JSON; empty where the page of the API shows one better."""
     dashboard_url: str | None
     metrics_url: str | None
+    needs_key: bool = False
 
     def where_to_look(self) -> dict[str, str]:
         """What a person may open."""
         found = {"endpoint": f"{self.url}{self.route}", "OpenAPI page": f"{self.url}/docs"}
         if self.asked:
-            found["try"] = f"curl {self.url}{self.route} -H 'content-type: application/json' -d '{self.asked}'"
+            key = ' -H "authorization: Bearer $DANLU_API_KEY"' if self.needs_key else ""
+            found["try"] = f"curl {self.url}{self.route}{key} -H 'content-type: application/json' -d '{self.asked}'"
         if self.dashboard_url:
             found["Ray dashboard"] = self.dashboard_url
         if self.metrics_url:
@@ -180,7 +182,7 @@ def run(service: Service) -> Endpoint:
     if service.is_language_model:
         route, body = _first_request(service.name, task)
         asked = json.dumps(body)
-    return Endpoint(f"http://{host}:{port}", service.name, route, asked, _dashboard_url(), _metrics_url())
+    return Endpoint(f"http://{host}:{port}", service.name, route, asked, _dashboard_url(), _metrics_url(), service.auth is not None)
 
 
 def _first_request(model: str, task: Task | None) -> tuple[str, dict[str, Any]]:

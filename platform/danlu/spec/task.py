@@ -301,6 +301,11 @@ LanguageTask = Pretrain | Chat | Preference | Seq2Seq
 Task = Annotated[EncoderTask | LanguageTask, Field(discriminator="kind")]
 
 
+def rows_are_texts(task: Task) -> bool:
+    """True if a row is one text, or two, and its label; other rows are made of messages, questions and contexts, options, answers."""
+    return isinstance(task, Classification | MultiLabelClassification | Regression | Pretrain)
+
+
 def is_decoders(task: Task) -> bool:
     """True if a causal language model is what learns it: tokens that predict the next one, each of which sees those before it."""
     match task:

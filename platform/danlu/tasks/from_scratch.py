@@ -16,8 +16,8 @@ from danlu.artifact.bundle import canonical_json
 from danlu.artifact.pretrained import model_folder
 from danlu.data.columns import as_text, is_empty, labelled
 from danlu.data.formats import read_rows
-from danlu.data.profile import roles_of
 from danlu.data.row import Broken
+from danlu.data.row_texts import roles_of
 from danlu.data.stream import find, stream
 from danlu.errors import ModelError
 from danlu.spec.data import Data, DropBroken, RepairBroken
@@ -82,7 +82,7 @@ def _streamed(data: Data) -> Iterator[str]:
             if not tolerant:
                 raise row.refusal("data.train")
             continue
-        roles = roles or roles_of(list(row.values), data.columns, None, "data.train")
+        roles = roles or roles_of(row.values, data.columns, None, "data.train")
         if not is_empty(text := as_text(row.values.get(roles.get("text", "text")))):
             yield text
 

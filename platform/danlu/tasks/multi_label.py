@@ -63,12 +63,14 @@ def given_split(
 
 def _texts(rows: Rows, data: Data, task: MultiLabelClassification, where: str) -> Labelled:
     """Rows whose labels are tuples of names, sorted."""
-    texts = labelled(rows, data.columns, where=where, read_label=_reader(task.separator))
+    texts = labelled(rows, data.columns, where=where, read_label=label_reader(task.separator))
     counts = Counter(name for names in texts.labels or [] for name in names)
     return replace(texts, label_counts=dict(sorted(counts.items())))
 
 
-def _reader(separator: str) -> Callable[[object, int], tuple[str, ...] | None]:
+def label_reader(separator: str) -> Callable[[object, int], tuple[str, ...] | None]:
+    """What reads the labels of a cell, sorted; None where there is no cell."""
+
     def read(value: object, row: int) -> tuple[str, ...] | None:
         if isinstance(value, list | tuple):
             return tuple(sorted({name for one in value if (name := as_label(one))}))

@@ -29,7 +29,7 @@ from danlu.data.report import check_labels, streamed_report
 from danlu.data.token_files import TokenFiles, TokenRows, has_shard, join, open_files, shard_path, write_shard
 from danlu.errors import DataError
 from danlu.spec.data import Data
-from danlu.spec.task import Classification, MaskedLm, Pretrain, Task
+from danlu.spec.task import Classification, MaskedLm, Pretrain, Task, rows_are_texts
 from danlu.spec.train import TrainJob
 from danlu.tasks.rows import Split, Splits, read_given
 
@@ -53,7 +53,7 @@ Spread = Callable[[Callable[[Shard], bool], Sequence[Shard]], None]
 
 def read_streamed(job: TrainJob, tokenizer: PreTrainedTokenizerBase, *, max_length: int, spread: Spread | None = None) -> Splits:
     """A job's rows, the training rows in files. `spread` shares their shards out; unset, they are tokenised here."""
-    data, cleaned = prepare(job.data, job.seed)
+    data, cleaned = prepare(job.data, job.seed, of_texts=rows_are_texts(job.task))
     names = _label_names(data, job.task)
     files = _token_files(data, job.task, tokenizer, names, max_length, spread)
     rows = files.rows

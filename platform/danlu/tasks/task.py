@@ -179,7 +179,7 @@ def read_splits(job: TrainJob, tokenizer: PreTrainedTokenizerBase, *, max_length
     task = task_file(job.task)
     if not needs_preparing(job.data):
         return task.splits(job.data, job.task, tokenizer, max_length=max_length, seed=job.seed)
-    data, cleaned = prepare(job.data, job.seed)
+    data, cleaned = prepare(job.data, job.seed, of_texts=spec.rows_are_texts(job.task))
     splits = task.splits(data, job.task, tokenizer, max_length=max_length, seed=job.seed)
     return replace(splits, report=replace(splits.report, cleaned=cleaned))
 
@@ -188,7 +188,7 @@ def read_given(
     source: str | Sequence[str], job: TrainJob, tokenizer: PreTrainedTokenizerBase, label_names: Sequence[str], *, max_length: int
 ) -> Split:
     """Rows of other files than the job's, through the steps that change texts."""
-    source, data = prepare_given(source, job.data, job.seed)
+    source, data = prepare_given(source, job.data, job.seed, of_texts=spec.rows_are_texts(job.task))
     return task_file(job.task).given_split(source, data, job.task, tokenizer, label_names, max_length=max_length)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import warnings
 from pathlib import Path
 
 import transformers
@@ -12,6 +14,9 @@ from danlu.errors import ModelError
 # Its progress bars and its table of new weights say what the plan has said already.
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
+# Of what PEFT does with them, and of a kernel that only the hub has: nothing that who runs a job could act on.
+warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:

@@ -122,14 +122,32 @@ def test_other_files_get_the_steps_that_change_texts_only(tmp_path: Path) -> Non
     assert made.format == "jsonl"
 
 
+def test_rows_that_share_a_part_are_no_duplicates(tmp_path: Path) -> None:
+    def talk(question: str, answer: str) -> dict[str, Any]:
+        return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+
+    steps = [{"kind": "deduplicate_exact"}, {"kind": "deduplicate_near"}]
+    choice = {"question": "What is it about?", "options": ["wheat prices in spring", "ships in the harbour"], "label": 0}
+    for task_rows in (
+        [talk("Where is Lima?", "In Peru, on its coast."), talk("Who wrote Faust?", "Goethe did, over sixty years.")],
+        [choice, choice | {"options": ["a new tariff on corn", "an election in autumn"]}],
+        [{"query": "wheat", "pos": "grain exports rose in May"}, {"query": "wheat", "pos": "a harvest was lost to rain"}],
+    ):
+        rows = [*task_rows, task_rows[0]]
+        made, cleaned = prepare(data_of(tmp_path, rows, clean=steps), 0, of_texts=False)
+        assert rows_of(made.train) == task_rows
+        assert cleaned.removed["train"]["deduplicate_exact"] == 1
+
+
 def test_answers_that_count_characters_are_not_moved(tmp_path: Path) -> None:
-    rows = [{"context": "<b>wheat</b> rose", "question": "what rose?", "answers": {"text": ["wheat"], "answer_start": [3]}}]
-    data = data_of(tmp_path, rows, clean=[{"kind": "strip_markup"}])
-    made = prepare(data.model_copy(update={"columns": data.columns.model_copy(update={"text": "question"})}), 0)[0]
-    assert rows_of(made.train) == rows, "the column that is the text has no markup"
-    rows[0] = {"a": rows[0]["context"], "b": rows[0]["question"], "answers": rows[0]["answers"]}  # type: ignore[dict-item]
-    with pytest.raises(DataError, match="`answer_start`"):
-        prepare(data_of(tmp_path, rows, clean=[{"kind": "strip_markup"}]), 0)
+    answer = {"context": "<b>wheat</b> rose", "question": "what rose?", "answers": {"text": ["wheat"], "answer_start": [3]}}
+    data = data_of(tmp_path, [answer], clean=[{"kind": "strip_markup"}])
+    made = prepare(data.model_copy(update={"columns": data.columns.model_copy(update={"text": "question"})}), 0, of_texts=False)[0]
+    assert rows_of(made.train) == [answer], "the column that is named as the text has no markup"
+    tagged = {"text": "<b>Ada</b> spoke", "entities": [{"start": 3, "end": 6, "label": "PER"}]}
+    for row, counted in ((answer, "answer_start"), (tagged, "start"), (tagged | {"entities": [[3, 6, "PER"]]}, "\\[start, end")):
+        with pytest.raises(DataError, match=f"`{counted}"):
+            prepare(data_of(tmp_path, [row], clean=[{"kind": "strip_markup"}]), 0, of_texts=False)
 
 
 def test_a_filter_that_leaves_nothing_is_refused(tmp_path: Path) -> None:

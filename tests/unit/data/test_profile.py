@@ -7,11 +7,13 @@ import json
 import random
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas
 import pytest
 from conftest import make_rows
+from language import talks, write_chat_model, write_rows
 
 from danlu import sdk
 from danlu.data.formats import read_rows
@@ -135,6 +137,70 @@ def test_rows_of_any_columns_are_reported(tmp_path: Path) -> None:
     assert split.exact.examples == (("6", "like 1"),)
     assert [line for line, _ in split.empty.examples] == ["7"]
     assert split.broken.examples[0][0] == "8"
+
+
+ROWS_OF_TASKS: dict[str, tuple[list[dict[str, Any]], str]] = {
+    "multiple_choice": (
+        [{"question": "What rose?", "options": ["wheat", f"ship {i}"], "answer": "AB"[i % 2]} for i in range(6)],
+        "wheat",
+    ),
+    "extractive_qa": (
+        [{"question": "What rose?", "context": f"wheat {i} rose", "answers": {"text": ["wheat"], "answer_start": [0]}} for i in range(6)],
+        "wheat",
+    ),
+    "token_classification": (
+        [{"text": f"wheat rose {i}", "entities": [{"start": 0, "end": 5, "label": "GRAIN"}]} for i in range(6)],
+        "B-GRAIN O O",
+    ),
+    "multi_label_classification": ([{"text": f"wheat {i}", "labels": ["grain", "trade"][: 1 + i % 2]} for i in range(6)], "grain"),
+    "regression": ([{"sentence1": f"wheat {i}", "sentence2": "corn", "score": i / 4} for i in range(1, 7)], "0.25"),
+    "embedding": ([{"query": "wheat", "pos": [f"grain {i}"]} for i in range(6)], "to be nearest to its own second text"),
+}
+
+
+@pytest.mark.parametrize("task", ROWS_OF_TASKS)
+def test_rows_of_every_task_are_reported_as_it_reads_them(task: str, tiny_model: Path, tmp_path: Path) -> None:
+    rows, target = ROWS_OF_TASKS[task]
+    job = TrainJob.model_validate(
+        {
+            "name": "a",
+            "model": {"model_name_or_path": str(tiny_model), "max_length": 32},
+            "data": {"train": write_rows(tmp_path / "rows.jsonl", [*rows, rows[0]]), "cache_dir": str(tmp_path)},
+            "task": {"kind": task},
+        }
+    )
+    found = sdk.data_report(job=job)
+    split = found.splits["train"]
+    assert (split.rows, split.empty.rows, split.unlabelled.rows) == (7, 0, 0)
+    assert split.exact.examples == (("7", "like 1"),)
+    assert split.labels == ({"grain": 7, "trade": 3} if task == "multi_label_classification" else {})
+    assert found.example is not None
+    assert found.example.target == target
+    assert not [warning for warning in found.warnings if "cannot read" in warning]
+
+
+def test_conversations_are_reported_as_the_chat_template_writes_them(tmp_path: Path) -> None:
+    rows = [*talks(6), {"messages": [{"role": "user", "content": "Is anybody there?"}]}, talks(1)[0]]
+    job = TrainJob.model_validate(
+        {
+            "name": "a",
+            "model": {"model_name_or_path": str(write_chat_model(tmp_path / "model")), "max_length": 55},
+            "data": {"train": write_rows(tmp_path / "rows.jsonl", rows), "cache_dir": str(tmp_path), "clean": [{"kind": "drop_broken"}]},
+            "task": {"kind": "chat"},
+        }
+    )
+    found = sdk.data_report(job=job)
+    split = found.splits["train"]
+    tokenizer = load_tokenizer(tmp_path / "model")
+    lengths = [len(tokenizer.apply_chat_template(row["messages"])["input_ids"]) for row in (*rows[:6], rows[7])]
+    assert split.tokens is not None
+    assert (split.tokens.max, split.tokens.mean) == (max(lengths), round(float(np.mean(lengths)), 2))
+    assert split.truncated == np.mean([length > 55 for length in lengths])
+    assert split.broken.examples == (("7", "there is no assistant turn to learn"),)
+    assert (split.empty.rows, split.exact.examples) == (0, (("8", "like 1"),))
+    shown = text(found)
+    assert f"⟦{rows[0]['messages'][-1]['content']}<|im_end|>⟧" in shown
+    assert "learned" in html(found, "rows")
 
 
 def test_a_column_that_is_named_and_not_there_is_refused(topic_files: dict[str, str]) -> None:

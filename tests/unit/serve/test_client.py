@@ -98,7 +98,7 @@ def test_keys_are_made_listed_revoked_and_taken_from_the_environment(tmp_path: P
     with served(gateway, Authenticated(gateway, KeyRing(Path(file)), gateway.count)) as url:
         assert "hello\n" in invoke("chat", url, stdin="hello\n", DANLU_API_KEY=secret).stdout
         without = invoke("chat", url, stdin="hello\n", DANLU_API_KEY="", OPENAI_API_KEY="")
-        assert "a key in OPENAI_API_KEY" in str(without.exception)
+        assert "a key in DANLU_API_KEY or OPENAI_API_KEY" in str(without.exception)
     assert invoke("keys", "revoke", "ada", "--file", file).stdout == "revoked ada\n"
     assert "revoked" in invoke("keys", "list", "--file", file).stdout
     assert isinstance(invoke("keys", "create", "bob", "--file", file, "--expires", "soon").exception, SpecError)
@@ -107,16 +107,16 @@ def test_keys_are_made_listed_revoked_and_taken_from_the_environment(tmp_path: P
 def test_a_load_is_what_was_asked_for_and_its_times_are_the_engines(meter: Any, served: Served) -> None:
     gateway = Gateway(EchoTextEngine(EchoText(time_to_first_token_ms=50, time_per_output_token_ms=10)), "parrot", Limits(), meter)
     with served(gateway) as url:
-        report, seen = measure(Load(url, "parrot", num_requests=12, concurrency=6, warm_up=4, max_tokens=10))
-    assert (report.num_answered, report.refused, len(seen)) == (12, {}, 12)
-    assert report.completion_tokens == 120
-    assert meter.sums[catalog.SERVE_COMPLETION_TOKENS.name] == 160
+        report, seen = measure(Load(url, "parrot", num_requests=24, concurrency=12, warm_up=4, max_tokens=10))
+    assert (report.num_answered, report.refused, len(seen)) == (24, {}, 24)
+    assert report.completion_tokens == 240
+    assert meter.sums[catalog.SERVE_COMPLETION_TOKENS.name] == 280
     # 50 ms to the first token and 10 ms to each of nine more; what is above is this machine's.
     for found, least in ((report.time_to_first_token_ms, 50), (report.inter_token_ms, 9), (report.e2e_ms, 140)):
         assert least <= found["p50"] <= found["p90"] <= found["p99"] <= found["max"]
-        assert found["p50"] < least + 100
-    # Two rounds of six clients.
-    assert 0.28 <= report.seconds < 1.5
+        assert found["p50"] < least + 500
+    # Two rounds of twelve clients.
+    assert 0.28 <= report.seconds < 3.0, "one after the other they would take 3.4 s"
 
 
 def test_random_arrivals_do_not_wait_for_answers(meter: Any, served: Served) -> None:
@@ -125,7 +125,7 @@ def test_random_arrivals_do_not_wait_for_answers(meter: Any, served: Served) -> 
         report, _ = measure(Load(url, "parrot", num_requests=40, concurrency=1, rate=100.0, warm_up=0, max_tokens=1, seed=3))
     draw = random.Random(3)
     arrivals = sum(draw.expovariate(100.0) for _ in range(40))
-    assert arrivals + 0.3 <= report.seconds < arrivals + 1.5, "one after the other they would take 12 s"
+    assert arrivals + 0.3 <= report.seconds < arrivals + 6, "one after the other they would take 12 s"
 
 
 def test_what_is_refused_is_counted_by_its_reason(served: Served) -> None:
@@ -138,6 +138,15 @@ def test_what_is_refused_is_counted_by_its_reason(served: Served) -> None:
     assert report.num_answered == 2
     assert sum(report.refused.values()) == 6
     assert all(why.startswith("503 ") for why in report.refused)
+
+
+def test_a_reason_with_other_numbers_is_the_same_reason(served: Served) -> None:
+    gateway = Gateway(EchoTextEngine(EchoText(max_model_len=1000)), "parrot", Limits(), lambda *_, **__: None)
+    with served(gateway) as url:
+        report, seen = measure(Load(url, "parrot", num_requests=30, concurrency=4, warm_up=0, max_tokens=1))
+    (reason,) = report.refused
+    assert reason.startswith("400 the prompt has ")
+    assert report.refused[reason] + len(seen) == 30
 
 
 def test_two_loads_ask_the_same_and_no_two_requests_do() -> None:

@@ -292,4 +292,6 @@ def test_the_service_of_a_chat_says_how_it_is_asked() -> None:
 
     route, body = _first_request("talk", None)
     where = Endpoint("http://a:1", "talk", route, json.dumps(body), None, None).where_to_look()
+    locked = Endpoint("http://a:1", "talk", route, json.dumps(body), None, None, needs_key=True).where_to_look()
+    assert '-H "authorization: Bearer $DANLU_API_KEY"' in locked["try"]
     assert where["try"].startswith('curl http://a:1/v1/chat/completions -H \'content-type: application/json\' -d \'{"model": "talk"')
