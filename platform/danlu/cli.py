@@ -85,12 +85,24 @@ def evaluate(
     url: Annotated[str | None, typer.Option("--url", help="Ask this endpoint for the answers, which serves the bundle.")] = None,
     api_key: ApiKey = None,
     by: Annotated[list[str] | None, typer.Option("--by", metavar="COLUMN", help="Also score by the values of a column.")] = None,
+    lm_eval: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--lm-eval", metavar="TASK", help="Instead of rows, a task of lm-evaluation-harness, or a task's YAML. May be repeated."
+        ),
+    ] = None,
+    num_fewshot: Annotated[int | None, typer.Option("--num-fewshot", min=0, help="With --lm-eval: examples before each question.")] = None,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="With --lm-eval: so many rows of each task.")] = None,
     out: Out = None,
 ) -> None:
     """Score a bundle or an endpoint on test rows or other files. With intervals, slices, calibration and wrong answers."""
     from danlu import walk
 
-    walk.evaluate(spec, set_ or [], bundle=bundle, data=data, url=url, api_key=api_key, by=by or [], out=out)
+    if lm_eval or num_fewshot is not None or limit is not None:
+        few = {"num_fewshot": num_fewshot, "limit": limit}
+        walk.harness(spec, set_ or [], lm_eval or [], bundle=bundle, url=url, api_key=api_key, **few, rows=bool(data or by), out=out)
+    else:
+        walk.evaluate(spec, set_ or [], bundle=bundle, data=data, url=url, api_key=api_key, by=by or [], out=out)
 
 
 @app.command()

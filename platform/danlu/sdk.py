@@ -16,7 +16,7 @@ from danlu.artifact.bundle import Bundle, canonical_json, text_digest, write_bun
 from danlu.artifact.run_logs import RunLog
 from danlu.artifact.runs import SPEC, RunFolder, latest_run, open_run
 from danlu.artifact.store import Store, ensure_writable
-from danlu.benchmark import run_suite, suite_text
+from danlu.benchmark import run_harness, run_suite, suite_text
 from danlu.errors import DanluError, DataError, ModelError, ResourceError
 from danlu.examine import Examined, clean, compare, data_report, examine, explain, scores_json, write_files
 from danlu.handover import (
@@ -383,6 +383,7 @@ __all__ = [
     "prepare",
     "quantize",
     "report",
+    "run_harness",
     "run_suite",
     "scores_json",
     "serving",
