@@ -46,7 +46,8 @@ TWO_NODES = """if True:
     left = leave(120, ends)
     following.join(60)
     after = httpx.post(url, json={"model": "parrot", "prompt": "hello", "max_tokens": 5}, timeout=60).status_code
-    print(json.dumps({"before": before, "left": left, "answered": len("".join(text)), "after": after, "moved": _num_replicas(stays)}))
+    told = {"before": before, "left": left, "answered": len("".join(text)), "after": after, "moved": _num_replicas(stays)}
+    print("told:", json.dumps(told))
     serve.shutdown()
     ray.shutdown()
     cluster.shutdown()
@@ -56,5 +57,6 @@ TWO_NODES = """if True:
 def test_a_replica_moves_before_its_node_ends_and_a_stream_that_it_had_begun_is_whole() -> None:
     done = subprocess.run([sys.executable, "-c", TWO_NODES], capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr[-3000:]
-    told = json.loads(done.stdout.splitlines()[-1])
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("told:")]
+    told = json.loads(line.removeprefix("told:"))
     assert told == {"before": 1, "left": True, "answered": 600, "after": 200, "moved": 1}

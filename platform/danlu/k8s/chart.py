@@ -51,6 +51,8 @@ def facts() -> str:
         "workers": _defaults(Workers),
         "autoscaling": _defaults(Autoscaling),
         "engine": _defaults(Encoder),
+        "tls_env": pods.TLS_ENV,
+        "certificate": pods.CERTIFICATE,
         "drain_timeout_s": Limits.model_fields["drain_timeout_s"].default,
         "leave_s": pods.LEAVE_S,
         "end_s": pods.END_S,

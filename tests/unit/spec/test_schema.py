@@ -44,6 +44,7 @@ PODS: Document = {
     "env": {"HF_ENDPOINT": "https://hub.example.com"},
     "secret_env": [{"name": "HF_TOKEN", "secret": "hub", "key": "token"}],
     "secret_volumes": [{"secret": "danlu-keys", "mount_path": "/etc/danlu-keys"}],
+    "tls": {"ca_secret": "ray-ca"},
     "volumes": [{"claim": "storage", "mount_path": "/data", "read_only": True}],
 }
 FULL_JOB: Document = {
@@ -540,6 +541,7 @@ BAD: dict[str, tuple[type[Spec], Document, str, object]] = {
         "cluster.scheduler": [{"kind": "slurm"}, {"queue": "a"}, {"kind": "kueue"}, {"kind": "yunikorn", "queue": "research"}, "kueue"],
         "cluster.secret_env": [[{"name": "1A", "secret": "s", "key": "k"}], [{"name": "A", "value": "s"}]],
         "cluster.volumes": [[{"claim": "c", "mount_path": "data"}], [{"claim": "c", "mount_path": "/"}], [{"mount_path": "/data"}]],
+        "cluster.tls": [{}, {"ca_secret": ""}, {"secret": "ca"}, "ray-ca"],
         "cluster.secret_volumes": [[{"secret": "s"}], [{"secret": "s", "mount_path": "keys"}], [{"claim": "c", "mount_path": "/a"}], None],
         "cluster.spot": ["azure", True],
         "cluster.cleanup": [{}, {"kind": "ttl", "after_success_s": 1}, {"kind": "rules", "after_success_s": -1}],
