@@ -19,8 +19,9 @@ from danlu.spec.compress import Int4, Int8
 FEW_TOKENS = 4
 """Up to so many PyTorch's product with int8 weights is faster than one with weights that are made floating point first."""
 
-CLIPPINGS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
-"""Of a group's largest weight: what is beyond loses, and all others gain by finer steps. The least squared error decides."""
+CLIPPINGS = (1.0, 0.92, 0.84)
+"""Of a group's largest weight: what is beyond loses, and all others gain by finer steps. The least squared error decides; of normally
+distributed groups of 32 it is 0.95 of that without, and twice as many to choose from would make it 0.93."""
 
 
 class WeightOnlyLinear(nn.Module):
@@ -117,8 +118,8 @@ def _round_int4(weight: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.T
     best: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
     for clipping in CLIPPINGS:
         scale = _held_by_bf16(largest * (clipping / -8))
-        values = (groups / scale).round().clamp(-8, 7)
-        error = (values * scale - groups).square().sum(dim=2, keepdim=True)
+        values = (groups / scale).round_().clamp_(-8, 7)
+        error = (values * scale).sub_(groups).square_().sum(dim=2, keepdim=True)
         if best is None:
             best = error, values, scale
         else:
