@@ -40,6 +40,15 @@ def requests(good: str, bad: str) -> dict[str, str]:
     return {f'{name}{{model="m", route="/v1/classify", status="{status}"}}': values for status, values in (("200", good), ("500", bad))}
 
 
+def tenant(cost: str, budget: str) -> dict[str, str]:
+    """What a model costs in USD, all of it one tenant's, and that tenant's budget, which two replicas tell."""
+    return {
+        'ray_danlu_serve_cost_total{model="m", WorkerId="1"}': cost,
+        'ray_danlu_serve_key_tokens_total{model="m", tenant="research", key="ada", kind="prompt"}': "0+10x200",
+        **{f'ray_danlu_serve_tenant_budget{{tenant="research", WorkerId="{replica}"}}': budget for replica in (1, 2)},
+    }
+
+
 def seconds(every: str, fast: str) -> dict[str, str]:
     """Counters of all requests and of those within a second."""
     labels = 'model="m", route="/v1/classify"'
@@ -113,6 +122,9 @@ CASES = [
                             'ray_serve_replica_startup_latency_ms_count{application="m", deployment="m"}': "0x10 1x100"}, quiet=(8, 60), fires=(20,)),
     case("BudgetNearlySpent", training(budget_used="0.5x20 0.9x20 0.3x60"), quiet=(15, 60), fires=(30,)),
     case("BudgetSpent", training(budget_used="0.5x20 1.1x20 0.3x60"), quiet=(15, 60), fires=(30,), also={"BudgetNearlySpent"}),
+    case("TenantBudgetNearlySpent", tenant(cost="0+0.3x30 9x170", budget="10x80 100x120"), quiet=(15, 110), fires=(60,)),
+    case("TenantBudgetSpent", tenant(cost="0+0.4x30 12x170", budget="10x80 100x120"), quiet=(15, 110), fires=(60,),
+         also={"TenantBudgetNearlySpent"}),
     # It would expire at minute 10,100, a week after minute 20; another is made, and the first one revoked. One replica still has the old file.
     case("KeyExpiring", {'ray_danlu_serve_key_expiry_timestamp_seconds{model="m", replica="1"}': "606000x60 6000000x60",
                          'ray_danlu_serve_key_expiry_timestamp_seconds{model="m", replica="2"}': "606000x40 6000000x80"}, quiet=(15, 70), fires=(25, 50)),

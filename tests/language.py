@@ -144,3 +144,49 @@ def translations(number: int, seed: int = 0) -> list[dict[str, Any]]:
         words = draw.choices(list(NUMBERS), k=draw.randint(1, 4))
         rows.append({"translation": {"en": " ".join(words), "zh": " ".join(NUMBERS[word] for word in words)}})
     return rows
+
+
+CHOICES = """
+task: capitals
+dataset_path: json
+dataset_kwargs: {data_files: {test: ROWS}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "The capital of {{country}} is"
+doc_to_choice: "{{cities}}"
+doc_to_target: "{{answer}}"
+metric_list: [{metric: acc}, {metric: brier_score}]
+"""
+
+
+def write_choices(folder: Path) -> tuple[str, list[dict[str, Any]]]:
+    """A task of lm-evaluation-harness as a YAML file, and its rows: which city is the capital of a country?"""
+    cities = sorted(CAPITALS.values())
+    rows = [{"country": name, "cities": cities, "answer": cities.index(city)} for name, city in CAPITALS.items()]
+    path = folder / "choices.yaml"
+    path.write_text(CHOICES.replace("ROWS", write_rows(folder / "choices.jsonl", rows)), encoding="utf-8")
+    return str(path), rows
+
+
+def choices_scores(rows: Sequence[Mapping[str, Any]], model: Any, tokenizer: Any) -> dict[str, float]:
+    """What that task says of a model, by a forward of transformers' for each choice."""
+    import torch
+
+    right, brier = [], []
+    for row in rows:
+        asked = f"The capital of {row['country']} is"
+        before = tokenizer(asked, add_special_tokens=False).input_ids
+        said = [tokenizer(f"{asked} {city}", add_special_tokens=False).input_ids[len(before) :] for city in row["cities"]]
+        found = torch.tensor([loglikelihood(model, before, one) for one in said])
+        right.append(float(int(found.argmax()) == row["answer"]))
+        brier.append(float((found.softmax(0) - torch.eye(len(said))[row["answer"]]).square().sum()))
+    return {"acc": sum(right) / len(right), "brier_score": sum(brier) / len(brier)}
+
+
+def loglikelihood(model: Any, before: Sequence[int], said: Sequence[int]) -> float:
+    """Of the tokens `said` behind those `before`."""
+    import torch
+
+    with torch.no_grad():
+        logprobs = model(torch.tensor([[*before, *said]])).logits[0].log_softmax(-1)
+    return sum(float(logprobs[len(before) + i - 1, token]) for i, token in enumerate(said))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 import resource
 import statistics
@@ -233,7 +234,7 @@ def _with_trainer(
                 max_steps=len(given.order),
                 learning_rate=given.job.optim.learning_rate,
                 weight_decay=0.01,
-                warmup_steps=round(0.1 * len(given.order)),
+                warmup_steps=math.ceil(0.1 * len(given.order)),
                 lr_scheduler_type="linear",
                 max_grad_norm=1.0,
                 bf16=given.bf16,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 import socket
 import statistics
@@ -207,7 +208,7 @@ def hf_trainer(given: Work, storage: Path, strategy: str) -> Curve:
             train_sampling_strategy=strategy,
             learning_rate=job.optim.learning_rate,
             weight_decay=job.optim.weight_decay,
-            warmup_steps=round(job.optim.schedule.warmup_ratio * job.max_steps),
+            warmup_steps=math.ceil(job.optim.schedule.warmup_ratio * job.max_steps),
             lr_scheduler_type="linear",
             max_grad_norm=job.optim.max_grad_norm,
             bf16=given.bf16,

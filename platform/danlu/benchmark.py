@@ -1,4 +1,6 @@
-"""A benchmark suite from its official files: train what is not trained, score it on dev, write what is handed in. Part of the SDK."""
+"""Benchmarks: a suite from its official files (train what is not trained, score it on dev, write what is handed in), and the tasks of
+lm-evaluation-harness on what is served. Part of the SDK.
+"""
 
 from __future__ import annotations
 
@@ -9,15 +11,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from danlu.artifact.bundle import Bundle
 from danlu.artifact.store import Store
-from danlu.errors import DataError, ModelError
+from danlu.errors import DataError, ModelError, SpecError
 from danlu.handover import LATEST, absolute, open_bundle
 from danlu.spec.data import Columns
 from danlu.spec.files import dump, parse
-from danlu.spec.task import METRICS, Classification, EncoderTask, ExtractiveQA, MultipleChoice, Regression
+from danlu.spec.task import METRICS, Classification, EncoderTask, ExtractiveQA, MultipleChoice, Regression, is_decoders
 from danlu.spec.train import TrainJob
 
 if TYPE_CHECKING:
+    from danlu.evaluate.harness import Harnessed
     from danlu.evaluate.suite import SuiteTask
 
 
@@ -65,6 +69,43 @@ def run_suite(
             for path in handed:
                 file.write(path, path.name)
     return found
+
+
+def run_harness(
+    job: TrainJob,
+    tasks: Sequence[str],
+    *,
+    reference: str | Bundle | None = None,
+    url: str | None = None,
+    api_key: str | None = None,
+    num_fewshot: int | None = None,
+    limit: int | None = None,
+) -> Harnessed:
+    """Scores of lm-evaluation-harness' tasks (names, or YAML files of tasks) of a job's bundle: at the endpoint `url`, which serves it, or
+    at one on this machine that lasts as long as that takes."""
+    from danlu.evaluate.harness import ensure_installed, harness
+
+    if not is_decoders(job.task):
+        raise SpecError(
+            f"lm-evaluation-harness asks a causal language model, and {job.task.kind} is none", where="--lm-eval", fix="without it"
+        )
+    ensure_installed()
+    bundle = open_bundle(reference or f"{job.name}@{LATEST}", job.storage)
+
+    def ask(at: str, key: str | None) -> Harnessed:
+        folder = bundle.path / "model"
+        return harness(at, folder, tasks, model=bundle.meta.name, api_key=key, num_fewshot=num_fewshot, limit=limit)
+
+    if url is not None:
+        return ask(url, api_key)
+    from danlu.serve import app
+
+    service = job.service(str(bundle.path))
+    endpoint = app.run(service.model_copy(update={"storage": absolute(job.storage), "http": service.http.model_copy(update={"port": 0})}))
+    try:
+        return ask(endpoint.url, None)
+    finally:
+        app.stop()
 
 
 def suite_text(found: Sequence[SuiteScore]) -> str:

@@ -85,12 +85,24 @@ def evaluate(
     url: Annotated[str | None, typer.Option("--url", help="Ask this endpoint for the answers, which serves the bundle.")] = None,
     api_key: ApiKey = None,
     by: Annotated[list[str] | None, typer.Option("--by", metavar="COLUMN", help="Also score by the values of a column.")] = None,
+    lm_eval: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--lm-eval", metavar="TASK", help="Instead of rows, a task of lm-evaluation-harness, or a task's YAML. May be repeated."
+        ),
+    ] = None,
+    num_fewshot: Annotated[int | None, typer.Option("--num-fewshot", min=0, help="With --lm-eval: examples before each question.")] = None,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="With --lm-eval: so many rows of each task.")] = None,
     out: Out = None,
 ) -> None:
     """Score a bundle or an endpoint on test rows or other files. With intervals, slices, calibration and wrong answers."""
     from danlu import walk
 
-    walk.evaluate(spec, set_ or [], bundle=bundle, data=data, url=url, api_key=api_key, by=by or [], out=out)
+    if lm_eval or num_fewshot is not None or limit is not None:
+        few = {"num_fewshot": num_fewshot, "limit": limit}
+        walk.harness(spec, set_ or [], lm_eval or [], bundle=bundle, url=url, api_key=api_key, **few, rows=bool(data or by), out=out)
+    else:
+        walk.evaluate(spec, set_ or [], bundle=bundle, data=data, url=url, api_key=api_key, by=by or [], out=out)
 
 
 @app.command()
@@ -269,6 +281,7 @@ KeysFile = Annotated[Path, typer.Option("--file", help="The file that `auth.keys
 def keys_create(
     name: Annotated[str, typer.Argument(help="Whose key it is.", show_default=False)],
     file: KeysFile = Path("keys.json"),
+    tenant: Annotated[str | None, typer.Option("--tenant", help="Who pays for it, as for other keys; unset: NAME.")] = None,
     expires: Annotated[str | None, typer.Option("--expires", metavar="DAYS", help="30d, 12h; unset: never.")] = None,
     model: Annotated[
         list[str] | None, typer.Option("--model", help="A model it may ask, or a pattern; may be repeated. Unset: all.")
@@ -278,12 +291,12 @@ def keys_create(
     """Make a key and print it. Only its hash is kept: it cannot be shown again."""
     from danlu.client import commands
 
-    commands.create_key(file, name, expires, model or [], max_ongoing)
+    commands.create_key(file, name, tenant, expires, model or [], max_ongoing)
 
 
 @keys.command("list")
 def keys_list(file: KeysFile = Path("keys.json")) -> None:
-    """List keys: names, beginnings, dates, models."""
+    """List keys: names, tenants with their budgets, beginnings, dates, models."""
     from danlu.client import commands
 
     commands.list_keys(file)
@@ -297,6 +310,18 @@ def keys_revoke(
     from danlu.client import commands
 
     commands.revoke_key(file, name)
+
+
+@keys.command("budget")
+def keys_budget(
+    tenant: Annotated[str, typer.Argument(help="Whose keys: --tenant of `create`, or the key's own name.", show_default=False)],
+    usd_per_week: Annotated[float | None, typer.Option("--usd-per-week", help="What seven days may cost; unset: no budget.")] = None,
+    file: KeysFile = Path("keys.json"),
+) -> None:
+    """Give a tenant a budget. Alerts tell at 80 and at 100 %; nobody is refused."""
+    from danlu.client import commands
+
+    commands.set_budget(file, tenant, usd_per_week)
 
 
 bench = typer.Typer(help="Measurements.", no_args_is_help=True)

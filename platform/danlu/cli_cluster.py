@@ -51,6 +51,9 @@ def show_job(
 def job_logs(
     name: Name,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Until the job has ended.")] = False,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="With --on local: what its driver and workers wrote themselves, as kept in the storage.")
+    ] = False,
     on: On = "k8s",
     storage: Storage = None,
     context: Context = None,
@@ -59,8 +62,7 @@ def job_logs(
     """What a job prints. Steps, scores, errors."""
     from danlu import places
 
-    verbs, at = places.jobs_at(on, context=context, namespace=namespace, storage=storage)
-    for line in verbs.logs(at, name, follow=follow):
+    for line in places.log_lines(on, name, follow=follow, raw=raw, context=context, namespace=namespace, storage=storage):
         typer.echo(line)
 
 

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from danlu.data.profile import Example, Profile
     from danlu.data.row_texts import Reading
     from danlu.evaluate.analysis import Analysis
+    from danlu.evaluate.bootstrap import Score
     from danlu.evaluate.explain import Explained
     from danlu.evaluate.score import Evaluation
     from danlu.evaluate.versus import Versus
@@ -194,11 +195,19 @@ def examine(
     bundle = open_bundle(reference, storage)
     judge = load_judge(bundle)
     split, name = split_for(bundle, judge, data)
-    evaluation = score(judge, split) if url is None else _ask(bundle, split, url, api_key)
+    of_rows = None
+    if url is None:
+        evaluation = score(judge, split)
+    elif isinstance(bundle.meta.task, Seq2Seq):
+        evaluation, of_rows = _ask_to_write(split, url, api_key)
+    else:
+        evaluation = _ask(bundle, split, url, api_key)
     columns = _columns(bundle, name, data, split, slice_by)
     temperature = _temperature(bundle, judge, name) if url is None else None
     task = bundle.meta.task
-    analysis = analyse(task, split, evaluation.outputs, bundle.meta.labels, name=name, columns=columns, temperature=temperature)
+    analysis = analyse(
+        task, split, evaluation.outputs, bundle.meta.labels, name=name, columns=columns, temperature=temperature, score=of_rows
+    )
     facts = {"bundle": f"{bundle.meta.name}@v{bundle.meta.version} ({bundle.meta.digest})", "rows": f"{len(split):,} of {name}"}
     return Examined(evaluation, split, analysis, facts | ({"endpoint": url} if url is not None else {}))
 
@@ -310,7 +319,11 @@ def _ask(bundle: Bundle, split: Split, url: str, api_key: str | None) -> Evaluat
         case Classification():
             outputs, seconds = classify(url, split.texts, bundle.meta.labels, api_key=api_key)
         case _:
-            why = "compares with the start model, which is not served" if isinstance(task, Preference) else "has neither"
+            why = {
+                "preference": "compares with the start model, which is not served",
+                "pretrain": "also scores words that were not masked, or replaced",
+                "seq2seq": "has texts, which are scored by `danlu evaluate --url`",
+            }.get(task.kind, "has neither")
             raise SpecError(
                 f"an endpoint is asked for labels or for log probabilities of texts, and task.kind={task.kind} {why}",
                 where="--url",
@@ -318,6 +331,26 @@ def _ask(bundle: Bundle, split: Split, url: str, api_key: str | None) -> Evaluat
             )
     found: Any = task_file(task).scores(outputs, split, bundle.meta.labels, task)
     return Evaluation(found, outputs, seconds)
+
+
+def _ask_to_write(split: Split, url: str, api_key: str | None) -> tuple[Evaluation, Score]:
+    """What an endpoint writes for a split's sources, scored, and the scores of any of its rows."""
+    import numpy as np
+
+    from danlu.evaluate.endpoint import write
+    from danlu.evaluate.score import Evaluation
+    from danlu.tasks.seq2seq import WrittenScores
+    from danlu.tasks.text_scores import text_scores
+
+    assert split.texts.pairs is not None
+    references = split.texts.pairs
+    written, seconds = write(url, split.texts.texts, api_key=api_key)
+
+    def of_rows(rows: np.ndarray) -> Mapping[str, float]:
+        return text_scores([written[row] for row in rows], [references[row] for row in rows])
+
+    scores = WrittenScores(len(split), of_rows(np.arange(len(split))))
+    return Evaluation(scores, np.empty((len(split), 0)), seconds), of_rows
 
 
 def _temperature(bundle: Bundle, judge: Any, name: str) -> tuple[float, str] | None:

@@ -16,9 +16,11 @@ import fsspec
 import psutil
 
 from danlu import sdk
-from danlu.artifact.runs import RECORDS, SPEC, RunFolder, latest_run
+from danlu.artifact.run_logs import LOGS, kept_lines, kept_logs
+from danlu.artifact.runs import RECORDS, REPORT, SCORES, SPEC, RunFolder, latest_run
 from danlu.errors import ClusterError
 from danlu.k8s.status import ENDED, JobStatus, State
+from danlu.metrics.training import spent
 from danlu.spec.files import parse
 from danlu.spec.train import TrainJob
 from danlu.terminal import TrainingView, step_line
@@ -36,25 +38,37 @@ def jobs(at: str) -> list[JobStatus]:
     """The latest run of every job under the storage."""
     filesystem, path = fsspec.core.url_to_fs(f"{at}/runs")
     names = [PurePosixPath(folder).name for folder in filesystem.ls(path, detail=False)] if filesystem.exists(path) else []
-    return [_status(name, run) for name in sorted(names) if (run := latest_run(at, name)) is not None]
+    return [_status(at, name, run) for name in sorted(names) if (run := latest_run(at, name)) is not None]
 
 
 def status(at: str, name: str) -> JobStatus:
-    """A job's state, and why; its last lines, which end in its scores."""
-    return _status(name, _run(at, name), explain=True)
+    """A job's state, and why; its last lines, which end in its scores; what it cost, and the files that it left."""
+    return _status(at, name, _run(at, name), explain=True)
 
 
 def logs(at: str, name: str, *, follow: bool) -> Iterator[str]:
     """The run's records as lines. With `follow`, until the job has ended."""
     run, told = _run(at, name), 0
     while True:
-        ended = _status(name, run).state in ENDED  # asked before the records are read: none is missed
+        ended = _status(at, name, run).state in ENDED  # asked before the records are read: none is missed
         lines = _lines(run)
         yield from lines[told:]
         told = len(lines)
         if ended or not follow:
             return
         time.sleep(POLL_S)
+
+
+def raw_logs(at: str, name: str) -> Iterator[str]:
+    """What the run's driver and workers have written, as far as it is kept."""
+    run = _run(at, name)
+    if not kept_logs(run.uri):
+        raise ClusterError(
+            f"the run {run.number} of {name} has kept none of its processes' logs",
+            where="jobs logs",
+            fix="they are kept at checkpoints and at the end, of processes that write to a file; without --raw its records are shown",
+        )
+    yield from kept_lines(run.uri)
 
 
 def wait(at: str, name: str, *, timeout_s: float | None = None) -> JobStatus | None:
@@ -70,7 +84,7 @@ def wait(at: str, name: str, *, timeout_s: float | None = None) -> JobStatus | N
 def cancel(at: str, name: str) -> str:
     """Stop a job as Ctrl-C does; what there is to say."""
     run = _run(at, name)
-    found = _status(name, run)
+    found = _status(at, name, run)
     if found.state in ENDED:
         return f"{name} has ended already: {found.state}"
     details = run.status()
@@ -85,7 +99,7 @@ def cancel(at: str, name: str) -> str:
 def resume(at: str, name: str) -> str:
     """Go on with a job that was cancelled, that failed or that has ended, here and now, from its last checkpoint."""
     run = _run(at, name)
-    found = _status(name, run)
+    found = _status(at, name, run)
     if found.state not in ENDED:
         raise ClusterError(
             f"{name} is {found.state} already", where="jobs resume", fix=f"danlu jobs logs -f {name} --on local --storage {at}"
@@ -99,7 +113,7 @@ def resume(at: str, name: str) -> str:
 
 def delete(at: str, name: str) -> str:
     """Delete a job's runs. Its bundles stay."""
-    if (found := _status(name, _run(at, name))).state not in ENDED:
+    if (found := _status(at, name, _run(at, name))).state not in ENDED:
         raise ClusterError(f"{name} is {found.state}", where="jobs delete", fix=f"danlu jobs cancel {name} --on local --storage {at}")
     filesystem, path = fsspec.core.url_to_fs(f"{at}/runs/{name}")
     filesystem.rm(path, recursive=True)
@@ -118,14 +132,21 @@ def _run(at: str, name: str) -> RunFolder:
     return run
 
 
-def _status(name: str, run: RunFolder, *, explain: bool = False) -> JobStatus:
+def _status(at: str, name: str, run: RunFolder, *, explain: bool = False) -> JobStatus:
     details = run.status()
     state, why = _state(details)
     ended = _time(details.get("time")) if state in ENDED else ""
-    lines = _lines(run)[-LAST_LINES:] if explain else []
-    return JobStatus(
-        name, state, why, "" if state != "cancelled" else f"danlu jobs resume {name} --on local", ended=ended, log=tuple(lines)
-    )
+    fix = f"danlu jobs resume {name} --on local --storage {at}" if state in ("cancelled", "failed") else ""
+    lines, files = _lines(run)[-LAST_LINES:] if explain else [], _files(run) if explain else []
+    if explain and (usd := spent(run.written())):
+        lines.append(f"cost {usd:.2f} USD, all its attempts together")
+    return JobStatus(name, state, why, fix, ended=ended, log=tuple(lines), files=tuple(files))
+
+
+def _files(run: RunFolder) -> list[str]:
+    """Of a run: its record, scores, report, and what its processes have written."""
+    found = [f"{run.uri}/{name}" for name in (RECORDS, SCORES, REPORT) if run.read(name) is not None]
+    return found + [f"{run.uri}/{LOGS}/{name}" for name in kept_logs(run.uri)]
 
 
 def _state(details: dict[str, Any]) -> tuple[State, str]:

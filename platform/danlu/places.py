@@ -49,7 +49,7 @@ def place(on: str, **options: object) -> Place:
     if on not in ("local", "k8s") and not on.startswith(("ray://", "http://", "https://")):
         raise SpecError(f"{on!r} is no place to run", where="--on", fix="local, k8s, ray://HOST or http://HOST:8265 (its dashboard)")
     found: Place = "local" if on == "local" else "k8s" if on == "k8s" else "ray"
-    of: dict[str, Place] = {"dry_run": "k8s", "context": "k8s", "namespace": "k8s", "fresh": "local", "storage": "local"}
+    of: dict[str, Place] = {"dry_run": "k8s", "context": "k8s", "namespace": "k8s", "fresh": "local", "storage": "local", "raw": "local"}
     for name, value in options.items():
         if value and of[name] != found:
             raise SpecError(
@@ -77,6 +77,21 @@ def jobs_at(on: str, *, context: str | None, namespace: str | None, storage: str
             from danlu.k8s import client
 
             return remote, client.connect(context, namespace)
+
+
+def log_lines(
+    on: str, name: str, *, follow: bool, raw: bool, context: str | None, namespace: str | None, storage: str | None
+) -> Iterator[str]:
+    """What a job prints; `raw` is what its processes wrote, of a run in a storage."""
+    place(on, raw=raw)
+    verbs, at = jobs_at(on, context=context, namespace=namespace, storage=storage)
+    if not raw:
+        return verbs.logs(at, name, follow=follow)
+    if follow:
+        raise SpecError("what is kept is not followed", where="--follow", fix="without --raw")
+    from danlu import on_local
+
+    return on_local.raw_logs(at, name)
 
 
 def services_at(on: str, *, context: str | None, namespace: str | None) -> tuple[Services, Any]:

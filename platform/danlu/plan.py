@@ -139,8 +139,7 @@ def make_plan(job: TrainJob, folder: Path, *, num_rows: int, mean_tokens: float,
         weight_bytes=round(held.weights * _smaller(job, body, num_parameters, 2 if half and job.parallel.kind == "deepspeed" else 4)),
         gradient_bytes=held.gradients,
         optimizer_bytes=held.optimizer,
-        # About 34 numbers of the hidden size per token and layer (https://arxiv.org/abs/2205.05198, without the attention scores).
-        activation_bytes=int(34 * hidden * layers * tokens_at_once * (2 if half else 4) / 2 * _passes_held(job)),
+        activation_bytes=int(_held_of_a_layer(job, layers) * hidden * layers * tokens_at_once * (2 if half else 4) / 2 * _passes_held(job)),
         num_steps=steps,
         tokens_per_step=tokens_per_step,
         expected_s=expected,
@@ -235,6 +234,12 @@ def _largest_part(pipe: Pipeline, numbers: _Numbers) -> tuple[int, int]:
         held = inside + whole + (numbers.behind if last else 0)
         found.append((held, held - (frozen if whole else 0)))
     return max(found)
+
+
+def _held_of_a_layer(job: TrainJob, layers: int) -> float:
+    """Bytes of activations for each number of a token's hidden state, in 16 bits (https://arxiv.org/abs/2205.05198, without the attention
+    scores): all of a layer's, or with checkpointing its input, and of one layer the rest while it is computed again."""
+    return 2 + 34 / layers if job.model.gradient_checkpointing else 34
 
 
 def _passes_held(job: TrainJob) -> float:

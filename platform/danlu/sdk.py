@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 from danlu import logs, traces
 from danlu.artifact.bundle import Bundle, canonical_json, text_digest, write_bundle
+from danlu.artifact.run_logs import RunLog
 from danlu.artifact.runs import SPEC, RunFolder, latest_run, open_run
 from danlu.artifact.store import Store, ensure_writable
-from danlu.benchmark import run_suite, suite_text
+from danlu.benchmark import run_harness, run_suite, suite_text
 from danlu.errors import DanluError, DataError, ModelError, ResourceError
 from danlu.examine import Examined, clean, compare, data_report, examine, explain, scores_json, write_files
 from danlu.handover import (
@@ -133,9 +134,14 @@ def train(
     )
     run = open_run(absolute(job.storage), job.name, digest, fresh=fresh)
 
+    kept = RunLog(run.uri, "driver")
+
     def listen(record: Record) -> None:
-        run.record(record_to_dict(record))
-        track.record(record_to_dict(record))
+        values = record_to_dict(record)
+        run.record(values)
+        track.record(values)
+        if values.get("event") == "checkpoint":
+            kept.keep()
         if listener is not None:
             listener(record)
 
@@ -154,6 +160,8 @@ def train(
         reason = str(error) if isinstance(error, DanluError) else repr(error)
         run.set_status("failed", spec_digest=digest, reason=reason or type(error).__name__)
         raise
+    finally:
+        kept.keep()
     run.set_status("finished", spec_digest=digest, bundle=trained.reference, scores=scores, outcome=outcome)
     return trained
 
@@ -375,6 +383,7 @@ __all__ = [
     "prepare",
     "quantize",
     "report",
+    "run_harness",
     "run_suite",
     "scores_json",
     "serving",

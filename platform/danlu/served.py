@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from danlu.artifact.bundle import Bundle
 from danlu.errors import QualityError
-from danlu.spec.task import EncoderTask
+from danlu.spec.task import AnsweredTask, EncoderTask, is_decoders
 
 if TYPE_CHECKING:
     import httpx
@@ -40,31 +40,41 @@ class Exchange:
 def check_served(url: str, bundle: Bundle, split: Split, *, num_rows: int | None = None, served_in_fp32: bool = True) -> str:
     """Ask an endpoint for rows; QualityError unless it answers what the evaluation answered. Of a language model that is what it says and
     how probable it finds the rows; `served_in_fp32` is False where its engine was told to compute in bf16."""
-    if isinstance(bundle.meta.task, EncoderTask):
-        return _check_encoder(url, bundle, split, num_rows or NUM_ROWS)
+    if not is_decoders(bundle.meta.task):
+        return _check_whole_answers(url, bundle, split, num_rows or NUM_ROWS, served_in_fp32)
     return _check_decoder(url, bundle, split, num_rows or NUM_TEXT_ROWS, served_in_fp32)
 
 
-def _check_encoder(url: str, bundle: Bundle, split: Split, num_rows: int) -> str:
+def _check_whole_answers(url: str, bundle: Bundle, split: Split, num_rows: int, served_in_fp32: bool) -> str:
     import httpx
 
-    from danlu.compress.load import load_predictor
-    from danlu.serve.encoder_wire import wire_of
+    from danlu.compress.load import load_answerer
+    from danlu.serve.wires import wire_of
+    from danlu.tasks.agreement import tolerance
+    from danlu.tasks.answers import Answerer, Seq2SeqJudge
     from danlu.tasks.exchange import from_fields, largest_change, shown
+    from danlu.tasks.predictor import Predictor
 
-    rows = _spread(len(split), num_rows)
-    predictor = load_predictor(bundle)
-    wire, probes = wire_of(predictor.task), bundle.meta.probes
-    asked = [split.examples[i] for i in rows]
-    expected = [(found.label, found.probabilities, found.margin) for found in predictor.predict(asked)]
-    asked += [from_fields(probe.input, predictor.task) for probe in probes]
+    answerer: Answerer = load_answerer(bundle)
+    task = bundle.meta.task
+    assert isinstance(task, AnsweredTask)
+    rows = _spread(len(split.examples or split.texts.texts), num_rows)
+    asked = list(answerer.examples(split, rows))
+    expected = [(found.label, found.probabilities, found.margin) for found in answerer.predict(asked)]
+    # What a language model's probes say was asked when it was loaded: they are token ids.
+    wire, probes = wire_of(task), bundle.meta.probes if isinstance(answerer, Predictor) else []
+    asked += [from_fields(probe.input, task) for probe in probes]
     expected += [(str(probe.label), probe.probabilities, probe.margin) for probe in probes]
-    largest = 0.0
+    within, largest = tolerance(bundle.meta, served_in_fp32=served_in_fp32), 0.0
     with httpx.Client(timeout=TIMEOUT_S) as client:
         for example, (label, numbers, margin) in zip(asked, expected, strict=True):
             response = client.post(f"{url}{wire.path}", json=wire.request(bundle.meta.name, [example]))
             response.raise_for_status()
             found_label, found_numbers = wire.read(response.json())[0]
+            if isinstance(answerer, Seq2SeqJudge):
+                if problem := answerer.other_than(label, found_label, shown(example), within):
+                    raise QualityError(problem, where=shown(example)[:80])
+                continue
             change = largest_change(found_numbers, numbers) / max(1.0, *map(abs, numbers))
             largest = max(largest, change)
             if change > 2e-3 or (found_label != label and margin > 4e-3):
@@ -72,7 +82,10 @@ def _check_encoder(url: str, bundle: Bundle, split: Split, num_rows: int) -> str
                     f"the endpoint answers {found_label!r} {found_numbers} where the evaluation answered {label!r} {numbers}",
                     where=shown(example)[:80],
                 )
-    return f"{len(rows)} test rows and {len(probes)} probes over HTTP: every answer is the evaluation's, its numbers within {largest:.1e}"
+    if isinstance(answerer, Seq2SeqJudge):
+        return f"{len(rows)} test rows over HTTP: every text is the evaluation's"
+    what = f"{len(rows)} test rows and {len(probes)} probes" if probes else f"{len(rows)} test rows with a mask"
+    return f"{what} over HTTP: every answer is the evaluation's, its numbers within {largest:.1e}"
 
 
 def _check_decoder(url: str, bundle: Bundle, split: Split, num_rows: int, served_in_fp32: bool) -> str:
@@ -195,6 +208,8 @@ def exchanges(url: str, bundle: Bundle, split: Split, number: int = 3) -> list[E
     """A few rows' questions with the endpoint's answers."""
     import httpx
 
+    if isinstance(bundle.meta.task, AnsweredTask) and not is_decoders(bundle.meta.task):
+        return _whole_exchanges(url, bundle, bundle.meta.task, split, number)
     found = []
     with httpx.Client(base_url=url, timeout=TIMEOUT_S) as client:
         for row in _spread(len(split.texts.texts), number):
@@ -209,6 +224,30 @@ def exchanges(url: str, bundle: Bundle, split: Split, number: int = 3) -> list[E
             half = text[: len(text) // 2].rstrip() or text
             answer = _posted(client, "/v1/completions", how | {"prompt": half})["choices"][0]["text"]
             found.append(Exchange(half, answer, text[len(half) :]))
+    return found
+
+
+def _whole_exchanges(url: str, bundle: Bundle, task: AnsweredTask, split: Split, number: int) -> list[Exchange]:
+    """Sources with what is written for them, or texts with a mask and what is put there."""
+    import httpx
+
+    from danlu.serve.wires import wire_of
+    from danlu.tasks.exchange import Example, MaskedText, SourceText
+    from danlu.tasks.masked import with_a_mask
+    from danlu.tasks.tokenizer import load_tokenizer
+
+    wire, found = wire_of(task), []
+    tokenizer = load_tokenizer(bundle.path / "model")
+    with httpx.Client(base_url=url, timeout=TIMEOUT_S) as client:
+        for row in _spread(len(split.texts.texts), number):
+            text = split.texts.texts[row]
+            if split.texts.pairs is None:
+                text, truth = with_a_mask(text, tokenizer, bundle.meta.max_length)
+                asked: Example = MaskedText(text)
+            else:
+                asked, truth = SourceText(text), split.texts.pairs[row]
+            ((answer, _),) = wire.read(_posted(client, wire.path, wire.request(bundle.meta.name, [asked])))
+            found.append(Exchange(text, answer, truth))
     return found
 
 

@@ -67,6 +67,37 @@ def evaluate(
         _show_written(sdk.write_files(out, {"scores.json": sdk.scores_json(found), "report.html": page}))
 
 
+def harness(
+    spec: Path,
+    overrides: Sequence[str],
+    tasks: Sequence[str],
+    *,
+    bundle: str | None,
+    url: str | None,
+    api_key: str | None,
+    num_fewshot: int | None,
+    limit: int | None,
+    rows: bool,
+    out: Path | None,
+) -> None:
+    """Print what lm-evaluation-harness finds; `rows` is True if the command also named some."""
+    if not tasks:
+        raise SpecError(
+            "--num-fewshot and --limit are lm-evaluation-harness' and have no effect", where="danlu evaluate", fix="--lm-eval TASK"
+        )
+    if rows:
+        raise SpecError(
+            "--data and --by have no effect with --lm-eval, whose tasks bring their own rows",
+            where="danlu evaluate",
+            fix="one or the other",
+        )
+    job = load(TrainJob, spec, overrides)
+    found = sdk.run_harness(job, tasks, reference=bundle, url=url, api_key=api_key, num_fewshot=num_fewshot, limit=limit)
+    show(found.text())
+    if out is not None:
+        _show_written(sdk.write_files(out, {"lm-eval.json": json.dumps(found.to_dict(), ensure_ascii=False, indent=1) + "\n"}))
+
+
 def compare(a: str, b: str, *, storage: str, data: list[str] | None, api_key: str | None, out: Path | None) -> None:
     """Print what changes from A to B."""
     found = sdk.compare(a, b, storage=storage, data=data, api_key=api_key)
@@ -309,7 +340,7 @@ def _show_answers(url: str, job: TrainJob, bundle: Bundle, split: Split) -> Sequ
     """Some rows' answers; of a language model also for the report."""
     import httpx
 
-    from danlu.serve.encoder_wire import wire_of
+    from danlu.serve.wires import wire_of
     from danlu.tasks.exchange import shown
 
     if not isinstance(job.task, EncoderTask):

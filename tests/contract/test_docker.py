@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from danlu import __version__ as version
+
 ROOT = Path(__file__).parents[2]
 DOCKERFILE = ROOT / "ops" / "docker" / "Dockerfile"
 
@@ -28,6 +30,37 @@ def test_both_images_run_as_nobody_of_note_and_say_whether_they_are_well() -> No
         assert "\nUSER 1000:1000\n" in stage, "runAsNonRoot needs a number"
         assert "\nHEALTHCHECK " in stage
         assert "pip install" not in stage, "what builds stays in the builder"
+
+
+def make(*arguments: str) -> list[str]:
+    """The commands that a target would run."""
+    done = subprocess.run(["make", "-n", "-f", "ops/docker/Makefile", *arguments], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.replace("\\\n", "").splitlines()
+
+
+def test_an_image_says_what_it_is_and_of_which_commit() -> None:
+    for name in ("cpu", "gpu"):
+        (build,) = make("image", f"TARGET={name}", "IMAGE=registry/danlu", "REVISION=abc", "BASE=python@sha256:0")
+        given = dict(re.findall(r"--build-arg (\w+)=(\S+)", build))
+        assert given == {"PYTHON_IMAGE": "python@sha256:0", "VERSION": version, "REVISION": "abc"}
+        assert f"--target {name} " in build
+        assert f"-t registry/danlu:{version}-{name} ." in build
+        stage = stages()[name]
+        labels = dict(re.findall(r'org\.opencontainers\.image\.([a-z.]+)="([^"]*)"', stage))
+        assert {"title", "description", "licenses"} < set(labels)
+        named = {labels[label].removeprefix("$") for label in ("version", "revision", "base.name")}
+        assert named == set(given)
+        assert named == set(re.findall(r"^ARG (\w+)", stage, re.MULTILINE)), "an ARG of before FROM has no value in a stage"
+
+
+def test_what_is_in_an_image_is_told_by_its_own_python_and_dpkg() -> None:
+    _, packages, debian = make("sbom", "TARGET=gpu", "IMAGE=d", "OUT=out")
+    assert re.search(
+        r"--entrypoint sh d:\S+-gpu -c '.* cyclonedx-py environment --output-format JSON /opt/danlu/bin/python' > out/gpu\.cdx\.json",
+        packages.replace("/tmp/sbom/bin/", ""),
+    )
+    assert re.search(r"--entrypoint dpkg-query d:\S+-gpu --show > out/gpu\.debian\.txt", debian)
 
 
 def test_an_older_builder_can_build_it() -> None:

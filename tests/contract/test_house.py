@@ -46,6 +46,8 @@ MAY_IMPORT = {
     "danlu.places": set(),
     "danlu.serve.openai": set(),
     "danlu.serve.encoder_wire": set(),
+    "danlu.serve.language_wire": set(),
+    "danlu.serve.wires": set(),
     "danlu.serve.openai.chat": set(),
     "danlu.serve.openai.completions": set(),
     "danlu.serve.gateway": set(),

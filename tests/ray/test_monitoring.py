@@ -20,13 +20,13 @@ import psutil
 import pytest
 import ray
 
-from danlu.metrics import catalog, foreign
+from danlu.metrics import catalog, costs, foreign
 from danlu.metrics.alerts import ALERTS, RECORDED
 from danlu.metrics.dashboards import DASHBOARDS
 from danlu.metrics.rules import rule_file
 from danlu.monitor import Monitor, monitoring
 from danlu.serve import app
-from danlu.serve.keys import create_key
+from danlu.serve.keys import create_key, set_budget
 from danlu.spec.serve import Http, Service
 from danlu.spec.train import TrainJob
 from danlu.train import driver
@@ -106,6 +106,11 @@ SPOKEN = {
         catalog.SERVE_ADAPTER_LOADS,
         catalog.SERVE_KEY_REQUESTS,
         catalog.SERVE_KEY_TOKENS,
+        catalog.SERVE_KEY_SECONDS,
+        catalog.SERVE_TENANT_BUDGET,
+        costs.TENANT_USD,
+        costs.TENANT_SPENT,
+        costs.TENANT_BUDGET_USED,
         catalog.SERVE_KEY_EXPIRY,
         catalog.SERVE_KEYS_UNREADABLE,
     )
@@ -132,6 +137,7 @@ def test_every_panel_of_language_models_and_of_keys_has_data(stack: Monitor, wai
     engine = {"kind": "echo_text", "time_per_output_token_ms": 5, "allow_runtime_lora_updating": True}
     keys = tmp_path / "keys.json"
     bearer = {"authorization": f"Bearer {create_key(keys, 'ada', lifetime=timedelta(days=3))}"}
+    set_budget(keys, "ada", 5.0)
     service = {"name": "text", "engine": engine, "auth": {"keys_file": str(keys)}, "http": {"port": 0}}
     client = httpx.Client(base_url=app.run(Service.model_validate(service)).url, headers=bearer, timeout=60)
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from danlu import sdk
+from danlu.artifact.run_logs import kept_logs
 from danlu.errors import DanluError, ResourceError
 from danlu.metrics import catalog
 from danlu.spec.train import TrainJob
@@ -114,6 +115,11 @@ def test_a_killed_worker_restarts_the_job_to_the_losses_of_the_uninterrupted_one
     expected_outcome, expected = uninterrupted
     assert losses(killer.records) == pytest.approx(losses(expected), abs=1e-6)
     assert outcome == expected_outcome
+    # Each worker of both attempts has left what it wrote.
+    logs = {name: (tmp_path / "logs" / name).read_text() for name in kept_logs(str(tmp_path))}
+    assert sorted(name.rpartition("-rank")[2] for name in logs) == ["-0.log", "-0.log", "-1.log", "-1.log"]
+    assert all('"message": "worker starts"' in text for text in logs.values())
+    assert [name for name, text in logs.items() if "resumed" in text] == [max(name for name in logs if "rank-0" in name)]
 
 
 def test_without_max_failures_a_killed_worker_is_an_error_that_says_how_to_go_on(

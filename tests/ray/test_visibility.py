@@ -14,7 +14,7 @@ from danlu import sdk
 from danlu.metrics import catalog
 from danlu.metrics.catalog import Metric
 from danlu.serve import app
-from danlu.serve.keys import create_key
+from danlu.serve.keys import create_key, set_budget
 from danlu.spec.serve import Http, Service
 from danlu.spec.train import TrainJob
 from danlu.train.run import Record
@@ -59,6 +59,7 @@ def test_a_training_and_a_serving_run_show_every_metric_of_the_catalogue_and_no_
         wait_for("the batches", lambda: f"{catalog.SERVE_BATCH_ROWS.exported}_sum" in metrics_port.samples())
         app.stop()
         key = create_key(tmp_path / "keys.json", "ada", lifetime=timedelta(days=3))
+        set_budget(tmp_path / "keys.json", "ada", 5.0)
         fields = {"name": "text", "engine": {"kind": "echo_text"}, "http": {"port": 0}, "auth": {"keys_file": str(tmp_path / "keys.json")}}
         endpoint = app.run(Service.model_validate(fields))
         for _ in range(2):  # the second finds the first one's prompt in the cache

@@ -358,3 +358,14 @@ def test_a_jobs_own_spec_is_gone_on_with_from_its_storage(trained: str) -> None:
     shown = invoke("jobs", "show", "topics", *local).output
     assert shown.startswith("topics: succeeded, stored as topics@v2\n"), shown
     assert len(invoke("jobs", "logs", "topics", *local).output.splitlines()) == before
+
+
+def test_lm_evaluation_harness_is_for_language_models_and_an_extra(job_file: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "asks a causal language model, and classification is none" in refusal(
+        invoke("evaluate", job_file, "--lm-eval", "hellaswag"), SpecError
+    )
+    assert "have no effect" in refusal(invoke("evaluate", job_file, "--limit", "3"), SpecError)
+    assert "bring their own rows" in refusal(invoke("evaluate", job_file, "--lm-eval", "hellaswag", "--by", "label"), SpecError)
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    chat = str(Path(__file__).parents[2] / "k8s" / "examples" / "chat.yaml")
+    assert "pip install 'danlu[lm-eval]'" in refusal(invoke("evaluate", chat, "--lm-eval", "hellaswag"), ResourceError)

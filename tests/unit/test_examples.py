@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -39,6 +40,7 @@ def script(name: str) -> ModuleType:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses look for it
     spec.loader.exec_module(module)
     return module
 
@@ -176,3 +178,45 @@ def test_recommendation_is_measured_over_http_as_its_evaluation_was(tiny_model: 
     assert found["embeddings"] == pytest.approx(dict(expected), abs=1e-6)
     assert found["BM25's first 30, reranked"] == pytest.approx(found["embeddings"], abs=1e-6)
     assert found["BM25"]["mrr"] > found["embeddings"]["mrr"], "of a model that has learned nothing"
+
+
+# Customer service.
+
+
+def test_help_pages_hold_their_answers_and_the_test_asks_anew(tmp_path: Path) -> None:
+    make, base = script("customer-service/make_rows"), script("customer-service/baseline")
+    train, test = make.make_rows(600, 5, test=False), make.make_rows(80, 6, test=True)
+    assert make.make_rows(600, 5, test=False) == train
+    for row in [*train, *test]:
+        for text, start in zip(row["answers"]["text"], row["answers"]["answer_start"], strict=True):
+            assert row["context"][start:].startswith(text)
+    assert sum(not row["answers"]["text"] for row in train) == len(train) / 3
+    facts = {question: fact for facts in make.FACTS.values() for fact in facts for question in (*fact.seen.asked, *fact.new.asked)}
+    for row in test:
+        ways = (*facts[row["question"]].seen.told, *facts[row["question"]].new.told)
+        told = any(all(part in row["context"] for part in way.split("{x}")) for way in ways)
+        assert told or not row["answers"]["text"]
+    asked = {row["question"] for row in train}
+    assert {part: {row["question"] in asked for row in test if row["part"] == part} for part in sorted({row["part"] for row in test})} == {
+        "en new": {False}, "en seen": {True}, "zh new": {False}, "zh seen": {True},
+    }  # fmt: skip
+    found = base.by_sentence(train, test)
+    right = {ways: [a == (row["answers"]["text"] or [""])[0] for a, row in zip(found, test, strict=True) if ways in row["part"]]
+             for ways in ("seen", "new")}  # fmt: skip
+    assert np.mean(right["seen"]) == 1.0, "of words it knows a table is enough"
+    assert np.mean(right["new"]) == pytest.approx(1 / 3), "of others it only tells the questions without an answer"
+    assert base.scores(found, test)["exact_match"] == pytest.approx(2 / 3)
+
+
+def test_customer_service_answers_as_it_was_scored(tiny_model: Path, tmp_path: Path) -> None:
+    script("customer-service/make_rows").write(tmp_path, num_train=20, num_test=8)
+    trained = train(small("customer-service", tmp_path, "model.max_length=64", model=tiny_model))
+    examined = sdk.examine(trained.bundle, storage=str(tmp_path / "runs"), slice_by=["part"])
+    assert {found.value: found.rows for found in examined.analysis.slices if found.by == "part"} == {
+        "en new": 6, "en seen": 6, "zh new": 6, "zh seen": 6,
+    }  # fmt: skip
+    rows = script("customer-service/baseline").read(tmp_path / "test.jsonl")
+    asked_of = [{"question": row["question"], "context": row["context"]} for row in rows]
+    answers = asked(trained).post("/v1/answer", json={"input": asked_of}).json()["data"]
+    scores = script("customer-service/baseline").scores([one["answer"] for one in answers], rows)
+    assert scores == pytest.approx(dict(trained.evaluations["test"].scores.metrics()))

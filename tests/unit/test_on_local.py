@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import socket
 import subprocess
@@ -15,12 +16,14 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from danlu import on_local
+from danlu.artifact.run_logs import LIMIT_BYTES
 from danlu.artifact.runs import RunFolder, open_run
 from danlu.cli import app
 from danlu.errors import ClusterError, SpecError
 from danlu.places import services_at
 
 STEP = {"kind": "step", "step": 3, "num_steps": 9, "loss": 0.5, "learning_rate": 1e-3, "grad_norm": 1.0}
+START = {"kind": "start", "step": 0, "device": "cpu", "world_size": 4, "threads_per_worker": 4}
 STEP |= {"tokens_per_second": 100.0, "eta_s": 6.0}
 
 
@@ -93,6 +96,50 @@ def test_a_log_is_followed_until_the_run_ends(tmp_path: Path, monkeypatch: pytes
     assert next(lines) == "step 9: dev accuracy 0.7500  (best so far)"
     one.set_status("finished", bundle="topics@v1")
     assert list(lines) == []
+
+
+def test_what_a_runs_processes_wrote_is_kept_in_its_storage_the_end_of_it(tmp_path: Path) -> None:
+    """A process with files for stdout and stderr, as Ray's workers have; killed after its second checkpoint."""
+    one = run(tmp_path, "topics", "failed", reason="a training worker was lost (rank 0)")
+    one.write("report.html", "<p>")
+    one.record(START | {"time": 0})
+    for seconds in (1.0, 3600.0):
+        one.record(STEP | {"step": 4, "time": seconds})
+    code = """if True:
+        import os, signal, sys
+        from danlu.artifact.run_logs import RunLog
+        print("begins", flush=True)
+        log = RunLog(sys.argv[1], "rank-0")
+        for step in range(2):
+            for line in range(40_000):
+                print(f"step {step} line {line} " + "x" * 20)
+            sys.stdout.flush()
+            os.write(2, f"NCCL WARN {step}\\n".encode())
+            log.keep()
+        print("this is lost", flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+    """
+    with open(tmp_path / "out", "wb") as out, open(tmp_path / "err", "wb") as err:
+        died = subprocess.run([sys.executable, "-c", code, one.uri], stdout=out, stderr=err)
+    assert died.returncode == -signal.SIGKILL
+    local = ("--on", "local", "--storage", str(tmp_path))
+    head, cut, *lines = danlu("jobs", "logs", "topics", "--raw", *local).output.splitlines()
+    assert re.fullmatch(r"==> \d{8}T\d{6}Z-rank-0.log <==", head)
+    assert lines[-3:] == ["step 1 line 39999 " + "x" * 20, "NCCL WARN 0", "NCCL WARN 1"]
+    (kept,) = (tmp_path / "runs/topics/0001/logs").iterdir()
+    assert LIMIT_BYTES / 2 - 200 < kept.stat().st_size < LIMIT_BYTES / 2, "a half for each stream"
+    written = (tmp_path / "out").read_bytes().removesuffix(b"this is lost\n")
+    left_out = int(cut.split()[1])
+    assert written[left_out:].decode().splitlines() == lines[:-2]
+    shown = danlu("jobs", "show", "topics", *local).output
+    for told in (f"jobs resume topics --on local --storage {tmp_path}", "cost 0.72 USD", "left: ", "report.html", kept.name):
+        assert told in shown, shown
+    for options, where in ((["--raw"], "--raw"), (["--raw", "-f", *local], "--follow")):
+        refused = danlu("jobs", "logs", "topics", *options).exception
+        assert isinstance(refused, SpecError)
+        assert refused.where == where
+    run(tmp_path, "quiet", "finished")
+    assert "has kept none" in str(danlu("jobs", "logs", "quiet", "--raw", *local).exception)
 
 
 def test_what_is_not_there_or_has_no_effect_is_said(tmp_path: Path) -> None:

@@ -147,6 +147,13 @@ def test_activations_grow_with_the_micro_batch_and_the_texts(tiny_model: Path) -
     assert plan(job(tiny_model, micro_batch_size=4), mean_tokens=40.0).activation_bytes == 2 * one
 
 
+def test_checkpointed_activations_are_the_inputs_of_the_layers_and_one_layers_insides(tiny_model: Path) -> None:
+    checkpointed = {"model": {"model_name_or_path": str(tiny_model), "gradient_checkpointing": True}}
+    one, every = (plan(job(tiny_model, **more)).activation_bytes for more in (checkpointed, {}))
+    layers = json.loads((tiny_model / "config.json").read_text())["num_hidden_layers"]
+    assert one / every == pytest.approx((2 * layers + 34) / (34 * layers), rel=1e-3)
+
+
 def test_steps_are_those_of_the_loop(tiny_model: Path) -> None:
     assert plan(job(tiny_model), num_rows=1000).num_steps == 94  # ceil(3 * 1000 / 32)
     assert plan(job(tiny_model, max_steps=7)).num_steps == 7

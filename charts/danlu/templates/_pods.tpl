@@ -121,11 +121,30 @@ metadata:
 spec:
   {{- include "danlu.identity" $c | nindent 2 }}
   automountServiceAccountToken: {{ and (not $worker) .scales | ternary true false }}
+  {{- if $c.tls }}
+  initContainers:
+    - name: certificate
+      {{- include "danlu.image" $c | nindent 6 }}
+      command: [sh, -c, {{ $facts.certificate | quote }}]
+      env:
+        - {name: POD_IP, valueFrom: {fieldRef: {fieldPath: status.podIP}}}
+        - {name: POD_NAMESPACE, valueFrom: {fieldRef: {fieldPath: metadata.namespace}}}
+      resources:
+        requests: {cpu: 500m, memory: 256Mi}
+        limits: {cpu: 500m, memory: 256Mi}
+      volumeMounts:
+        - {name: tmp, mountPath: /tmp}
+        - {name: ca, mountPath: /etc/ray-ca, readOnly: true}
+        - {name: tls, mountPath: /etc/ray-tls}
+  {{- end }}
+  {{- if and $worker .leave }}
+  terminationGracePeriodSeconds: {{ add (int .leave) (int $facts.end_s) }}
+  {{- end }}
   containers:
     - name: ray-{{ .role }}
       {{- include "danlu.image" $c | nindent 6 }}
       env:
-        {{- $plain := include "danlu.filled" (list $facts.ray_env .env $c.env) | fromJson }}
+        {{- $plain := include "danlu.filled" (list $facts.ray_env (ternary $facts.tls_env dict (not (empty $c.tls))) .env $c.env) | fromJson }}
         {{- range $key := keys $plain | sortAlpha }}
         - {name: {{ $key }}, value: {{ index $plain $key | quote }}}
         {{- end }}
@@ -139,6 +158,10 @@ spec:
         - {name: {{ .name }}, containerPort: {{ .port }}}
         {{- end }}
         {{- end }}
+      {{- if and $worker .leave }}
+      lifecycle:
+        preStop: {exec: {command: [python, -m, danlu.serve.leave, {{ .leave | toString | quote }}]}}
+      {{- end }}
       resources:
         {{- range list "requests" "limits" }}
         {{ . }}:
@@ -152,6 +175,9 @@ spec:
         {{- include "danlu.scratchMounts" . | nindent 8 }}
         {{- if .configMap }}
         - {name: spec, mountPath: /etc/danlu, readOnly: true}
+        {{- end }}
+        {{- if $c.tls }}
+        - {name: tls, mountPath: /etc/ray-tls, readOnly: true}
         {{- end }}
         {{- if $c.shared_memory }}
         - {name: shared-mem, mountPath: /dev/shm}
@@ -205,6 +231,10 @@ spec:
     {{- with .configMap }}
     - {name: spec, configMap: {name: {{ . }}}}
     {{- end }}
+    {{- with $c.tls }}
+    - {name: ca, secret: {secretName: {{ .ca_secret }}}}
+    - {name: tls, emptyDir: {medium: Memory}}
+    {{- end }}
     {{- with $c.shared_memory }}
     - {name: shared-mem, emptyDir: {medium: Memory, sizeLimit: {{ . }}}}
     {{- end }}
@@ -229,6 +259,14 @@ autoscalerOptions:
   securityContext:
     allowPrivilegeEscalation: false
     capabilities: {drop: [ALL]}
+  {{- if .cluster.tls }}
+  env:
+    {{- range $key := keys $facts.tls_env | sortAlpha }}
+    - {name: {{ $key }}, value: {{ index $facts.tls_env $key | quote }}}
+    {{- end }}
+  volumeMounts:
+    - {name: tls, mountPath: /etc/ray-tls, readOnly: true}
+  {{- end }}
 {{- end }}
 headGroupSpec:
   rayStartParams: {dashboard-host: 0.0.0.0, num-cpus: "0"}

@@ -95,6 +95,16 @@
   "num_threads": 1,
   "num_gpus": 0
  },
+ "tls_env": {
+  "RAY_USE_TLS": "1",
+  "RAY_TLS_SERVER_CERT": "/etc/ray-tls/tls.crt",
+  "RAY_TLS_SERVER_KEY": "/etc/ray-tls/tls.key",
+  "RAY_TLS_CA_CERT": "/etc/ray-tls/ca.crt"
+ },
+ "certificate": "set -eu\numask 077\nopenssl req -new -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -subj /CN=ray -keyout /etc/ray-tls/tls.key -out /tmp/tls.csr\necho \"subjectAltName=DNS:localhost,IP:127.0.0.1,IP:$POD_IP,DNS:*.$POD_NAMESPACE.svc.cluster.local\" > /tmp/tls.ext\nopenssl x509 -req -in /tmp/tls.csr -extfile /tmp/tls.ext -days 3650 -set_serial \"0x$(openssl rand -hex 16)\" \\\n  -CA /etc/ray-ca/tls.crt -CAkey /etc/ray-ca/tls.key -out /etc/ray-tls/tls.crt\ncp /etc/ray-ca/tls.crt /etc/ray-tls/ca.crt\n",
+ "drain_timeout_s": 20.0,
+ "leave_s": 120,
+ "end_s": 30,
  "request_timeout_s": 30.0,
  "cleanup": {
   "ttl": {

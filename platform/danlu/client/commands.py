@@ -12,11 +12,11 @@ from danlu.errors import ResourceError, SpecError
 from danlu.terminal import show
 
 
-def create_key(file: Path, name: str, expires: str | None, models: Sequence[str], max_ongoing: int | None) -> None:
+def create_key(file: Path, name: str, tenant: str | None, expires: str | None, models: Sequence[str], max_ongoing: int | None) -> None:
     """Print a new key, alone on standard output."""
     from danlu.serve import keys
 
-    secret = keys.create_key(file, name, lifetime=_lifetime(expires), models=models, max_ongoing_requests=max_ongoing)
+    secret = keys.create_key(file, name, tenant=tenant, lifetime=_lifetime(expires), models=models, max_ongoing_requests=max_ongoing)
     print(f"kept as a hash in {file}; it cannot be shown again", file=sys.stderr)
     show(secret)
 
@@ -25,10 +25,15 @@ def list_keys(file: Path) -> None:
     """Print a line a key."""
     from danlu.serve import keys
 
-    for key in keys.read_keys(file):
+    found = keys.read_keys(file)
+    for tenant in found.tenants:
+        show(f"{tenant.name:<20} {tenant.budget_usd_per_week:g} USD in seven days")
+    for key in found.keys:
         expires = f"{key.expires:%Y-%m-%d %H:%M}" if key.expires else "never"
         state = key.state(datetime.now(UTC))
-        show(f"{key.name:<20} {key.prefix}...  {state:<8} created {key.created:%Y-%m-%d}  expires {expires}  {', '.join(key.models)}")
+        payer = f"  tenant {key.tenant}" if key.tenant else ""
+        dates = f"created {key.created:%Y-%m-%d}  expires {expires}"
+        show(f"{key.name:<20} {key.prefix}...  {state:<8} {dates}  {', '.join(key.models)}{payer}")
 
 
 def revoke_key(file: Path, name: str) -> None:
@@ -36,6 +41,15 @@ def revoke_key(file: Path, name: str) -> None:
     from danlu.serve import keys
 
     show(f"revoked {keys.revoke_key(file, name).name}")
+
+
+def set_budget(file: Path, tenant: str, usd_per_week: float | None) -> None:
+    """Give a tenant a budget, or take it away."""
+    from danlu.serve import keys
+
+    keys.set_budget(file, tenant, usd_per_week)
+    told = "has no budget" if usd_per_week is None else f"may cost {usd_per_week:g} USD in seven days"
+    show(f"{tenant} {told}; services that read {file} notice within a second")
 
 
 def bench_serve(

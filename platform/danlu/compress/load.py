@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, TypedDict, cast
 
@@ -73,6 +74,25 @@ def load_judge(bundle: Bundle) -> Predictor | LanguageJudge:
             return Seq2SeqJudge(**_judged(bundle), task=task)
         case _:
             return load_predictor(bundle)
+
+
+def load_answerer(
+    bundle: Bundle, *, precision: Literal["fp32", "bf16"] | None = None, device: torch.device | None = None
+) -> Predictor | MaskedJudge | Seq2SeqJudge:
+    """What answers requests as the bundle was evaluated; `precision` overrides the one that was in."""
+    if isinstance(bundle.meta.task, EncoderTask):
+        return load_predictor(bundle, precision=precision, device=device)
+    asked = bundle if precision is None else replace(bundle, meta=bundle.meta.model_copy(update={"precision": precision}))
+    judge = load_judge(asked)
+    if not isinstance(judge, MaskedJudge | Seq2SeqJudge):
+        told = f"{bundle.meta.name} was trained for {bundle.meta.task.kind}: it goes on with texts"
+        raise ModelError(told, where="bundle", fix="engine: {kind: torch}")
+    if device is not None:
+        judge.model.to(device)
+        judge.device = device
+    if judge.bf16:
+        hold_linears_in_bf16(judge.model)
+    return judge
 
 
 class _Judged(TypedDict):

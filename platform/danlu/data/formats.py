@@ -18,13 +18,14 @@ from typing import Any
 
 import fsspec
 
+from danlu.data import arrow
 from danlu.data.json_text import HALF_CHARACTER, half_character, line_of_item
 from danlu.data.nested import c3_rows, conll, is_c3, is_squad, looks_tagged, squad_rows
 from danlu.errors import DataError
 
 EXTENSIONS = {
-    ".csv": "csv", ".tsv": "tsv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".parquet": "parquet", ".tab": "tab",
-    ".conll": "conll", ".bio": "conll", ".iob": "conll", ".bmes": "conll", ".bioes": "conll",
+    ".csv": "csv", ".tsv": "tsv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".parquet": "parquet", ".arrow": "arrow",
+    ".tab": "tab", ".conll": "conll", ".bio": "conll", ".iob": "conll", ".bmes": "conll", ".bioes": "conll",
 }  # fmt: skip
 HUB_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?(:[\w.-]+)?(@[\w.\[\]:%-]+)?$")
 ORANGE_TYPES = {"d", "discrete", "c", "continuous", "s", "string", "t", "time"}
@@ -122,8 +123,8 @@ def _file(path: str, format: str, max_rows: int | None, where: str) -> Rows:
     if not raw.removeprefix(codecs.BOM_UTF8).strip():
         raise DataError(f"{path} is empty", where=where, fix="a file with at least a header and some rows")
     kind = format if format != "auto" else told_format(path, raw, where)
-    if kind == "parquet":
-        table, label = _parquet(raw, path, where), None
+    if kind in ("parquet", "arrow"):
+        table, label = arrow.columns(raw, kind, path, where), None
     else:
         text = _decoded(raw, path, where)
         match kind:
@@ -136,7 +137,7 @@ def _file(path: str, format: str, max_rows: int | None, where: str) -> Rows:
             case "jsonl" | "json":
                 (table, kind), label = _jsonl(text, path, where) if kind == "jsonl" else _json(text, path, where), None
             case _:
-                known = "auto, csv, tsv, jsonl, json, parquet, tab, conll or hub"
+                known = "auto, csv, tsv, jsonl, json, parquet, arrow, tab, conll or hub"
                 raise DataError(f"unknown format {kind!r}", where="data.format", fix=known)
     columns = {name: values[:max_rows] for name, values in table.items()}
     if not columns or not len(next(iter(columns.values()))):
@@ -147,7 +148,7 @@ def _file(path: str, format: str, max_rows: int | None, where: str) -> Rows:
 def told_format(path: str, start: bytes, where: str) -> str:
     """The format of a file, by its first bytes and its name."""
     suffix = Path(re.sub(r"\.(gz|bz2|xz|zip)$", "", path)).suffix.lower()
-    return "parquet" if start[:4] == b"PAR1" else EXTENSIONS.get(suffix) or _sniffed(start, path, where)
+    return arrow.told_format(start) or EXTENSIONS.get(suffix) or _sniffed(start, path, where)
 
 
 def _sniffed(raw: bytes, path: str, where: str) -> str:
@@ -171,7 +172,7 @@ def _sniffed(raw: bytes, path: str, where: str) -> str:
     raise DataError(
         f"{path}: the format cannot be told from its name or its first line",
         where=where,
-        fix="data.format: csv, tsv, jsonl, json, parquet, tab or conll",
+        fix="data.format: csv, tsv, jsonl, json, parquet, arrow, tab or conll",
     )
 
 
@@ -346,26 +347,6 @@ def _json(text: str, path: str, where: str) -> tuple[dict[str, list[Any]], str]:
 def _by_column(records: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
     names = dict.fromkeys(name for record in records for name in record)
     return {name: [record.get(name) for record in records] for name in names}
-
-
-def _parquet(raw: bytes, path: str, where: str) -> dict[str, list[Any]]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        table = pyarrow.parquet.read_table(io.BytesIO(raw))
-        for index, field in enumerate(table.schema):
-            if pyarrow.types.is_binary(field.type) or pyarrow.types.is_large_binary(field.type):
-                table = table.set_column(index, field.name, table.column(index).cast(pyarrow.string()))
-        columns: dict[str, list[Any]] = table.to_pydict()
-    except pyarrow.ArrowInvalid as error:
-        bytes_ = "utf8" in str(error).lower()
-        raise DataError(
-            f"{path} {'has bytes in a column that are not UTF-8' if bytes_ else 'is not a whole parquet file'}: {error}", where=where
-        ) from error
-    except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{path} is not a whole parquet file: {error}", where=where) from error
-    return columns
 
 
 def _hub(source: str, max_rows: int | None, where: str) -> Rows:

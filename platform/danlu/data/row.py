@@ -15,7 +15,7 @@ from danlu.errors import DataError
 
 @dataclass(frozen=True)
 class Row:
-    """A row: its values by column, the file it stands in and the line (of parquet and hub ids: the row) it begins at, from 1."""
+    """A row: its values by column, the file it stands in and the line (of parquet, Arrow and hub ids: the row) it begins at, from 1."""
 
     values: dict[str, Any]
     source: str

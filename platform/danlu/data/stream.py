@@ -14,7 +14,7 @@ from typing import Any
 
 import fsspec
 
-from danlu.data import formats
+from danlu.data import arrow, formats
 from danlu.data.row import Broken, Row, decoded, sound
 from danlu.errors import DataError
 
@@ -65,14 +65,15 @@ def stream(source: Source, *, where: str = "data.train") -> Iterator[Row | Broke
             rows = _jsonl(source.path, where)
         case "json":
             rows = _json(source.path, where)
-        case "parquet":
-            rows = _parquet(source.path, where)
+        case "parquet" | "arrow":
+            tables = arrow.rows(source.path, source.format, where)
+            rows = (Row(values, source.path, number) for number, values in enumerate(tables, 1))
         case "hub":
             table = formats._hub(source.path, None, where)
             rows = (Row({name: column[i] for name, column in table.columns.items()}, source.path, i + 1) for i in range(len(table)))
         case _:
             raise DataError(
-                f"unknown format {source.format!r}", where="data.format", fix="auto, csv, tsv, jsonl, json, parquet, tab or hub"
+                f"unknown format {source.format!r}", where="data.format", fix="auto, csv, tsv, jsonl, json, parquet, arrow, tab or hub"
             )
     yield from (sound(row) for row in rows)
 
@@ -286,21 +287,6 @@ def _json(path: str, where: str) -> Iterator[Row | Broken]:
                 fix="one object a line is jsonl, of which single lines may be broken",
             ) from error
         yield Row(record, path, line) if isinstance(record, dict) else Broken(f"an object is needed, not {_noun(record)}", path, line)
-
-
-def _parquet(path: str, where: str) -> Iterator[Row | Broken]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        with fsspec.open(path, "rb") as file:
-            number = 0
-            for batch in pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=1024):
-                for values in batch.to_pylist():
-                    number += 1
-                    yield Row(values, path, number)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{path} is not a whole parquet file: {error}", where=where, fix="write it again") from error
 
 
 def stem(source: Source) -> str:

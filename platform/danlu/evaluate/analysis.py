@@ -127,10 +127,11 @@ def analyse(
     columns: Mapping[str, Sequence[object]] | None = None,
     temperature: tuple[float, str] | None = None,
     number: int = 1000,
+    score: Score | None = None,
 ) -> Analysis:
     """Everything that can be said of an evaluation's outputs (float [rows, width]). `columns` are sliced by too;
-    `temperature` was fitted on the split that is named with it, and is offered where the task has none."""
-    score = score_of(task, outputs, split, label_names)
+    `temperature` was fitted on the split that is named with it, and is offered where the task has none; `score` is of more than outputs."""
+    score = score or score_of(task, outputs, split, label_names)
     classifies = isinstance(task, Classification) and split.labels is not None
     if not classifies:
         began = time.perf_counter()

@@ -53,6 +53,26 @@ def classify(
     return np.log(np.maximum(outputs, 1e-12)), time.perf_counter() - began
 
 
+def write(
+    url: str,
+    texts: Sequence[str],
+    *,
+    model: str | None = None,
+    api_key: str | None = None,
+    batch: int = BATCH,
+    timeout_s: float = 60.0,
+) -> tuple[list[str], float]:
+    """What an encoder-decoder's `POST /v1/completions` writes for each text; and the seconds."""
+    headers = {} if api_key is None else {"authorization": f"Bearer {api_key}"}
+    written: list[str] = []
+    began = time.perf_counter()
+    with httpx.Client(timeout=timeout_s, headers=headers) as client:
+        for start in range(0, len(texts), batch):
+            body: dict[str, object] = {"prompt": list(texts[start : start + batch])} | ({} if model is None else {"model": model})
+            written += [choice["text"] for choice in _asked(client, f"{url.rstrip('/')}/v1/completions", body)["choices"]]
+    return written, time.perf_counter() - began
+
+
 @dataclass(frozen=True)
 class Read:
     """`outputs`: of a chat each row's summed loss, hits and targets; of plain text its summed loss and targets; of a preference the log

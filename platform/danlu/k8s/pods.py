@@ -41,6 +41,29 @@ RESTRICTED = {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"
 WRITABLE = {"tmp": "/tmp", "home": "/home/danlu"}
 """Folders that live as long as their pod: the rest of its file system is read-only."""
 
+TLS_ENV = {
+    "RAY_USE_TLS": "1",
+    "RAY_TLS_SERVER_CERT": "/etc/ray-tls/tls.crt",
+    "RAY_TLS_SERVER_KEY": "/etc/ray-tls/tls.key",
+    "RAY_TLS_CA_CERT": "/etc/ray-tls/ca.crt",
+}
+"""https://docs.ray.io/en/latest/ray-core/configure.html#tls-authentication"""
+TLS_MOUNT = {"name": "tls", "mountPath": "/etc/ray-tls", "readOnly": True}
+CERTIFICATE = """set -eu
+umask 077
+openssl req -new -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -subj /CN=ray -keyout /etc/ray-tls/tls.key -out /tmp/tls.csr
+echo "subjectAltName=DNS:localhost,IP:127.0.0.1,IP:$POD_IP,DNS:*.$POD_NAMESPACE.svc.cluster.local" > /tmp/tls.ext
+openssl x509 -req -in /tmp/tls.csr -extfile /tmp/tls.ext -days 3650 -set_serial "0x$(openssl rand -hex 16)" \\
+  -CA /etc/ray-ca/tls.crt -CAkey /etc/ray-ca/tls.key -out /etc/ray-tls/tls.crt
+cp /etc/ray-ca/tls.crt /etc/ray-tls/ca.crt
+"""
+"""A pod's own certificate: Ray asks pods by their addresses, and the head by its Service's name."""
+SMALL = {"cpu": "500m", "memory": "256Mi"}
+LEAVE_S = 120
+"""How long a service's pod that is told to end waits for replicas elsewhere to be ready, before its own finish what they have begun."""
+END_S = 30
+"""And how long its processes may take to end after that."""
+
 Cluster = JobCluster | ServiceCluster
 
 
@@ -99,16 +122,24 @@ def ray_cluster(
     pods: tuple[int, int],
     env: Mapping[str, str],
     config_map: str | None = None,
+    leave_s: int | None = None,
 ) -> Object:
-    """A RayCluster's spec: a head without work of its own, and from `pods[0]` to `pods[1]` workers of `cpus` cores and `gpus` GPUs."""
+    """A RayCluster's spec: a head without work of its own, and from `pods[0]` to `pods[1]` workers of `cpus` cores and `gpus` GPUs.
+
+    `leave_s` is how long a worker may take to hand its replicas over before it is ended.
+    """
     scales = pods[0] < pods[1]
     head = _pod(cluster, kind, name, "head", cluster.head.cpus, cluster.head.memory, 0, env, config_map)
     head["spec"]["automountServiceAccountToken"] = scales
     worker = _pod(cluster, kind, name, "worker", cpus, cluster.memory, gpus, env, config_map)
+    if leave_s is not None:
+        leave = ["python", "-m", "danlu.serve.leave", str(leave_s)]
+        worker["spec"]["containers"][0]["lifecycle"] = {"preStop": {"exec": {"command": leave}}}
+        worker["spec"]["terminationGracePeriodSeconds"] = leave_s + END_S
     return {
         "rayVersion": RAY_VERSION,
         "authOptions": {"mode": "token"},
-        **({"enableInTreeAutoscaling": True, "autoscalerOptions": {"version": "v2", "securityContext": RESTRICTED}} if scales else {}),
+        **({"enableInTreeAutoscaling": True, "autoscalerOptions": _autoscaler(cluster)} if scales else {}),
         "headGroupSpec": {"rayStartParams": {"dashboard-host": "0.0.0.0", "num-cpus": "0"}, "template": head},
         "workerGroupSpecs": [
             {
@@ -121,6 +152,11 @@ def ray_cluster(
             }
         ],
     }
+
+
+def _autoscaler(cluster: Cluster) -> Object:
+    secured = {"env": _values(TLS_ENV), "volumeMounts": [TLS_MOUNT]} if cluster.tls else {}
+    return {"version": "v2", "securityContext": RESTRICTED, **secured}
 
 
 def pod_spec(cluster: Cluster, container: Object, **more: Any) -> Object:
@@ -190,8 +226,28 @@ def _pod(
             tolerations=tolerations(cluster, gpus, worker=worker),
             affinity=_affinity(cluster, name, worker=worker),
             topologySpreadConstraints=_spread(cluster, name) if worker else [],
+            initContainers=[_certificate(cluster)] if cluster.tls else [],
             volumes=volumes,
         ),
+    }
+
+
+def _certificate(cluster: Cluster) -> Object:
+    """What makes a pod's certificate before Ray starts, the only one to see the CA's key."""
+    fields = {"POD_IP": "status.podIP", "POD_NAMESPACE": "metadata.namespace"}
+    return {
+        "name": "certificate",
+        "image": cluster.image,
+        **_set(imagePullPolicy=cluster.image_pull_policy),
+        "command": ["sh", "-c", CERTIFICATE],
+        "env": [{"name": name, "valueFrom": {"fieldRef": {"fieldPath": path}}} for name, path in fields.items()],
+        "resources": {"requests": SMALL, "limits": SMALL},
+        "volumeMounts": [
+            {"name": "tmp", "mountPath": "/tmp"},
+            {"name": "ca", "mountPath": "/etc/ray-ca", "readOnly": True},
+            {"name": "tls", "mountPath": "/etc/ray-tls"},
+        ],
+        "securityContext": {**RESTRICTED, "readOnlyRootFilesystem": True},
     }
 
 
@@ -201,9 +257,13 @@ def labels(kind: str, name: str) -> dict[str, str]:
 
 
 def _env(cluster: Cluster, env: Mapping[str, str]) -> list[Object]:
-    plain = {**RAY_ENV, **env, **cluster.env}
+    plain = {**RAY_ENV, **(TLS_ENV if cluster.tls else {}), **env, **cluster.env}
     secret = [{"name": one.name, "valueFrom": {"secretKeyRef": {"name": one.secret, "key": one.key}}} for one in cluster.secret_env]
-    return [{"name": key, "value": value} for key, value in sorted(plain.items())] + secret
+    return _values(plain) + secret
+
+
+def _values(env: Mapping[str, str]) -> list[Object]:
+    return [{"name": key, "value": value} for key, value in sorted(env.items())]
 
 
 def _volumes(cluster: Cluster, config_map: str | None) -> tuple[list[Object], list[Object]]:
@@ -211,6 +271,9 @@ def _volumes(cluster: Cluster, config_map: str | None) -> tuple[list[Object], li
     if config_map:
         volumes.append({"name": "spec", "configMap": {"name": config_map}})
         mounts.append({"name": "spec", "mountPath": "/etc/danlu", "readOnly": True})
+    if cluster.tls:
+        volumes += [{"name": "ca", "secret": {"secretName": cluster.tls.ca_secret}}, {"name": "tls", "emptyDir": {"medium": "Memory"}}]
+        mounts.append(TLS_MOUNT)
     if cluster.shared_memory:
         volumes.append({"name": "shared-mem", "emptyDir": {"medium": "Memory", "sizeLimit": cluster.shared_memory}})
         mounts.append({"name": "shared-mem", "mountPath": "/dev/shm"})

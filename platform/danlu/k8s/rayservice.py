@@ -7,11 +7,10 @@ import math
 import yaml
 
 from danlu.errors import SpecError
-from danlu.k8s.pods import GPU, Object, metadata, needed, ray_cluster
+from danlu.k8s.pods import GPU, LEAVE_S, Object, metadata, needed, ray_cluster
 from danlu.spec.cluster import Incremental, InPlace, NewCluster, ServiceCluster
 from danlu.spec.files import dump
-from danlu.spec.serve import Encoder, Service, Torch
-from danlu.spec.vllm import Vllm
+from danlu.spec.serve import Echo, EchoText, Service
 
 IMPORT_PATH = "danlu.serve.app:build"
 PORT = 8000
@@ -38,10 +37,11 @@ def ray_service(service: Service) -> Object:
                     cluster,
                     "serve",
                     service.name,
-                    cpus=(engine.num_threads if isinstance(engine, Encoder | Torch | Vllm) else 1) * each,
-                    gpus=(engine.num_gpus if isinstance(engine, Encoder | Torch | Vllm) else 0) * each,
+                    cpus=(1 if isinstance(engine, Echo | EchoText) else engine.num_threads) * each,
+                    gpus=(0 if isinstance(engine, Echo | EchoText) else engine.num_gpus) * each,
                     pods=(math.ceil(scaling.min_replicas / each), math.ceil(scaling.max_replicas / each)),
                     env={"RAY_SERVE_ENABLE_HA_PROXY": "1"} if service.http.haproxy else {},
+                    leave_s=LEAVE_S + math.ceil(service.limits.drain_timeout_s),
                 ),
             },
         },

@@ -28,12 +28,14 @@ class JobStatus:
     created: str = ""
     ended: str = ""
     log: tuple[str, ...] = ()
+    files: tuple[str, ...] = ()
+    """What it has left in its storage."""
 
     def text(self) -> str:
         """For a terminal."""
         lines = [f"{self.name}: {self.state}" + (f", {self.why}" if self.why else "")]
         lines += [f"  try: {self.fix}"] if self.fix else []
-        return "\n".join([*lines, *(f"  | {line}" for line in self.log)])
+        return "\n".join([*lines, *(f"  | {line}" for line in self.log), *(f"  left: {uri}" for uri in self.files)])
 
 
 @dataclass(frozen=True)

@@ -6,15 +6,15 @@ from dataclasses import dataclass
 from typing import Literal
 
 from danlu.metrics import catalog as c
+from danlu.metrics import costs
 from danlu.metrics import foreign as f
+from danlu.metrics.objectives import ERROR_BUDGET, ERROR_RATIO, SLOW_BUDGET, SLOW_RATIO, SLOW_S
 from danlu.metrics.promql import (
     Expr,
     Matches,
     Recorded,
     aggregate,
-    bucket_rate,
     call,
-    count_rate,
     increase,
     mean,
     now,
@@ -25,31 +25,6 @@ from danlu.metrics.promql import (
     total,
 )
 
-USER_ROUTES = Matches("/v1/.+")
-"""What clients ask; health and readiness are asked by machines."""
-WHOLE_ANSWERS = Matches("/v1/(answer|choose|classify|embeddings|rerank|tag)")
-"""Of these a client waits for all of the answer. A language model's may well take minutes: there the first token counts."""
-ERROR_BUDGET = 0.005
-"""The objective: of a month's requests at most one in 200 ends with a 5xx."""
-SLOW_BUDGET = 0.01
-"""The objective: at most one request in 100 takes longer than SLOW_S."""
-SLOW_S = "1.0"
-WINDOWS = ("5m", "30m", "1h", "6h")
-
-
-def _error_ratio(window: str) -> Expr:
-    requests = total(rate(c.SERVE_REQUESTS, window, route=USER_ROUTES), "model")
-    failed = total(rate(c.SERVE_REQUESTS, window, route=USER_ROUTES, status=Matches("5..")), "model")
-    return (failed | requests * 0) / requests  # a model that never failed has no series with a 5xx
-
-
-def _slow_ratio(window: str) -> Expr:
-    requests = total(count_rate(c.SERVE_SECONDS, window, route=WHOLE_ANSWERS), "model")
-    return (requests - total(bucket_rate(c.SERVE_SECONDS, window, route=WHOLE_ANSWERS, le=SLOW_S), "model")) / requests
-
-
-ERROR_RATIO = {w: Recorded(f"model:danlu_serve_errors:ratio_rate{w}", _error_ratio(w), "Share of requests with a 5xx.") for w in WINDOWS}
-SLOW_RATIO = {w: Recorded(f"model:danlu_serve_slow:ratio_rate{w}", _slow_ratio(w), f"Share of requests over {SLOW_S} s.") for w in WINDOWS}
 MFU_BASELINE = Recorded(
     "train_job:danlu_train_mfu:p90_6h",
     aggregate("max", over_time("quantile", c.TRAIN_MFU, "6h", quantile=0.9), ["train_job"]),
@@ -60,7 +35,7 @@ READY_REPLICAS = Recorded(
     total(select(f.RAY_HEALTHY_REPLICAS), "application", "deployment"),
     "Replicas that answer.",
 )
-RECORDED: tuple[Recorded, ...] = (*ERROR_RATIO.values(), *SLOW_RATIO.values(), MFU_BASELINE, READY_REPLICAS)
+RECORDED: tuple[Recorded, ...] = (*ERROR_RATIO.values(), *SLOW_RATIO.values(), MFU_BASELINE, READY_REPLICAS, *costs.RECORDED)
 
 Severity = Literal["critical", "warning"]
 Component = Literal["train", "serve", "cluster"]
@@ -194,6 +169,23 @@ ALERTS: tuple[Alert, ...] = (
         "The job's `budget_usd` is spent, and it trains on: whether to stop it is for whoever pays to say.",
         ("Stop it: Ctrl-C, or `kubectl delete rayjob NAME`. The last checkpoint is kept.",
          "Go on with it: `danlu train SPEC --set budget_usd=500`."), _COST,
+    ),
+    Alert(
+        "TenantBudgetNearlySpent", "serve", "warning",
+        select(costs.TENANT_BUDGET_USED) > 0.8, "15m",
+        "{{ $labels.tenant }} has cost four fifths of its week's budget",
+        "Its share of what replicas cost in the last seven days, by its share of their tokens, is above 80 % of `danlu keys budget`. Nobody is "
+        "refused. In a quiet week a tenant pays for idle replicas, too: fewer of them lower everybody's share.",
+        ("By which of its keys? `Tokens in this range, by key`; `danlu keys list` shows whose they are.",
+         "Replicas that idle: `danlu serve SPEC --set autoscaling.min_replicas=0`.", "More: `danlu keys budget TENANT --usd-per-week 500`."), _COST,
+    ),
+    Alert(
+        "TenantBudgetSpent", "serve", "critical",
+        select(costs.TENANT_BUDGET_USED) > 1, "15m",
+        "{{ $labels.tenant }} has cost more than its week's budget",
+        "Its budget of seven days is spent, and it is answered on: whether to refuse it is for whoever pays to say.",
+        ("Shut it out: `danlu keys revoke NAME`, for each of its keys in `danlu keys list`.",
+         "More: `danlu keys budget TENANT --usd-per-week 500`."), _COST,
     ),
     Alert(
         "WorkersNotScheduled", "train", "warning",

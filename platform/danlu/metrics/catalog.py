@@ -11,6 +11,8 @@ RESERVED = frozenset({"job", "instance"})
 """Labels that Prometheus puts on every series itself: one of ours with such a name would be renamed to `exported_...`."""
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+FEW_SECONDS = (0.05, 0.25, 1.0, 5.0, 30.0)
+"""Where each value of a label has buckets of its own."""
 LONG_SECONDS = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1800.0)
 SIZES = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0)
 
@@ -26,6 +28,8 @@ class Metric:
     layer: Literal["train", "serve"]
     labels: tuple[str, ...] = ()
     buckets: tuple[float, ...] = ()
+    max_values: int = 200
+    """A label takes so many values in a process; later ones are counted together as `other`, so that sums stay right and series bounded."""
 
     @property
     def exported(self) -> str:
@@ -184,15 +188,45 @@ SERVE_TOKENS = Metric("danlu_serve_tokens", "counter", "tokens", "Tokens of the 
 SERVE_REFUSALS = Metric("danlu_serve_refusals", "counter", "requests", "Requests refused, by reason.", "serve", ("model", "reason"))
 SERVE_IN_FLIGHT = Metric("danlu_serve_in_flight", "gauge", "requests", "Requests being worked on in a replica.", "serve", ("model",))
 SERVE_KEY_REQUESTS = Metric(
-    "danlu_serve_key_requests", "counter", "requests", "Requests answered, by the name of the key.", "serve", ("model", "key", "status")
+    "danlu_serve_key_requests",
+    "counter",
+    "requests",
+    "Requests answered, by the name of the key and of its tenant.",
+    "serve",
+    ("model", "tenant", "key", "status"),
 )
 SERVE_KEY_TOKENS = Metric(
     "danlu_serve_key_tokens",
     "counter",
     "tokens",
-    "Tokens of prompts and answers, by the name of the key.",
+    "Tokens of prompts and answers, by the name of the key and of its tenant, which is the key's own name unless it says another.",
     "serve",
-    ("model", "key", "kind"),
+    ("model", "tenant", "key", "kind"),
+)
+SERVE_KEY_SECONDS = Metric(
+    "danlu_serve_key_request_seconds",
+    "histogram",
+    "s",
+    "From a request's arrival to the end of its answer, by the name of the key; keys beyond the first 50 are `other`.",
+    "serve",
+    ("model", "key"),
+    FEW_SECONDS,
+    max_values=50,
+)
+SERVE_TENANT_BUDGET = Metric(
+    "danlu_serve_tenant_budget",
+    "gauge",
+    "USD",
+    "What a tenant's requests may cost in seven days (danlu keys budget).",
+    "serve",
+    ("tenant",),
+)
+SERVE_DEVICE_SECONDS = Metric(
+    "danlu_serve_device_seconds", "counter", "s", "GPU-seconds that replicas have held, or CPU-core-seconds; idle ones count.", "serve",
+    ("model", "device"),
+)  # fmt: skip
+SERVE_COST = Metric(
+    "danlu_serve_cost", "counter", "USD", "Device seconds of replicas times their price (metrics/prices.py).", "serve", ("model",)
 )
 SERVE_KEY_EXPIRY = Metric(
     "danlu_serve_key_expiry_timestamp_seconds", "gauge", "s", "Unix time at which the first of the valid keys expires; 0 if none will.",

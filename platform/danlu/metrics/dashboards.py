@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from danlu.metrics import catalog as c
+from danlu.metrics import costs
 from danlu.metrics import foreign as f
-from danlu.metrics.alerts import ERROR_BUDGET, ERROR_RATIO, MFU_BASELINE, READY_REPLICAS, SLOW_RATIO
+from danlu.metrics.alerts import MFU_BASELINE, READY_REPLICAS
+from danlu.metrics.objectives import ERROR_BUDGET, ERROR_RATIO, SLOW_RATIO
 from danlu.metrics.promql import (
     Expr,
     Series,
@@ -64,6 +66,8 @@ class Dashboard:
     rows: tuple[tuple[str, tuple[Panel, ...]], ...]
     annotations: tuple[tuple[str, Expr, str], ...] = ()
     """Marks on every panel: (name, expression, text)."""
+    logs: tuple[str, str] | None = None
+    """Whose log lines belong to it: the field of a line, and the variable whose values it has."""
 
     @property
     def panels(self) -> tuple[Panel, ...]:
@@ -170,7 +174,7 @@ TRAINING_RUN = Dashboard(
               ((mean(c.TRAIN_CHECKPOINT_SECONDS, "30m", train_job="$train_job"), "mean"),), "s"),
         Panel("Size of a checkpoint", "Level.", ((_of_job(c.TRAIN_CHECKPOINT_BYTES), "size"),), "bytes"),
         Panel("Checkpoint interval", "What a restart may lose; minutes.", ((_of_job(c.TRAIN_CHECKPOINT_INTERVAL), "interval"),), "s")))),
-    (_RESTARTS, _CHECKPOINTS),
+    (_RESTARTS, _CHECKPOINTS), ("train_job", "train_job"),
 )  # fmt: skip
 
 TRAINING_FLEET = Dashboard(
@@ -199,8 +203,8 @@ Panel("Jobs whose workers have not begun", "0 after a minute or two.",
 )  # fmt: skip
 
 SERVING = Dashboard(
-    "danlu-serving", "Danlu / Serving", "One model's users: how much, how fast, how well.", (_MODEL,),
-    (("Objectives", (
+    "danlu-serving", "Danlu / Serving", "One model's users: how much, how fast, how well.", variables=(_MODEL,),
+    logs=("service", "model"), rows=(("Objectives", (
         Panel("Failed requests, by window", f"All under {ERROR_BUDGET:.1%}.",
               tuple((select(ratio, model="$model"), window) for window, ratio in ERROR_RATIO.items()), "percentunit", warn=ERROR_BUDGET, bad=0.072,
               width=12),
@@ -250,6 +254,8 @@ SERVING = Dashboard(
         Panel("Time to start a replica, mean", "Seconds; a burst waits that long.", ((mean(f.RAY_REPLICA_STARTUP, "30m", "application"), "{{application}}"),),
               "ms", warn=60_000, bad=120_000))),
      ("Keys", (
+        Panel("Time to answer by key, p95", "Alike for those who ask alike.",
+              ((quantile(0.95, c.SERVE_KEY_SECONDS, W, "key", model="$model"), "{{key}}"),), "s", warn=0.5, bad=1.0),
         Panel("Until the next key expires", "Over a week, or empty where none will.",
               ((aggregate("min", select(c.SERVE_KEY_EXPIRY, model="$model") > 0, ["model"]) - now(), "{{model}}"),), "s", "stat", warn=14 * 86_400,
               bad=7 * 86_400),
@@ -261,7 +267,7 @@ SERVING = Dashboard(
               bad=0.95),
         Panel("Requests running and waiting", "Waiting near 0.", ((total(select(f.VLLM_RUNNING), "model_name"), "{{model_name}} running"),
                                                                   (total(select(f.VLLM_WAITING), "model_name"), "{{model_name}} waiting")))))),
-    (_VERSIONS,),
+    annotations=(_VERSIONS,),
 )  # fmt: skip
 
 CLUSTER = Dashboard(
@@ -294,8 +300,9 @@ CLUSTER = Dashboard(
 )  # fmt: skip
 
 COST = Dashboard(
-    "danlu-cost", "Danlu / Keys and cost", "Device time and money by job, use by key. Prices: platform/danlu/metrics/prices.py.", (_JOB, _MODEL),
-    (("Money", (
+    "danlu-cost", "Danlu / Tenants and cost", "Device time and money by job, model and tenant. Prices: platform/danlu/metrics/prices.py.",
+    (_JOB, _MODEL),
+    (("Training", (
         Panel("Spent in this range", "What you planned.", ((total(increase(c.TRAIN_COST, "$__range", train_job="$train_job"), "train_job"), "{{train_job}}"),),
               "currencyUSD", "stat", width=12),
         Panel("Spent on what did not move a model", "Little.",
@@ -313,7 +320,34 @@ COST = Dashboard(
               ((total(rate(c.TRAIN_DEVICE_SECONDS, W, train_job="$train_job"), "train_job", "device"), "{{train_job}} {{device}}"),), stacked=True, width=12),
         Panel("USD a million tokens", "Falls with batch size and MFU.",
               ((total(rate(c.TRAIN_COST, "10m", train_job="$train_job"), "train_job")
-                / total(rate(c.TRAIN_TOKENS, "10m", train_job="$train_job"), "train_job") * 1e6, "{{train_job}}"),), "currencyUSD", width=12))),
+                / total(rate(c.TRAIN_TOKENS, "10m", train_job="$train_job"), "train_job") * 1e6, "{{train_job}}"),), "currencyUSD", width=12),
+        Panel("Device hours in this range", "What you planned.",
+              ((total(increase(c.TRAIN_DEVICE_SECONDS, "$__range", train_job="$train_job"), "train_job", "device") / 3600,
+                "{{train_job}} {{device}}"),), kind="table", width=12))),
+     ("Serving", (
+        Panel("Spent in this range", "What you planned; idle replicas cost as much as busy ones.",
+              ((costs.spent("$__range", model="$model"), "{{model}}"),), "currencyUSD", "stat", width=12),
+        Panel("Device hours in this range", "What you planned.",
+              ((total(increase(c.SERVE_DEVICE_SECONDS, "$__range", model="$model"), "model", "device") / 3600, "{{model}} {{device}}"),),
+              kind="stat", width=12),
+        Panel("USD an hour", "Follows the replicas.", ((total(rate(c.SERVE_COST, W, model="$model"), "model") * 3600, "{{model}}"),),
+              "currencyUSD", stacked=True, width=12),
+        Panel("USD a million tokens", "Falls with load: idle replicas cost as much as busy ones.",
+              ((select(costs.USD_A_MILLION_TOKENS, model="$model"), "{{model}}"),), "currencyUSD", width=12))),
+     ("Tenants", (
+        Panel("Spent in this range, by tenant", "What each has agreed to. A model's money, by each one's share of its tokens.",
+              ((total(costs.of_tenants(costs.spent("$__range", model="$model"), "$__range", model="$model"), "tenant"), "{{tenant}}"),),
+              "currencyUSD", "table", width=8),
+        Panel("Device hours in this range, by tenant", "As its share of the tokens.",
+              ((total(costs.of_tenants(total(increase(c.SERVE_DEVICE_SECONDS, "$__range", model="$model"), "model"), "$__range", model="$model"),
+                      "tenant") / 3600, "{{tenant}}"),), kind="table"),
+        Panel("USD in an hour, by model and tenant", "As usual.", ((select(costs.TENANT_USD, model="$model"), "{{model}} {{tenant}}"),),
+              "currencyUSD", stacked=True),
+        Panel("Week's budget used", "Below 80 %; empty without `danlu keys budget`.", ((select(costs.TENANT_BUDGET_USED), "{{tenant}}"),),
+              "percentunit", warn=0.8, bad=1.0, width=12),
+        Panel("Left of the week's budget", "What the rest of it needs.",
+              ((aggregate("max", select(c.SERVE_TENANT_BUDGET), ["tenant"]) - select(costs.TENANT_SPENT), "{{tenant}}"),), "currencyUSD", "stat",
+              width=12))),
      ("Keys", (
         Panel("Requests a second, by key", "Those you know, as they usually ask.",
               ((total(rate(c.SERVE_KEY_REQUESTS, W, model="$model"), "key"), "{{key}}"),), "reqps", stacked=True, width=12),

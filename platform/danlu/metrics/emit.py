@@ -20,8 +20,6 @@ from danlu.metrics.training import Budget, Sample, TrainingMeter
 FLUSH_S = 1.0
 REFRESH_S = 5.0
 """Ray forgets a gauge that is not set again within seconds: a job that stands still would vanish instead of alarming somebody."""
-MAX_VALUES = 200
-"""A label takes so many values in a process; later ones are counted together as `other`, so that sums stay right and series bounded."""
 OTHER = "other"
 ZERO = 1e-12
 """Ray's counters refuse 0, and a counter that begins with its first event shows Prometheus no increase."""
@@ -63,7 +61,7 @@ class _Emitter:
         known = self.values[metric.name, label]
         if value in known:
             return value
-        if len(known) >= MAX_VALUES:
+        if len(known) >= metric.max_values:
             return OTHER
         known.add(value)
         return value

@@ -6,10 +6,11 @@ import json
 from collections.abc import Mapping
 from itertools import count
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 import yaml
 
-from danlu.metrics.dashboards import Dashboard, Panel, Variable
+from danlu.metrics.dashboards import DASHBOARDS, Dashboard, Panel, Variable
 from danlu.metrics.rules import WRITTEN
 
 if TYPE_CHECKING:
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
 
 SOURCE = "${datasource}"
 HEIGHT = 8
+RAY_DASHBOARD = "http://127.0.0.1:8265"
+LOG_STREAMS = "{container=~`ray-.+`}"
+"""Loki's streams with the lines of our pods, as collectors label them. In backticks: it stands inside a JSON string of a link."""
 
 
 def dashboard_json(page: Dashboard) -> str:
@@ -31,7 +35,14 @@ def dashboard_json(page: Dashboard) -> str:
     made = made.with_variable(builder.DatasourceVariable("datasource").label("Prometheus").type("prometheus"))
     for variable in page.variables:
         made = made.with_variable(_variable(variable))
-    made = made.link(builder.DashboardLink("Danlu").type(DashboardLinkType.DASHBOARDS).tags(["danlu"]).as_dropdown(True).keep_time(True))
+    others = builder.DashboardLink("Danlu").type(DashboardLinkType.DASHBOARDS).tags(["danlu"]).as_dropdown(True)
+    made = made.link(others.keep_time(True).include_vars(True))
+    made = made.with_variable(builder.TextBoxVariable("ray_dashboard").label("Ray's dashboard").default_value(RAY_DASHBOARD))
+    made = made.link(_link("Logs in Ray's dashboard", "${ray_dashboard}/#/logs"))
+    if page.logs is not None:
+        made = made.with_variable(builder.DatasourceVariable("logs").label("Loki").type("loki"))
+        made = made.with_variable(builder.TextBoxVariable("log_streams").label("Log streams").default_value(LOG_STREAMS))
+        made = made.link(_link("Logs in Loki", explore_url(*page.logs)))
     for name, expr, _ in page.annotations:
         made = made.annotation(builder.AnnotationQuery().name(name).datasource(_source()).enable(True).icon_color("orange").expr(expr.text))
     number = count(1)
@@ -60,6 +71,30 @@ def provisioning() -> Mapping[str, str]:
         "provisioning/dashboards/danlu.yaml": WRITTEN + yaml.safe_dump({"apiVersion": 1, "providers": [folder]}, sort_keys=False),
         "provisioning/datasources/danlu.yaml": WRITTEN + yaml.safe_dump({"apiVersion": 1, "datasources": [source]}, sort_keys=False),
     }
+
+
+def explore_url(field: str, variable: str) -> str:
+    """Grafana's page of a Loki's lines that have one of the variable's values in `field`, in the time that the dashboard shows:
+    https://grafana.com/docs/grafana/latest/explore/get-started-with-explore/#generate-explore-urls-from-external-tools
+
+    Lines are searched, not parsed: Ray puts the worker's name before those that it hands to the driver.
+    """
+    query = f'${{log_streams:percentencode}} |~ `"{field}": "${{{variable}:regex}}"`'
+    pane = {
+        "datasource": "${logs}",
+        "queries": [{"refId": "A", "datasource": {"type": "loki", "uid": "${logs}"}, "expr": query}],
+        "range": {"from": "${__from}", "to": "${__to}"},
+    }
+    # Grafana fills in variables where it finds their names as they are.
+    panes = quote(json.dumps({"danlu": pane}, separators=(",", ":")), safe="${}:")
+    return f"/explore?schemaVersion=1&orgId=1&panes={panes}"
+
+
+def _link(title: str, url: str) -> builder.DashboardLink:
+    from grafana_foundation_sdk.builders import dashboard as builder
+    from grafana_foundation_sdk.models.dashboard import DashboardLinkType
+
+    return builder.DashboardLink(title).type(DashboardLinkType.LINK).url(url).icon("external link").target_blank(True)
 
 
 def _variable(variable: Variable) -> builder.QueryVariable:
@@ -94,6 +129,9 @@ def _panel(panel: Panel) -> timeseries.Panel | stat.Panel | table.Panel:
     made = made.thresholds(builder.ThresholdsConfig().mode(_absolute()).steps(_steps(panel)))
     if panel.link:
         made = made.links([builder.DashboardLink("Details").url(f"/d/{panel.link}").keep_time(True).include_vars(True)])
+        if panel.kind == "timeseries" and (label := _label_of(panel)):
+            url = f"/d/{panel.link}?${{__url_time_range}}&var-{label}=${{__field.labels.{label}}}"
+            made = made.data_links([builder.DashboardLink(f"This {label}").url(url)])
     match panel.kind:
         case "timeseries":
             made = made.legend(
@@ -106,6 +144,13 @@ def _panel(panel: Panel) -> timeseries.Panel | stat.Panel | table.Panel:
             made = made.reduce_options(common.ReduceDataOptions().calcs(["lastNotNull"])).color_mode(BigValueColorMode.VALUE)
     checked: timeseries.Panel | stat.Panel | table.Panel = made
     return checked
+
+
+def _label_of(panel: Panel) -> str | None:
+    """Of the variables of the page that a panel leads to, the one that tells its series apart."""
+    (page,) = (page for page in DASHBOARDS if page.uid == panel.link)
+    has = frozenset.intersection(*(expr.labels for expr, _ in panel.queries))
+    return next((variable.label for variable in page.variables if variable.label in has), None)
 
 
 def _steps(panel: Panel) -> list[Any]:

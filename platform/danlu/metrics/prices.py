@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 USD_PER_HOUR: Mapping[str, float] = {
     "cpu": 0.045,  # a core, with the 4 GiB that come with it
@@ -14,6 +14,14 @@ USD_PER_HOUR: Mapping[str, float] = {
     "L4": 0.8,
     "T4": 0.5,
 }
+
+
+ACCELERATOR = "accelerator_type:"
+
+
+def accelerator(resources: Iterable[str]) -> str:
+    """The GPU of a node by the names of its Ray resources, such as `accelerator_type:H100`; `gpu` if Ray does not know it."""
+    return next((name.removeprefix(ACCELERATOR) for name in resources if name.startswith(ACCELERATOR)), "gpu")
 
 
 def usd_per_hour(device: str) -> float | None:

@@ -76,6 +76,14 @@ class Expr:
     def __or__(self, other: Expr) -> Expr:
         return _binary(self, "or", other)
 
+    def each_times(self, one: Expr, *on: str) -> Expr:
+        """Each series here times the one of `one` that has the same labels `on`."""
+        return _many_to_one(self, "*", one, on)
+
+    def each_over(self, one: Expr, *on: str) -> Expr:
+        """Each series here over the one of `one` that has the same labels `on`."""
+        return _many_to_one(self, "/", one, on)
+
     def unless(self, other: Expr) -> Expr:
         """Only the series that `other` has none for."""
         return _binary(self, "unless", other)
@@ -206,6 +214,16 @@ def _binary(left: Expr, operator: str, right: Expr | float) -> Expr:
     other = right if isinstance(right, Expr) else Expr(f"{right:g}")
     sides = [f"({side.text})" if side.compound else side.text for side in (left, other)]
     return Expr(f"{sides[0]} {operator} {sides[1]}", left.labels or other.labels, left.reads | other.reads, compound=True)
+
+
+def _many_to_one(many: Expr, operator: str, one: Expr, on: Iterable[str]) -> Expr:
+    names = tuple(on)
+    _check(names, many.labels, many.text)
+    if set(names) != one.labels:
+        raise ValueError(f"{one.text} has the labels {sorted(one.labels)}: by {names} there may be several of it")
+    sides = [f"({side.text})" if side.compound else side.text for side in (many, one)]
+    text = f"{sides[0]} {operator} on ({', '.join(names)}) group_left () {sides[1]}"
+    return Expr(text, many.labels, many.reads | one.reads, compound=True)
 
 
 def _check(names: Iterable[str], has: frozenset[str], what: str) -> None:

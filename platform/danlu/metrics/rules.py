@@ -7,7 +7,8 @@ from typing import Any
 
 import yaml
 
-from danlu.metrics.alerts import ALERTS, ERROR_BUDGET, ERROR_RATIO, RECORDED, SLOW_BUDGET, SLOW_RATIO, SLOW_S, Alert
+from danlu.metrics.alerts import ALERTS, RECORDED, Alert
+from danlu.metrics.objectives import ERROR_BUDGET, ERROR_RATIO, SLOW_BUDGET, SLOW_RATIO, SLOW_S
 
 RAY_TARGETS = "/tmp/ray/prom_metrics_service_discovery.json"
 """Where the Ray that was started last on this machine lists its nodes' metrics ports."""
@@ -100,7 +101,7 @@ def slo_page() -> str:
             "ServingLatencyBudget",
         ),
     )
-    page = "# Objectives\n\nOf every served model, over 30 days. Written by `python -m danlu.generate` from danlu/metrics/alerts.py.\n"
+    page = "# Objectives\n\nOf every served model, over 30 days. Written by `python -m danlu.generate` from danlu/metrics/objectives.py.\n"
     for title, promise, budget, ratios, alerts in objectives:
         page += f"\n## {title}\n\n{promise}: a month has room for {budget * 30 * 24 * 60:.0f} minutes in which all fail.\n\n"
         page += "| window | recorded as | which is |\n| --- | --- | --- |\n"

@@ -26,15 +26,16 @@ from danlu.errors import ResourceError, SpecError
 from danlu.local_ray import start_ray
 from danlu.metrics import catalog, emit
 from danlu.metrics.catalog import Metric
+from danlu.metrics.prices import accelerator, usd_per_hour
 from danlu.serve.asgi import App
-from danlu.serve.encoder_wire import wire_of
 from danlu.serve.engine import make_engine
 from danlu.serve.gateway import Gateway
 from danlu.serve.generation import TextEngine
 from danlu.serve.keys import Authenticated, KeyRing, read_keys
+from danlu.serve.wires import wire_of
 from danlu.spec.files import dump, load, parse
-from danlu.spec.serve import Echo, EchoText, Encoder, Service
-from danlu.spec.task import Classification, EncoderTask, Pretrain, Task
+from danlu.spec.serve import Echo, EchoText, Encoder, EncoderDecoder, Engine, Service
+from danlu.spec.task import AnsweredTask, Classification, EncoderTask, Pretrain, Task, engine_kind
 from danlu.spec.vllm import Vllm
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ class Replica:
     """One process of a service. Serve calls it; the ASGI app that it builds answers."""
 
     async def __init__(self, spec: str) -> None:  # type: ignore[misc]  # Serve awaits it
+        began = time.monotonic()
         service = parse(Service, spec, source="the service's spec")
         replica = serve.get_replica_context().replica_id.unique_id
         logs.begin("json", service=service.name, replica=replica)
@@ -61,7 +63,7 @@ class Replica:
             torch.set_num_threads(1)
         bundle = None if service.bundle is None else read_bundle(Store(service.storage).resolve(service.bundle), verify=True)
         engine = make_engine(service, bundle)
-        if isinstance(service.engine, Encoder):
+        if isinstance(service.engine, Encoder | EncoderDecoder):
             from danlu.serve.engines.encoder import EncoderEngine
 
             assert isinstance(engine, EncoderEngine)
@@ -70,7 +72,7 @@ class Replica:
             engine, service.name, service.limits, emit.emit, sends_request_id=False, lora_updates=service.allows_lora_updates
         )
         self.entrance: App = self.gateway  # `app` is a name of Serve's own
-        self.reading: list[asyncio.Task[None]] = []
+        self.reading = [asyncio.create_task(_meter_devices(service, began))]
         if service.auth is not None:
             ring = KeyRing(Path(service.auth.keys_file))
             self.entrance = Authenticated(self.gateway, ring, self.gateway.count)
@@ -100,12 +102,10 @@ def build(spec: Service | Mapping[str, Any]) -> serve.Application:
     service = spec if isinstance(spec, Service) else _from_arguments(spec)
     scaling, limits, engine = service.autoscaling, service.limits, service.engine
     room = limits.max_ongoing_requests + limits.max_queued_requests
+    cpus, gpus = _cores_and_gpus(engine)
     deployment = serve.deployment(
         name=service.name,
-        ray_actor_options={
-            "num_cpus": 1 if isinstance(engine, Echo | EchoText) else engine.num_threads,
-            "num_gpus": 0 if isinstance(engine, Echo | EchoText) else engine.num_gpus,
-        },
+        ray_actor_options={"num_cpus": cpus, "num_gpus": gpus},
         # The gateway queues and refuses, in OpenAI's shape and with a Retry-After that it has measured; Serve's bound is the net under it.
         max_ongoing_requests=room + 16,
         # A burst waits here while it is handed to replicas that have room: too small a bound would refuse it with Serve's plain text.
@@ -125,6 +125,11 @@ def build(spec: Service | Mapping[str, Any]) -> serve.Application:
         max_constructor_retry_count=1,
     )(serve.ingress()(Replica))
     return deployment.bind(dump(service))
+
+
+def _cores_and_gpus(engine: Engine) -> tuple[int, int]:
+    """What a replica holds."""
+    return (1, 0) if isinstance(engine, Echo | EchoText) else (engine.num_threads, engine.num_gpus)
 
 
 @dataclass(frozen=True)
@@ -161,7 +166,9 @@ def run(service: Service) -> Endpoint:
         os.environ["RAY_SERVE_ENABLE_HA_PROXY"] = "1"
     # A bundle that is not there is the user's to hear of now, not a replica's to die of.
     task = None if service.bundle is None else read_bundle(Store(service.storage).resolve(service.bundle)).meta.task
-    route = wire_of(task if isinstance(task, EncoderTask) else Classification()).path
+    route, asked = "", ""
+    if not service.is_language_model:
+        route, asked = _first_example(service, task)
     if service.auth is not None:
         read_keys(Path(service.auth.keys_file))
     traces.asked_exporter()  # replicas inherit the environment: what it asks for in vain is said now
@@ -178,11 +185,25 @@ def run(service: Service) -> Endpoint:
         if not was_there:  # else what ran before runs on
             serve.delete(service.name)
         raise
-    asked = ""
     if service.is_language_model:
         route, body = _first_request(service.name, task)
         asked = json.dumps(body)
     return Endpoint(f"http://{host}:{port}", service.name, route, asked, _dashboard_url(), _metrics_url(), service.auth is not None)
+
+
+def _first_example(service: Service, task: Task | None) -> tuple[str, str]:
+    """Where an engine that answers requests as a whole is asked, and how, unless that is a label's; SpecError if it has no such bundle."""
+    if task is None:
+        return wire_of(Classification()).path, ""
+    if (right := engine_kind(task)) != service.engine.kind or not isinstance(task, AnsweredTask):
+        raise SpecError(
+            f"{service.bundle} was trained for {task.kind}, which engine.kind={service.engine.kind} does not answer",
+            where="engine.kind",
+            fix=f"engine: {{kind: {right}}}",
+        )
+    wire = wire_of(task)
+    example = json.loads(wire.example) | {"model": service.name}
+    return wire.path, "" if isinstance(task, EncoderTask | Pretrain) else json.dumps(example)
 
 
 def _first_request(model: str, task: Task | None) -> tuple[str, dict[str, Any]]:
@@ -293,10 +314,42 @@ async def _meter_engine(engine: TextEngine, model: str) -> None:
         await asyncio.sleep(STATS_EVERY_S)
 
 
+async def _meter_devices(service: Service, began: float) -> None:
+    """What the replica holds, and what that costs, from its first moment on: GPUs, which bring their cores, or cores."""
+    cpus, gpus = _cores_and_gpus(service.engine)
+    device = _accelerator() if gpus else "cpu"
+    price = usd_per_hour(device)
+    charged = began
+    while True:
+        now = time.monotonic()
+        held, charged = (now - charged) * (gpus or cpus), now
+        emit.emit(catalog.SERVE_DEVICE_SECONDS, held, model=service.name, device=device)
+        if price is not None:
+            emit.emit(catalog.SERVE_COST, held * price / 3600, model=service.name)
+        await asyncio.sleep(STATS_EVERY_S)
+
+
+def _accelerator() -> str:
+    """This node's GPU as Ray has found it: torch would take some of its memory to tell."""
+    here = ray.get_runtime_context().get_node_id()
+    return accelerator(next(node["Resources"] for node in ray.nodes() if node["NodeID"] == here))
+
+
 async def _meter_keys(ring: KeyRing, model: str) -> None:
+    begun: set[str] = set()
     while True:
         emit.emit(catalog.SERVE_KEY_EXPIRY, ring.next_expiry(), model=model)
         emit.emit(catalog.SERVE_KEYS_UNREADABLE, float(not ring.is_readable), model=model)
+        for tenant in ring.tenants():
+            emit.emit(catalog.SERVE_TENANT_BUDGET, tenant.budget_usd_per_week, tenant=tenant.name)
+        valid = ring.valid()
+        if len(valid) <= catalog.SERVE_KEY_TOKENS.max_values:  # else keys that nobody uses would push out those in use
+            # Who pays by tokens pays from the first one on: a counter that begins with it shows Prometheus no increase.
+            for key in valid:
+                if key.name not in begun:
+                    begun.add(key.name)
+                    for kind in ("prompt", "completion"):
+                        emit.emit(catalog.SERVE_KEY_TOKENS, 0, model=model, tenant=key.payer, key=key.name, kind=kind)
         await asyncio.sleep(STATS_EVERY_S)
 
 

@@ -9,15 +9,15 @@ import time
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from danlu.errors import RequestError
 from danlu.serve.engine import Answer
 from danlu.spec.serve import Limits
 from danlu.spec.task import (
+    AnsweredTask,
     Classification,
     Embed,
-    EncoderTask,
     ExtractiveQA,
     MultiLabelClassification,
     MultipleChoice,
@@ -46,11 +46,11 @@ TEXT: Schema = {"type": "string", "minLength": 1}
 NUMBER: Schema = {"type": "number"}
 
 
-def _object(required: Mapping[str, Schema], **optional: Schema) -> Schema:
+def object_of(required: Mapping[str, Schema], **optional: Schema) -> Schema:
     return {"type": "object", "properties": {**required, **optional}, "required": list(required), "additionalProperties": False}
 
 
-def _array(items: Schema, **limits: Any) -> Schema:
+def array_of(items: Schema, **limits: Any) -> Schema:
     return {"type": "array", "items": items, **limits}
 
 
@@ -59,7 +59,7 @@ class Request:
     """What a body asks: examples of the engine's task, and what else the route takes."""
 
     model: str | None
-    inputs: list[Example]
+    inputs: Sequence[Example]
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -67,7 +67,7 @@ class Request:
 class Wire:
     """A route that takes `input`, an example or a list of them, and gives `data`, an entry each, in the shape of vLLM's /v1/classify."""
 
-    task: EncoderTask
+    task: AnsweredTask
     path: str
     summary: str
     item: Schema
@@ -75,15 +75,22 @@ class Wire:
     sample: object
     """One such."""
 
+    ASKED_IN: ClassVar[str] = "input"
+    """Where the examples stand in a body."""
+
     @property
     def example(self) -> str:
         return json.dumps({"model": "NAME", "input": [self.sample]}, ensure_ascii=False)
 
+    def parse_body(self, body: bytes, max_inputs: int) -> Request:
+        """The request in a body as it came."""
+        return self.parse(read_json(body, self.example), max_inputs)
+
     def parse(self, document: Mapping[str, Any], max_inputs: int) -> Request:
         """The request in a body; RequestError names the field, the rule and what would work."""
-        items = self._items(document, "input", max_inputs)
-        single = not isinstance(document["input"], list)
-        inputs = [self._read(item, "input" if single else f"input[{i}]") for i, item in enumerate(items)]
+        items, name = self._items(document, self.ASKED_IN, max_inputs), self.ASKED_IN
+        single = not isinstance(document[name], list)
+        inputs = [self._read(item, name if single else f"{name}[{i}]") for i, item in enumerate(items)]
         return Request(_model(document), inputs)
 
     def request(self, model: str, examples: Sequence[Example]) -> dict[str, Any]:
@@ -97,7 +104,7 @@ class Wire:
             for i, (answer, example) in enumerate(zip(answers, request.inputs, strict=True))
         ]
         named = {"labels": list(labels)} if labels else {}
-        return _response(self.path, model, data, answers) | named
+        return answers_body(self.path, model, data, answers) | named
 
     def read(self, document: Mapping[str, Any]) -> list[tuple[str, list[float]]]:
         """What the answers of a body say, and the numbers behind them, as predictions hold them."""
@@ -105,11 +112,11 @@ class Wire:
 
     def schemas(self, labels: Sequence[str], limits: Limits) -> tuple[Schema, Schema]:
         """JSON Schema of the two bodies."""
-        several = _array(self.item, minItems=1, maxItems=limits.max_inputs)
+        several = array_of(self.item, minItems=1, maxItems=limits.max_inputs)
         request = {"type": "object", "required": ["input"], "properties": {"model": MODEL, "input": {"anyOf": [self.item, several]}}}
         answer = {"type": "object", "properties": {"index": {"type": "integer"}, **entry_schema(self.task, labels)}}
         shared = {"id": TEXT, "object": {"const": "list"}, "created": {"type": "integer"}, "model": TEXT, "usage": {"type": "object"}}
-        properties = {**shared, "data": _array(answer), **({"labels": _array(TEXT)} if labels else {})}
+        properties = {**shared, "data": array_of(answer), **({"labels": array_of(TEXT)} if labels else {})}
         return request, {"type": "object", "required": ["data", "model", "usage"], "properties": properties}
 
     def _read(self, item: object, where: str) -> Example:
@@ -196,48 +203,17 @@ class RerankWire(Wire):
         return {"id": f"rerank-{uuid.uuid4().hex}", "model": model, "results": results, "usage": {"total_tokens": tokens}}
 
     def schemas(self, labels: Sequence[str], limits: Limits) -> tuple[Schema, Schema]:
-        documents = _array(TEXT, minItems=1, maxItems=limits.max_inputs)
+        documents = array_of(TEXT, minItems=1, maxItems=limits.max_inputs)
         request = {
             "type": "object",
             "required": ["query", "documents"],
             "properties": {"model": MODEL, "query": TEXT, "documents": documents, "top_n": {"type": ["integer", "null"], "minimum": 1}},
         }
-        result = _object({"index": {"type": "integer"}, "document": _object({"text": TEXT}), "relevance_score": NUMBER})
+        result = object_of({"index": {"type": "integer"}, "document": object_of({"text": TEXT}), "relevance_score": NUMBER})
         return request, {
             "type": "object",
-            "properties": {"id": TEXT, "model": TEXT, "results": _array(result), "usage": {"type": "object"}},
+            "properties": {"id": TEXT, "model": TEXT, "results": array_of(result), "usage": {"type": "object"}},
         }
-
-
-def wire_of(task: EncoderTask) -> Wire:
-    """The route that answers a task."""
-    pair = {"anyOf": [TEXT, _object({"text": TEXT}, text_pair=TEXT)]}
-    match task:
-        case Classification() | MultiLabelClassification() | Regression():
-            told = {"classification": "Label texts", "regression": "A number for each text"}.get(task.kind, "Any number of labels a text")
-            return Wire(task, "/v1/classify", told, pair, "wheat exports rose")
-        case ExtractiveQA():
-            item = _object({"question": TEXT, "context": TEXT})
-            sample: object = {"question": "What rose?", "context": "Wheat exports rose."}
-            return Wire(task, "/v1/answer", "Answer questions out of their contexts", item, sample)
-        case MultipleChoice():
-            item = _object({"question": TEXT, "options": _array(TEXT, minItems=2)}, context={"type": "string"})
-            sample = {"question": "What rose?", "options": ["wheat", "corn"], "context": "Wheat exports rose."}
-            return Wire(task, "/v1/choose", "Choose one of a question's options", item, sample)
-        case TokenClassification():
-            item = {"anyOf": [TEXT, _object({"tokens": _array(TEXT, minItems=1)})]}
-            return Wire(task, "/v1/tag", "Find the entities of texts", item, "Wheat from Ohio")
-        case Embed():
-            return EmbeddingsWire(task, "/v1/embeddings", "A vector for each text", TEXT, "wheat exports rose")
-
-
-def routes_of(task: EncoderTask) -> dict[str, Wire]:
-    """Every route of a task, by path."""
-    wires = [wire_of(task)]
-    if isinstance(task, Embed):
-        sample = {"model": "NAME", "query": "wheat", "documents": ["corn exports fell", "wheat exports rose"], "top_n": 1}
-        wires.append(RerankWire(task, "/v1/rerank", "Order documents by a query", TEXT, sample))
-    return {wire.path: wire for wire in wires}
 
 
 def read_json(body: bytes, example: str) -> dict[str, Any]:
@@ -305,7 +281,7 @@ def summary(prediction: Prediction) -> dict[str, Any]:
             return {"label": prediction.label, "probability": round(prediction.probability, 4)}
 
 
-def read_entry(found: Mapping[str, Any], task: EncoderTask) -> tuple[str, list[float]]:
+def read_entry(found: Mapping[str, Any], task: AnsweredTask) -> tuple[str, list[float]]:
     """What `entry` says, as a prediction's `label` and `probabilities`."""
     match task:
         case MultiLabelClassification():
@@ -325,17 +301,18 @@ def read_entry(found: Mapping[str, Any], task: EncoderTask) -> tuple[str, list[f
             return "", found["embedding"]
         case Classification():
             return found["label"], found["probs"]
+    raise AssertionError(f"{task.kind} has a wire of its own")
 
 
-def entry_schema(task: EncoderTask, labels: Sequence[str]) -> dict[str, Schema]:
+def entry_schema(task: AnsweredTask, labels: Sequence[str]) -> dict[str, Schema]:
     """The properties of an answer."""
-    probs = _array(NUMBER)
+    probs = array_of(NUMBER)
     name: Schema = {"type": "string", "enum": list(labels)} if labels else TEXT
     place = {"type": ["integer", "null"]}
     span = {"text": {"type": "string"}, "start": {"type": "integer"}, "end": {"type": "integer"}, "score": NUMBER}
     match task:
         case MultiLabelClassification():
-            return {"labels": _array(name), "probs": probs | {"description": "Each label's own, in the order of `labels`."}}
+            return {"labels": array_of(name), "probs": probs | {"description": "Each label's own, in the order of `labels`."}}
         case Regression():
             return {"value": NUMBER}
         case ExtractiveQA():
@@ -345,7 +322,7 @@ def entry_schema(task: EncoderTask, labels: Sequence[str]) -> dict[str, Schema]:
             }
             none: Schema = {"type": ["number", "null"], "description": "Probability that there is no answer."}
             said = {"answer": described, "start": place, "end": place, "score": NUMBER, "no_answer_score": none}
-            return {**said, "candidates": _array(_object(span))}
+            return {**said, "candidates": array_of(object_of(span))}
         case MultipleChoice():
             return {
                 "index_of_option": {"type": "integer"},
@@ -354,13 +331,14 @@ def entry_schema(task: EncoderTask, labels: Sequence[str]) -> dict[str, Schema]:
             }
         case TokenClassification():
             tagged = {"text": TEXT, "start": {"type": "integer"}, "end": {"type": "integer"}, "tag": name, "score": NUMBER}
-            return {"text": TEXT, "entities": _array(_object({"entity": TEXT, **span})), "tokens": _array(_object(tagged))}
+            return {"text": TEXT, "entities": array_of(object_of({"entity": TEXT, **span})), "tokens": array_of(object_of(tagged))}
         case Embed():
-            vector = {"anyOf": [_array(NUMBER), {"type": "string", "description": "base64 of little-endian float32"}]}
+            vector = {"anyOf": [array_of(NUMBER), {"type": "string", "description": "base64 of little-endian float32"}]}
             return {"object": {"const": "embedding"}, "embedding": vector}
         case Classification():
             numbers = probs | {"description": "In the order of `labels`."}
             return {"label": name, "probs": numbers, "num_classes": {"type": "integer"}}
+    return {}
 
 
 def _model(document: Mapping[str, Any]) -> str | None:
@@ -384,7 +362,8 @@ def _span(span: Span) -> dict[str, Any]:
     return {"text": span.text, "start": span.start, "end": span.end, "score": span.score}
 
 
-def _response(path: str, model: str, data: Sequence[Mapping[str, Any]], answers: Sequence[Answer]) -> dict[str, Any]:
+def answers_body(path: str, model: str, data: Sequence[Mapping[str, Any]], answers: Sequence[Answer]) -> dict[str, Any]:
+    """What every answer but OpenAI's own forms has around its `data`."""
     tokens = sum(answer.num_tokens for answer in answers)
     return {
         "id": f"{path.rpartition('/')[2]}-{uuid.uuid4().hex}",

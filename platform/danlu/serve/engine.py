@@ -1,4 +1,4 @@
-"""Engine: what answers an encoder's tasks inside a replica; and the one place where it is chosen."""
+"""Engine: what answers requests as a whole inside a replica; and the one place where it is chosen."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from danlu.serve.generation import TextEngine
-from danlu.spec.serve import Echo, EchoText, Encoder, Service, Torch
-from danlu.spec.task import EncoderTask
+from danlu.spec.serve import Echo, EchoText, Encoder, EncoderDecoder, Service, Torch
+from danlu.spec.task import AnsweredTask
 from danlu.spec.vllm import Vllm
 from danlu.tasks.exchange import Example, Prediction
 
@@ -38,7 +38,7 @@ class Engine(Protocol):
     labels: list[str]
 
     @property
-    def task(self) -> EncoderTask:
+    def task(self) -> AnsweredTask:
         """What it answers."""
         ...
 
@@ -47,7 +47,8 @@ class Engine(Protocol):
         ...
 
     async def predict(self, inputs: Sequence[Example]) -> list[Answer]:
-        """An answer for each of the task's examples. Being cancelled takes what has not begun out of the queue."""
+        """An answer for each of the task's examples; BadExample for what this model cannot answer. Being cancelled takes what has not
+        begun out of the queue."""
         ...
 
     def check_health(self) -> None:
@@ -62,10 +63,10 @@ class Engine(Protocol):
 def make_engine(service: Service, bundle: Bundle | None) -> Engine | TextEngine:
     """The engine of a service's `engine:`."""
     match service.engine:
-        case Encoder():
+        case Encoder() | EncoderDecoder():
             from danlu.serve.engines.encoder import EncoderEngine
 
-            assert bundle is not None, "the spec asks for a bundle wherever the engine is an encoder"
+            assert bundle is not None, "the spec asks for a bundle of these engines"
             return EncoderEngine(service.engine, bundle)
         case Echo():
             from danlu.serve.engines.echo import EchoEngine

@@ -119,7 +119,7 @@ class Gateway:
         extra = {"x-request-id": request_id} if self.sends_request_id else {}
         logs.about.set({"request_id": request_id})  # a request is a task, and ends with it
         key: Key | None = scope.get("danlu.key")
-        facts: dict[str, object] = {} if key is None else {"key": key.name}
+        facts: dict[str, object] = {} if key is None else {"key": key.name, "tenant": key.payer}
         asked = {"http.request.method": scope["method"], "http.route": found or "other", "danlu.request_id": request_id}
         status: str | None = None
         with traces.span(f"{scope['method']} {found or 'other'}", asked, kind="server", carrier=headers):
@@ -181,19 +181,21 @@ class Gateway:
         if found in PROBES and status == "200":
             return
         if "key" in facts:
-            self._count_key(str(facts["key"]), status, facts)
+            self._count_key(status, time.perf_counter() - began, facts)
         if traces.is_on():
             facts["trace_id"] = traces.trace_id()
             traces.note(_attributes(status, facts), failed=status is not None and status >= "500")
         told = {"method": method, "route": found or "other", "status": status or "client_gone", "model": self.model}
         logs.event(logger, "request", told | {"seconds": round(time.perf_counter() - began, 6)} | facts)
 
-    def _count_key(self, key: str, status: str | None, facts: Mapping[str, object]) -> None:
-        """Who asked, and for how much. Keys beyond the first hundreds are counted together (danlu.metrics.emit)."""
-        self.count(catalog.SERVE_KEY_REQUESTS, 1, key=key, status=status or "client_gone")
+    def _count_key(self, status: str | None, seconds: float, facts: Mapping[str, object]) -> None:
+        """Who asked, for how much, and how long it took. Keys beyond the first hundreds are counted together (danlu.metrics.emit)."""
+        key, tenant = str(facts["key"]), str(facts["tenant"])
+        self.count(catalog.SERVE_KEY_REQUESTS, 1, tenant=tenant, key=key, status=status or "client_gone")
+        self.count(catalog.SERVE_KEY_SECONDS, seconds, key=key)
         for kind in ("prompt", "completion"):
             if isinstance(tokens := facts.get(f"{kind}_tokens"), int):
-                self.count(catalog.SERVE_KEY_TOKENS, tokens, key=key, kind=kind)
+                self.count(catalog.SERVE_KEY_TOKENS, tokens, tenant=tenant, key=key, kind=kind)
 
     async def _call(
         self,

@@ -33,12 +33,17 @@ requests = logging.getLogger("danlu.serve")
 """The log that has a line for each request."""
 
 
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][-A-Za-z0-9_.@]{0,63}$")]
+
+
 class Key(BaseModel):
     """What is kept of a key. 256 random bits need no slow hash."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][-A-Za-z0-9_.@]{0,63}$")]
+    name: Name
+    tenant: Name | None = None
+    """Who pays for it, alone or with other keys; unset: its holder."""
     prefix: str
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
     created: AwareDatetime
@@ -49,6 +54,11 @@ class Key(BaseModel):
     max_ongoing_requests: Annotated[int, Field(ge=1)] | None = None
     """At once, in one replica; more get 429."""
 
+    @property
+    def payer(self) -> str:
+        """The tenant that its requests are counted for."""
+        return self.tenant or self.name
+
     def may_ask(self, model: str) -> bool:
         return any(fnmatchcase(model, pattern) for pattern in self.models)
 
@@ -57,15 +67,28 @@ class Key(BaseModel):
         return "revoked" if self.revoked else "expired" if self.expires and self.expires <= now else "valid"
 
 
-class _File(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-    keys: list[Key]
+class Tenant(BaseModel):
+    """Whose keys may cost how much. Told by alerts at 80 and 100 %; nobody is refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: Name
+    budget_usd_per_week: Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
-def read_keys(path: Path) -> list[Key]:
-    """All keys of a file; StorageError if it is not there or not what `danlu keys` writes."""
+class KeyFile(BaseModel):
+    """What `danlu keys` writes."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    keys: tuple[Key, ...] = ()
+    tenants: tuple[Tenant, ...] = ()
+
+
+def read_keys(path: Path) -> KeyFile:
+    """A file of keys; StorageError if it is not there or not what `danlu keys` writes."""
     try:
-        return _File.model_validate_json(path.read_bytes()).keys
+        return KeyFile.model_validate_json(path.read_bytes())
     except OSError as error:
         raise StorageError(f"{path} cannot be read: {error.strerror}", where="keys", fix="danlu keys create NAME makes one") from error
     except ValidationError as error:
@@ -78,20 +101,22 @@ def create_key(
     path: Path,
     name: str,
     *,
+    tenant: str | None = None,
     lifetime: timedelta | None = None,
     models: Sequence[str] = (),
     max_ongoing_requests: int | None = None,
     now: datetime | None = None,
 ) -> str:
     """Add a key to a file, which is made if need be; the key, which nobody can find out again."""
-    keys = read_keys(path) if path.exists() else []
+    file = read_keys(path) if path.exists() else KeyFile()
     now = now or datetime.now(UTC)
-    if any(key.name == name and key.state(now) == "valid" for key in keys):
+    if any(key.name == name and key.state(now) == "valid" for key in file.keys):
         raise SpecError(f"there is a valid key named {name!r}", where="name", fix=f"another name, or danlu keys revoke {name} first")
     secret = PREFIX + secrets.token_urlsafe(32)
     try:
         made = Key(
             name=name,
+            tenant=tenant,
             prefix=secret[:SHOWN],
             sha256=_hash(secret),
             created=now.replace(microsecond=0),
@@ -102,47 +127,74 @@ def create_key(
     except ValidationError as error:
         first = error.errors(include_input=False)[0]
         raise SpecError(first["msg"], where=".".join(map(str, first["loc"])), fix="letters, digits, - _ . @ in a name") from None
-    _write(path, [*keys, made])
+    _write(path, file.model_copy(update={"keys": (*file.keys, made)}))
     return secret
 
 
 def revoke_key(path: Path, name: str) -> Key:
     """Make the valid key with this name or prefix invalid. It stays in the file, so that a service whose last key goes is not open."""
-    keys, now = read_keys(path), datetime.now(UTC)
-    found = [key for key in keys if name in (key.name, key.prefix) and key.revoked is None]
+    file, now = read_keys(path), datetime.now(UTC)
+    found = [key for key in file.keys if name in (key.name, key.prefix) and key.revoked is None]
     if not found:
-        known = ", ".join(key.name for key in keys if key.revoked is None)
+        known = ", ".join(key.name for key in file.keys if key.revoked is None)
         raise SpecError(f"{path} has no key named {name!r}", where="name", fix=known or "danlu keys list")
     gone = found[-1].model_copy(update={"revoked": now.replace(microsecond=0)})
-    _write(path, [gone if key is found[-1] else key for key in keys])
+    _write(path, file.model_copy(update={"keys": tuple(gone if key is found[-1] else key for key in file.keys)}))
     return gone
+
+
+def set_budget(path: Path, tenant: str, usd_per_week: float | None) -> None:
+    """Give a tenant a budget in place of the one it has; None takes it away."""
+    file = read_keys(path)
+    known = sorted({key.payer for key in file.keys if key.revoked is None})
+    if tenant not in known:
+        raise SpecError(
+            f"{path} has no key of {tenant!r}", where="tenant", fix=", ".join(known) or f"danlu keys create NAME --tenant {tenant}"
+        )
+    others = tuple(one for one in file.tenants if one.name != tenant)
+    try:
+        its = () if usd_per_week is None else (Tenant(name=tenant, budget_usd_per_week=usd_per_week),)
+    except ValidationError:
+        raise SpecError(f"{usd_per_week:g} USD are no budget", where="--usd-per-week", fix="a number above 0") from None
+    _write(path, file.model_copy(update={"tenants": (*others, *its)}))
 
 
 class KeyRing:
     """The keys of a file, as they are now. While it cannot be read, those of the last time count."""
 
     def __init__(self, path: Path) -> None:
-        self.path, self.keys = path, read_keys(path)
+        self.path, self.file = path, read_keys(path)
         self.seen, self.looked, self.is_readable = self._stamp(), time.monotonic(), True
 
     def find(self, secret: str) -> Key | None:
         """Whose key it is, in a time that does not depend on what was given; None if it is nobody's, expired or revoked."""
         self._look()
         given, found = _hash(secret), None
-        for key in self.keys:
+        for key in self.file.keys:
             if hmac.compare_digest(key.sha256, given):
                 found = key
         return found if found and found.state(datetime.now(UTC)) == "valid" else None
 
     def is_empty(self) -> bool:
         self._look()
-        return not self.keys
+        return not self.file.keys
 
     def next_expiry(self) -> float:
         """Unix time at which the first of the valid keys expires; 0 if none will."""
         self._look()
         now = datetime.now(UTC)
-        return min((key.expires.timestamp() for key in self.keys if key.expires and key.state(now) == "valid"), default=0.0)
+        return min((key.expires.timestamp() for key in self.file.keys if key.expires and key.state(now) == "valid"), default=0.0)
+
+    def valid(self) -> list[Key]:
+        """The keys that let somebody in now."""
+        self._look()
+        now = datetime.now(UTC)
+        return [key for key in self.file.keys if key.state(now) == "valid"]
+
+    def tenants(self) -> tuple[Tenant, ...]:
+        """Those that have a budget."""
+        self._look()
+        return self.file.tenants
 
     def _look(self) -> None:
         now = time.monotonic()
@@ -153,7 +205,7 @@ class KeyRing:
         if stamp == self.seen and self.is_readable:
             return
         try:
-            self.keys, self.is_readable = read_keys(self.path), True
+            self.file, self.is_readable = read_keys(self.path), True
         except DanluError as error:
             if self.is_readable or stamp != self.seen:
                 logger.warning("keys: %s; those read before go on counting", error.problem)
@@ -206,9 +258,10 @@ def _hash(secret: str) -> str:
     return hashlib.sha256(secret.encode("utf-8", "replace")).hexdigest()
 
 
-def _write(path: Path, keys: Sequence[Key]) -> None:
+def _write(path: Path, found: KeyFile) -> None:
     """Whole or not at all, and for its owner only."""
-    document = json.dumps({"keys": [key.model_dump(mode="json", exclude_none=True) for key in keys]}, indent=1) + "\n"
+    # Without what says nothing: a service of an older release reads the file, too.
+    document = found.model_dump_json(indent=1, exclude_none=True, exclude=None if found.tenants else {"tenants"}) + "\n"
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

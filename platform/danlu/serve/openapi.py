@@ -64,7 +64,7 @@ def openapi(model: str, paths: Paths, schemas: Schemas) -> dict[str, Any]:
 
 
 def encoder_paths(model: str, wires: Mapping[str, encoder_wire.Wire], labels: Sequence[str], limits: Limits) -> Paths:
-    """The routes of an encoder's task."""
+    """The routes of a task whose requests are answered as a whole."""
     refused = _refused(
         {
             "400": "The body cannot be read or a field is wrong",

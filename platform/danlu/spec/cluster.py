@@ -14,7 +14,7 @@ LabelKey = Annotated[str, Field(pattern=r"^([a-z0-9]([-a-z0-9.]*[a-z0-9])?/)?[A-
 Bytes = Annotated[str, Field(pattern=r"^[1-9][0-9]*(Mi|Gi|Ti)$")]
 """Memory as Kubernetes writes it: 512Mi, 64Gi."""
 AbsolutePath = Annotated[str, Field(pattern=r"^/[^:]*[^:/]$")]
-OWN_PATHS = ("/tmp", "/home/danlu", "/etc/danlu", "/dev/shm")
+OWN_PATHS = ("/tmp", "/home/danlu", "/etc/danlu", "/etc/ray-ca", "/etc/ray-tls", "/dev/shm")
 """Where pods have volumes of their own: the rest of their file system is read-only."""
 EnvName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
 
@@ -88,6 +88,14 @@ class Kai(Spec):
     queue: KubeName
 
 
+class Tls(Spec):
+    """Ray's own connections between pods are encrypted, and nobody without a certificate of this CA takes part. Each pod makes its own, for
+    its address, when it starts. What training's workers exchange by NCCL or gloo is not Ray's: that is the network's to encrypt."""
+
+    ca_secret: KubeName
+    """A Secret with the CA's tls.crt and tls.key, as cert-manager writes it for a Certificate with isCA. Who can read it can take part."""
+
+
 Scheduler = Annotated[Kueue | Volcano | Yunikorn | Kai, Field(discriminator="kind")]
 
 
@@ -123,6 +131,8 @@ class _Cluster(Spec):
     secret_env: list[SecretEnv] = []
     volumes: list[Volume] = []
     """`storage:` is a folder in one of them, or an object store's URI."""
+    tls: Tls | None = None
+    """Unset: Ray's connections are as open as the network they are on; its dashboard asks for a token in any case."""
     secret_volumes: list[SecretVolume] = []
     """They follow their Secrets within a minute or so: a key that is made or revoked needs no new pods."""
 

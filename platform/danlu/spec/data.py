@@ -169,7 +169,7 @@ class Data(Spec):
     test: str | Paths | None = None
     """The split that is scored once, at the end."""
 
-    format: Literal["auto", "csv", "tsv", "jsonl", "json", "parquet", "tab", "conll", "hub"] = "auto"
+    format: Literal["auto", "csv", "tsv", "jsonl", "json", "parquet", "arrow", "tab", "conll", "hub"] = "auto"
     """`auto` goes by the file name and the first rows; `tab` is Orange's format, `conll` a word and its tag a line. SQuAD's and C3's nested
     documents are json."""
 

@@ -47,6 +47,29 @@ class Queue(Spec):
     cluster_queue: KubeName
 
 
+class PriorityClass(Spec):
+    """A PriorityClass, for `cluster.priority_class` of specs: which pods make room for which, and who waits behind whom in a queue."""
+
+    name: KubeName
+    value: Annotated[int, Field(ge=-1_000_000_000, le=1_000_000_000)]
+    """The higher one goes first."""
+    preempts: bool = True
+    """Whether its pods may push out those of a lower one; without it they only stand before them."""
+
+
+class ClusterQueue(Spec):
+    """A Kueue ClusterQueue with its ResourceFlavor: a quota, in which jobs of higher priority suspend those of lower."""
+
+    name: KubeName
+    cpus: PositiveInt
+    memory: Bytes
+    gpus: PositiveInt | None = None
+    node_labels: dict[str, str] = {}
+    """Of the nodes that the quota counts: nvidia.com/gpu.product."""
+    cohort: KubeName | None = None
+    """ClusterQueues of one cohort lend each other what they do not use, and take it back from lower priorities."""
+
+
 class Gateway(Spec):
     """How a service is reached from outside: an Ingress, or a route of a Gateway that is there."""
 
@@ -83,7 +106,8 @@ class Quota(Spec):
 
 
 class Monitoring(Spec):
-    """Objects for the Prometheus operator and for Grafana's sidecar. The rules and dashboards are those in the chart's files/."""
+    """Objects for the Prometheus operator and for Grafana's sidecar. The rules and dashboards are those in the chart's files/. A PodMonitor
+    and no ServiceMonitor: workers have no Service, and the one of a head would leave out what they count."""
 
     pod_monitor: bool = False
     rules: bool = False
@@ -105,6 +129,9 @@ class Install(Spec):
     storage: Storage | None = None
     model_cache: Storage | None = None
     """Another, for models of a hub: mount it with `cluster.volumes` and name its folder in `cluster.env`, {HF_HOME: /models}."""
+    priority_classes: list[PriorityClass] = []
+    """Of the whole cluster, as are the next ones: whoever installs them may make such objects."""
+    cluster_queues: list[ClusterQueue] = []
     queues: list[Queue] = []
     gateways: list[Gateway] = []
     network: Network = Network()

@@ -12,7 +12,7 @@ from danlu.spec.vllm import Vllm
 
 
 class Encoder(Spec):
-    """Task heads on an encoder: padding-free dynamic batching, on CPU or one GPU."""
+    """Task heads on an encoder, and masked language models: padding-free dynamic batching, on CPU or one GPU."""
 
     kind: Literal["encoder"] = "encoder"
 
@@ -24,6 +24,26 @@ class Encoder(Spec):
 
     batch_wait_ms: Annotated[float, Field(ge=0)] = 0.0
     """How long an idle engine waits for company before it runs a batch. Requests that come while a forward runs are batched anyway."""
+
+    num_threads: PositiveInt = 1
+    """Compute threads of one replica on CPU; also the cores it asks Ray for."""
+
+    num_gpus: Annotated[Literal[0, 1], Number] = 0
+
+
+class EncoderDecoder(Spec):
+    """Texts that are written for texts (task.kind=seq2seq), as many as there are at a time, by the task's own beams, on CPU or one GPU."""
+
+    kind: Literal["encoder_decoder"] = "encoder_decoder"
+
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"
+    """Computation; `auto` is what the bundle was evaluated in."""
+
+    max_num_seqs: PositiveInt = 32
+    """Texts that are written at once; each takes the task's num_beams. One that comes meanwhile waits until they are all written."""
+
+    batch_wait_ms: Annotated[float, Field(ge=0)] = 0.0
+    """How long an idle engine waits for company before it begins. Requests that come while it writes are written together anyway."""
 
     num_threads: PositiveInt = 1
     """Compute threads of one replica on CPU; also the cores it asks Ray for."""
@@ -133,7 +153,7 @@ class EchoText(Spec):
     """Serve `/v1/load_lora_adapter` and `/v1/unload_lora_adapter`."""
 
 
-Engine = Annotated[Encoder | Torch | Vllm | Echo | EchoText, Field(discriminator="kind")]
+Engine = Annotated[Encoder | EncoderDecoder | Torch | Vllm | Echo | EchoText, Field(discriminator="kind")]
 
 
 class Autoscaling(Spec):
@@ -233,8 +253,8 @@ class Service(Spec):
 
     @model_validator(mode="after")
     def _engine_has_a_model(self) -> Self:
-        if isinstance(self.engine, Encoder) and self.bundle is None:
-            raise ValueError("bundle is needed by engine.kind=encoder: name@alias, name@v1, a folder or a URI")
+        if isinstance(self.engine, Encoder | EncoderDecoder) and self.bundle is None:
+            raise ValueError(f"bundle is needed by engine.kind={self.engine.kind}: name@alias, name@v1, a folder or a URI")
         if isinstance(self.engine, Torch | Vllm) and (self.bundle is None) == (self.engine.model_name_or_path is None):
             raise ValueError(f"engine.kind={self.engine.kind} needs a model, and one only: bundle or engine.model_name_or_path")
         if isinstance(self.engine, Torch | Vllm) and self.bundle is not None and self.engine.quantization is not None:
@@ -250,9 +270,9 @@ class Service(Spec):
 class ServeAfterTraining(Spec):
     """The `serve:` of a training job: a Service whose name, bundle and storage are the job's."""
 
-    engine: Annotated[Encoder | Torch | Vllm, Field(discriminator="kind")] | None = None
-    """Unset: what the task takes, which is `encoder` for an encoder's and `torch` for a decoder's, on a GPU if the workers have one. A
-    decoder's may be `vllm` too."""
+    engine: Annotated[Encoder | EncoderDecoder | Torch | Vllm, Field(discriminator="kind")] | None = None
+    """Unset: what the task takes, which is `encoder` for an encoder's; `encoder_decoder` for seq2seq and `torch` for a decoder's, these on
+    a GPU if the workers have one. A decoder's may be `vllm` too."""
     autoscaling: Autoscaling = Autoscaling()
     limits: Limits = Limits()
     http: Http = Http()

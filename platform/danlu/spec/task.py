@@ -298,6 +298,9 @@ EncoderTask = Classification | MultiLabelClassification | Regression | Extractiv
 LanguageTask = Pretrain | Chat | Preference | Seq2Seq
 """Tasks of language models: what they answer is text."""
 
+AnsweredTask = EncoderTask | Pretrain | Seq2Seq
+"""Tasks whose requests are answered as a whole, by a route of their own; of `pretrain` only the masked objective is."""
+
 Task = Annotated[EncoderTask | LanguageTask, Field(discriminator="kind")]
 
 
@@ -313,6 +316,13 @@ def is_decoders(task: Task) -> bool:
             return isinstance(task.objective, CausalLm)
         case _:
             return isinstance(task, Chat | Preference)
+
+
+def engine_kind(task: Task) -> Literal["encoder", "encoder_decoder", "torch"]:
+    """The kind of engine that serves its bundles; where that is torch, vllm does too."""
+    if isinstance(task, Seq2Seq):
+        return "encoder_decoder"
+    return "torch" if is_decoders(task) else "encoder"
 
 
 METRICS: dict[str, tuple[str, ...]] = {

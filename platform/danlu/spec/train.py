@@ -14,19 +14,19 @@ from danlu.spec.data import Data
 from danlu.spec.model import Model
 from danlu.spec.optim import Adafactor, BnbAdamW, Lion, Optim, Wsd
 from danlu.spec.parallel import Ddp, DeepSpeed, Parallel, Pipeline, Tensor, Workers
-from danlu.spec.serve import Encoder, Engine, ServeAfterTraining, Service, Torch
+from danlu.spec.serve import Encoder, EncoderDecoder, Engine, ServeAfterTraining, Service, Torch
 from danlu.spec.task import (
     COLUMNS,
     METRICS,
     Classification,
     Embed,
-    EncoderTask,
     ExtractiveQA,
     Kto,
     Preference,
     Pretrain,
     Seq2Seq,
     Task,
+    engine_kind,
     is_decoders,
 )
 from danlu.spec.tuning import Adalora, Full, Lora, Tuning, VirtualTokens, is_merged
@@ -246,17 +246,18 @@ class TrainJob(Spec):
             check_compression(self.task, self.compress)
         if self.serve is None:
             return self
-        if not isinstance(self.task, EncoderTask) and not is_decoders(self.task):
+        engine, right = self.serve.engine, engine_kind(self.task)
+        kinds = (right, "vllm") if right == "torch" else (right,)
+        if engine is not None and engine.kind not in kinds:
+            does = {
+                "encoder": "answers with what an encoder's head says",
+                "encoder_decoder": "writes a text for a text",
+                "torch": "continues texts",
+                "vllm": "continues texts",
+            }
             raise ValueError(
-                f"serve has no engine for {_named(self.task)}, which goes on with no text; leave it out: danlu predict answers"
-            )
-        engine = self.serve.engine
-        right = ("encoder",) if isinstance(self.task, EncoderTask) else ("torch", "vllm")
-        if engine is not None and engine.kind not in right:
-            does = "answers with what an encoder's head says" if isinstance(engine, Encoder) else "continues texts"
-            raise ValueError(
-                f"serve.engine.kind={engine.kind} {does}, and {_named(self.task)} does not; serve.engine.kind={' or '.join(right)}, "
-                "or leave it out"
+                f"serve.engine.kind={engine.kind} {does[engine.kind]}, and {_named(self.task)} does not; serve.engine.kind="
+                f"{' or '.join(kinds)}, or leave it out"
             )
         if isinstance(engine, Torch | Vllm):
             check_engine(engine, self.tuning, self.compress)
@@ -380,12 +381,17 @@ class TrainJob(Spec):
     def service(self, bundle: str) -> Service:
         """The service that hosts this job's bundle."""
         serve = self.serve or ServeAfterTraining()
-        usual: Engine = Torch(num_gpus=self.workers.gpus_per_worker) if is_decoders(self.task) else Encoder()
+        gpus = self.workers.gpus_per_worker
+        usual: dict[str, Engine] = {
+            "encoder": Encoder(),
+            "encoder_decoder": EncoderDecoder(num_gpus=gpus),
+            "torch": Torch(num_gpus=gpus),
+        }
         return Service(
             name=self.name,
             bundle=bundle,
             storage=self.storage,
-            engine=serve.engine or usual,
+            engine=serve.engine or usual[engine_kind(self.task)],
             autoscaling=serve.autoscaling,
             limits=serve.limits,
             http=serve.http,

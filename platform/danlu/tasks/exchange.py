@@ -1,13 +1,13 @@
-"""What an encoder's task is asked and what it answers: pure data, the same for rows, probes and endpoints."""
+"""What a task is asked and what it answers, where a request is answered as a whole: pure data, the same for rows, probes and endpoints."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
-from danlu.spec.task import Embed, EncoderTask, ExtractiveQA, MultipleChoice, TokenClassification
+from danlu.spec.task import AnsweredTask, Embed, ExtractiveQA, MultipleChoice, Pretrain, Seq2Seq, TokenClassification
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,26 @@ class Words:
     spans: tuple[tuple[int, int], ...]
 
 
-Example = Text | Question | Choices | Words
+@dataclass(frozen=True)
+class MaskedText:
+    """A text with the model's mask token where words are to be filled in, and how many it may be told for each."""
+
+    text: str
+    top_k: int = 5
+
+
+@dataclass(frozen=True)
+class SourceText:
+    """A text that another is written for, of at most `max_tokens` tokens; None is as many as the task allows."""
+
+    text: str
+    max_tokens: int | None = None
+
+
+Example = Text | Question | Choices | Words | MaskedText | SourceText
+
+MAX_TOP_K = 20
+"""Tokens that are told of one mask at most."""
 
 CJK = "\u2e80-\u9fff\uac00-\ud7af\uf900-\ufaff\U00020000-\U0003ffff"
 WORD = re.compile(rf"[{CJK}]|[^\W{CJK}]+|[^\w\s]")
@@ -52,6 +71,8 @@ SHAPES = {
     "multiple_choice": '{"question": "...", "options": ["...", "..."], "context": "..."}',
     "token_classification": '"a text", or {"tokens": ["a", "text"]}',
     "embedding": '"a text"',
+    "pretrain": '"a text with [MASK] in it"',
+    "seq2seq": '"a text"',
 }
 """What a task is asked, where that is not a text or a pair of texts."""
 
@@ -64,7 +85,7 @@ class BadExample(ValueError):
         self.problem, self.field, self.fix = problem, field, fix
 
 
-def read_example(item: object, task: EncoderTask, where: str = "input") -> Example:
+def read_example(item: object, task: AnsweredTask, where: str = "input") -> Example:
     """What JSON or a caller asks of a task: a text where that is enough, or the example's fields. BadExample if it is neither."""
     shape = SHAPES.get(task.kind, '{"text": "...", "text_pair": "..."}')
     match task:
@@ -89,6 +110,10 @@ def read_example(item: object, task: EncoderTask, where: str = "input") -> Examp
             return join_words([_filled(token, f"{where}.tokens[{i}]", shape) for i, token in enumerate(tokens)])
         case Embed():
             return Text(_filled(item, where, shape))
+        case Pretrain():
+            return MaskedText(_filled(item, where, shape))
+        case Seq2Seq():
+            return SourceText(_filled(item, where, shape))
         case _:
             if isinstance(item, str):
                 return Text(_filled(item, where, shape))
@@ -100,7 +125,7 @@ def read_example(item: object, task: EncoderTask, where: str = "input") -> Examp
 
 
 def read_examples(
-    inputs: Sequence[str | Mapping[str, Any] | Example], pairs: Sequence[str] | None, task: EncoderTask, where: str = "inputs"
+    inputs: Sequence[str | Mapping[str, Any] | Example], pairs: Sequence[str] | None, task: AnsweredTask, where: str = "inputs"
 ) -> list[Example]:
     """Each of several inputs by `read_example`, texts with their `pairs`; the task's examples as they are."""
     asked = inputs if pairs is None else [{"text": one, "text_pair": pair} for one, pair in zip(inputs, pairs, strict=True)]
@@ -160,7 +185,7 @@ def _listed(value: object) -> object:
     return list(value) if isinstance(value, tuple) else value
 
 
-def from_fields(fields: Mapping[str, Any], task: EncoderTask) -> Example:
+def from_fields(fields: Mapping[str, Any], task: AnsweredTask) -> Example:
     """What `to_fields` was made of."""
     match task:
         case ExtractiveQA():
@@ -169,13 +194,17 @@ def from_fields(fields: Mapping[str, Any], task: EncoderTask) -> Example:
             return Choices(fields["question"], tuple(fields["options"]), fields["context"])
         case TokenClassification():
             return Words(fields["text"], tuple((start, end) for start, end in fields["spans"]))
+        case Pretrain():
+            return MaskedText(**fields)
+        case Seq2Seq():
+            return SourceText(**fields)
         case _:
             return Text(fields["text"], fields.get("text_pair"))
 
 
 def shown(example: Example) -> str:
     """For people: the text, or the question."""
-    return example.text if isinstance(example, Text | Words) else example.question
+    return example.question if isinstance(example, Question | Choices) else example.text
 
 
 @dataclass(frozen=True)
@@ -289,6 +318,36 @@ class Embedding(Prediction):
     @property
     def margin(self) -> float:
         return 0.0
+
+
+@dataclass(frozen=True)
+class Guess:
+    """A token that may stand at a mask: its number, its text and its probability; and the whole text with it, where it has one mask."""
+
+    token: int
+    token_str: str
+    score: float
+    sequence: str | None
+
+
+@dataclass(frozen=True)
+class Filled(Prediction):
+    """The likeliest tokens at each mask of a text, best first: `label` is what the best ones say, `probabilities` are theirs."""
+
+    masks: tuple[tuple[Guess, ...], ...]
+    least_margin: float
+
+    @property
+    def margin(self) -> float:
+        return self.least_margin
+
+
+@dataclass(frozen=True)
+class Written(Prediction):
+    """A text that was written: `label`; there are no numbers behind it. It ended by itself (`stop`) or at its limit (`length`)."""
+
+    num_tokens: int
+    finish_reason: Literal["stop", "length"]
 
 
 def margin_of(probabilities: Sequence[float]) -> float:

@@ -78,6 +78,14 @@ def masked_once(encoded: Encoded, mask: Corrupt, seed: int) -> Encoded:
     return encoded_rows([ids for ids, _ in drawn], [False] * len(drawn), token_labels=[targets for _, targets in drawn])
 
 
+def with_a_mask(text: str, tokenizer: PreTrainedTokenizerBase, max_length: int) -> tuple[str, str]:
+    """A text with the middle one of the tokens that are read masked; and what stood there."""
+    read = tokenizer(text, truncation=True, max_length=max_length, return_offsets_mapping=True)
+    places = [(start, end) for start, end in read["offset_mapping"] if end > start]
+    start, end = places[len(places) // 2]
+    return f"{text[:start]}{tokenizer.mask_token}{text[end:]}", text[start:end]
+
+
 def masking(task: Pretrain, tokenizer: PreTrainedTokenizerBase) -> Corrupt:
     """What masks a row anew each time it is trained on."""
     assert isinstance(task.objective, MaskedLm)
@@ -139,7 +147,8 @@ def word_pieces(tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
 
     WordPiece marks what goes on (##), byte-level and SentencePiece tokenizers what begins (a space); there a word is letters and digits.
     """
-    names = [name or "" for name in tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))]
+    highest = max(tokenizer.get_vocab().values())  # more than there are entries, where a vocabulary has holes
+    names = [name or "" for name in tokenizer.convert_ids_to_tokens(list(range(highest + 1)))]
     if any(name.startswith("##") for name in names):
         return np.asarray([[True] * len(names), [name.startswith("##") for name in names]])
     from transformers.convert_slow_tokenizer import bytes_to_unicode

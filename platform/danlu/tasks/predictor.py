@@ -65,6 +65,19 @@ class Predictor:
             found[sequences.tokens_of(rows) if self.file.PER_TOKEN else rows] = some
         return found
 
+    def each(self, sequences: Encoded) -> list[np.ndarray]:
+        """What one forward gives for each of some sequences."""
+        outputs = self.forward(pack_rows(sequences, range(len(sequences))))
+        return np.split(outputs, sequences.offsets[1:-1] if self.file.PER_TOKEN else len(sequences))
+
+    def made_of(self, outputs: Sequence[np.ndarray], encoded: Encoded, examples: Sequence[Example]) -> Sequence[Prediction]:
+        """The answers in what `each` gave for the examples' sequences."""
+        return self.predictions(np.concatenate(outputs), encoded, examples)
+
+    def examples(self, split: Split, rows: Sequence[int]) -> list[Example]:
+        """What some rows ask."""
+        return [split.examples[row] for row in rows]
+
     def scores(self, outputs: np.ndarray, split: Split) -> Scored:
         """Scores of a split's outputs."""
         return self.file.scores(outputs, split, self.label_names, self.task)

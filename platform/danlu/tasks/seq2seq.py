@@ -150,6 +150,22 @@ class Seq2SeqScores:
         return metrics_line(self)
 
 
+@dataclass(frozen=True)
+class WrittenScores:
+    """Of texts alone, as an endpoint gives them: it does not say how likely it finds the references."""
+
+    num_rows: int
+    generated: Mapping[str, float]
+
+    def metrics(self) -> dict[str, float]:
+        """The single numbers, by name."""
+        return dict(self.generated)
+
+    def text(self) -> str:
+        """For the terminal."""
+        return metrics_line(self)
+
+
 def row_outputs(model: nn.Module, batch: Packed) -> torch.Tensor:
     """Each row's summed loss, hits and number of targets, float32 [rows, 3]."""
     assert batch.token_type_ids is not None

@@ -21,6 +21,7 @@ from ray.train.v2._internal.callbacks.placement_group_callback import PlacementG
 from ray.train.v2._internal.exceptions import RayTrainError
 
 from danlu import logs, traces
+from danlu.artifact.run_logs import RunLog
 from danlu.errors import DanluError, ResourceError
 from danlu.metrics import emit
 from danlu.spec.files import dump, parse
@@ -209,6 +210,7 @@ def _worker(config: dict[str, Any]) -> dict[str, Any] | None:
     mailbox = config["mailbox"]
     run = RayRun(get_device(), lambda record: mailbox.push.remote(record_to_dict(record)))
     logs.begin("json", train_job=job.name, run=run_id(config["run_uri"]), rank=run.rank)
+    kept = RunLog(config["run_uri"], f"rank-{run.rank}")
     traces.begin("danlu-train", **{"danlu.train_job": job.name, "danlu.rank": str(run.rank)})
     log.info("worker starts", extra={"about": {"world_size": run.world_size, "device": str(run.device)}})
     # Ray Train restarts after any error; what a user has to mend comes out the same each time.
@@ -219,7 +221,7 @@ def _worker(config: dict[str, Any]) -> dict[str, Any] | None:
             now = time.perf_counter()
             traces.add("start workers", now - max(0.0, time.time() - config["ordered"]), now, {"danlu.num_workers": run.world_size})
         try:
-            outcome = work(job, run, config["run_uri"])
+            outcome = work(job, run, config["run_uri"], log=kept)
         except DanluError as error:
             log.error("%s", error)
             ray.get(mailbox.set_mistake.remote(error))
@@ -229,6 +231,7 @@ def _worker(config: dict[str, Any]) -> dict[str, Any] | None:
             raise
         finally:
             traces.flush()
+            kept.keep()
     traces.end()
     return asdict(outcome)
 

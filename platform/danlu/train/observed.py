@@ -9,6 +9,7 @@ from pathlib import PurePosixPath
 import torch
 
 from danlu import traces
+from danlu.artifact.run_logs import RunLog
 from danlu.train.run import EvalRecord, EventRecord, Record, Run, StartRecord, StepRecord
 
 log = logging.getLogger("danlu.train")
@@ -17,10 +18,11 @@ log = logging.getLogger("danlu.train")
 class Observed:
     """A run, whose records of rank 0 become lines and spans on their way. A step is no line: the run's records have them all."""
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: Run, log: RunLog | None = None) -> None:
         self.run, self.rank, self.world_size, self.device = run, run.rank, run.world_size, run.device
         self.last = time.perf_counter()
         self.stepped = False
+        self.log = log
 
     def all_sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """The sum over all ranks."""
@@ -40,6 +42,8 @@ class Observed:
                 log.info("evaluated", extra={"about": {"step": record.step, **record.metrics, "is_best": record.is_best}})
             case EventRecord() if self.rank == 0:
                 log.info("%s", record.event, extra={"about": {"step": record.step, "detail": record.detail}})
+        if self.log is not None and isinstance(record, EventRecord) and record.event == "checkpoint":
+            self.log.keep()
         self.run.report(record)
 
     def _first(self, record: StepRecord) -> None:

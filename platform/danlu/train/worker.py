@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from danlu import traces
+from danlu.artifact.run_logs import RunLog
 from danlu.spec.train import TrainJob
 from danlu.tasks.from_scratch import start_folder
 from danlu.tasks.rows import Splits
@@ -17,8 +18,8 @@ from danlu.train.phases import device_name
 from danlu.train.run import Run
 
 
-def work(job: TrainJob, run: Run, run_uri: str, splits: Splits | None = None) -> Outcome:
-    """Train as `run`'s rank. `splits` saves reading the rows again where this process has them."""
+def work(job: TrainJob, run: Run, run_uri: str, splits: Splits | None = None, *, log: RunLog | None = None) -> Outcome:
+    """Train as `run`'s rank. `splits` saves reading the rows again where this process has them; `log` is kept at each checkpoint."""
     if run.device.type == "cpu":
         torch.set_num_threads(job.workers.cpus_per_worker)
     check_priced(job, device_name(run.device))
@@ -27,4 +28,4 @@ def work(job: TrainJob, run: Run, run_uri: str, splits: Splits | None = None) ->
         tokenizer = load_tokenizer(folder)
         if splits is None:
             splits = read_splits(job, tokenizer, max_length=job.model.max_length)
-    return train(job, splits, folder, tokenizer, Observed(run), run_uri)
+    return train(job, splits, folder, tokenizer, Observed(run, log), run_uri)

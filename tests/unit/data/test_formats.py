@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import sys
 import time
@@ -16,6 +17,8 @@ import pyarrow.parquet
 import pytest
 
 from danlu.data.formats import read_rows
+from danlu.data.row import Row
+from danlu.data.stream import find, stream
 from danlu.errors import DataError
 
 FRAME = pandas.DataFrame(
@@ -89,6 +92,40 @@ def test_parquet_is_read_as_pyarrow_reads_it_whatever_its_name(tmp_path: Path) -
     for name in ("rows.parquet", "rows.csv"):
         pyarrow.parquet.write_table(table, tmp_path / name)
         assert read(str(tmp_path / name)) == pyarrow.parquet.read_table(tmp_path / name).to_pydict()
+
+
+@pytest.mark.parametrize("new", [pyarrow.ipc.new_file, pyarrow.ipc.new_stream], ids=["file", "stream"])
+def test_arrow_is_read_as_pyarrow_reads_it_whatever_its_name(tmp_path: Path, new: Any) -> None:
+    texts, sorts = pyarrow.array(["a", None, "中文"] * 2, pyarrow.large_string()), pyarrow.array(list("xyz") * 2).dictionary_encode()
+    table = pyarrow.table({"text": texts, "label": [1, 2, 3] * 2, "sort": sorts, "spans": [[1], [], None] * 2})
+    expected = table.to_pydict()
+    for name, compression in (("rows.arrow", None), ("rows.csv", "zstd"), ("rows.arrow.gz", "lz4")):
+        buffer = io.BytesIO()
+        with new(buffer, table.schema, options=pyarrow.ipc.IpcWriteOptions(compression=compression)) as writer:
+            writer.write_table(table, max_chunksize=2)
+        path = write(tmp_path / name, gzip.compress(buffer.getvalue()) if name.endswith("gz") else buffer.getvalue())
+        rows = read_rows(path)
+        assert (rows.format, {name: list(values) for name, values in rows.columns.items()}) == ("arrow", expected)
+        (source,) = find(path)
+        streamed = [row for row in stream(source) if isinstance(row, Row)]
+        assert [row.values for row in streamed] == [dict(zip(expected, row, strict=True)) for row in zip(*expected.values(), strict=True)]
+        assert [row.line for row in streamed] == [1, 2, 3, 4, 5, 6]
+
+
+def test_what_the_datasets_library_saves_is_read_with_the_names_of_its_labels(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    names = datasets.ClassLabel(names=["grain", "ship", "trade"])
+    features = datasets.Features({"text": datasets.Value("string"), "label": names, "labels": datasets.List(names)})
+    rows = {"text": list(FRAME["text"]), "label": [0, 1, 1, 2, -1, 2], "labels": [[0, 1], [], [2], [1], [0], [2]]}
+    table = datasets.Dataset.from_dict(rows, features=features)
+    table.save_to_disk(tmp_path / "saved")
+    table.to_parquet(tmp_path / "rows.parquet")
+    named = ["grain", "ship", "ship", "trade", None, "trade"]
+    expected = rows | {"label": named, "labels": [["grain", "ship"], [], ["trade"], ["ship"], ["grain"], ["trade"]]}
+    for path in (*(tmp_path / "saved").glob("*.arrow"), tmp_path / "rows.parquet"):
+        assert read(str(path)) == expected
+        (source,) = find(str(path))
+        assert [row.values["label"] for row in stream(source) if isinstance(row, Row)] == named
 
 
 def test_orange_tab_with_three_header_rows_names_its_class(tmp_path: Path) -> None:
@@ -235,6 +272,9 @@ def test_a_missing_file_is_named_with_its_near_ones(tmp_path: Path) -> None:
         ("a.json", '{"text": "a"}', "rows are needed", "a list of objects"),
         ("a.parquet", b"PAR1 and then nothing", "not a whole parquet file", ""),
         ("a.parquet", "text,label\na,b\n", "not a whole parquet file", ""),
+        ("a.arrow", b"ARROW1 and then nothing", "not a whole Arrow file or stream", "again"),
+        ("a.arrow", b"\xff\xff\xff\xff\x10\0\0\0", "not a whole Arrow file or stream", "again"),
+        ("a.arrow", "text,label\na,b\n", "not a whole Arrow file or stream", "again"),
         ("a.csv.gz", gzip.compress(b"text,label\n" + b"a,b\n" * 99, mtime=0)[:30], "a.csv.gz cannot be read", "again"),
         ("a.csv.gz", b"text,label\na,b\n", "a.csv.gz cannot be read", ""),
         ("a.bin", "no separators", "cannot be told", "data.format"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -40,6 +41,13 @@ VALUES: dict[str, Object] = {
         "queues": [{"name": "research", "cluster_queue": "gpus"}],
         "quota": {"gpus": 16, "cpus": 200, "memory": "2Ti"},
         "monitoring": {"pod_monitor": True, "labels": {"release": "prometheus"}},
+    },
+    "a platform": {
+        "priority_classes": [{"name": "serving", "value": 1000}, {"name": "best-effort", "value": -10, "preempts": False}],
+        "cluster_queues": [
+            {"name": "gpus", "cpus": 200, "memory": "2Ti", "gpus": 16, "node_labels": {"nvidia.com/gpu.product": "NVIDIA-L4"}},
+            {"name": "cpus", "cpus": 64, "memory": "256Gi", "cohort": "all"},
+        ],
     },
     "an ingress": {"services": [SERVICE], "gateways": [{"kind": "ingress", **GATEWAY}]},
     "an ingress with TLS": {
@@ -124,8 +132,13 @@ def test_the_chart_makes_of_every_spec_what_the_renderer_makes(tmp_path: Path) -
     ]
     services += [
         SERVICE | {"name": "gpu", "engine": {"kind": "encoder", "num_gpus": 1, "num_threads": 3}, "http": {"haproxy": True}},
+        SERVICE | {"name": "writer", "engine": {"kind": "encoder_decoder", "num_gpus": 1, "num_threads": 2}},
         SERVICE
-        | {"name": "limits", "limits": {"request_timeout_s": 2.5, "max_body_bytes": 100_000_000}, "autoscaling": {"max_replicas": 3}},
+        | {
+            "name": "limits",
+            "limits": {"request_timeout_s": 2.5, "drain_timeout_s": 45.5, "max_body_bytes": 100_000_000},
+            "autoscaling": {"max_replicas": 3},
+        },
         SERVICE | {"name": "to-zero", "autoscaling": {"min_replicas": 0}},
         {"name": "echo", "engine": {"kind": "echo", "latency_ms": 0.5}, "cluster": {"image": "i", "gpu_type": None}},
         {
@@ -205,6 +218,45 @@ def test_what_is_asked_for_around_the_specs_is_there_and_nothing_else(tmp_path: 
         "RoleBinding": 1,
         "ServiceAccount": 1,
     }
+
+
+def test_training_yields_to_serving_and_comes_back(tmp_path: Path) -> None:
+    """The values of the chart's README. What they ask for is Kubernetes', Kueue's and KubeRay's own; here that each of them is asked."""
+    (block,) = [one for one in re.findall(r"```yaml\n(.*?)```", (CHART / "README.md").read_text(), re.DOTALL) if "priority_classes" in one]
+    values, _ = yaml12.read(block, "README.md")
+    Install.model_validate(values)
+    objects = rendered(values, tmp_path)
+    for one in objects:
+        check(one)
+    of_kind = {kind: [one for one in objects if one["kind"] == kind] for kind in {one["kind"] for one in objects}}
+    priority = {one["metadata"]["name"]: one for one in of_kind["PriorityClass"]}
+
+    # A pod of the service that finds no room pushes out one of the training's.
+    (service,), (job,) = of_kind["RayService"], of_kind["RayJob"]
+    of_service, of_job = (
+        {group["template"]["spec"]["priorityClassName"] for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"])}
+        for cluster in (service["spec"]["rayClusterConfig"], job["spec"]["rayClusterSpec"])
+    )
+    assert (of_service, of_job) == ({"serving"}, {"training"})
+    assert priority["serving"]["value"] > priority["training"]["value"]
+    assert priority["serving"]["preemptionPolicy"] == "PreemptLowerPriority"
+    assert job["spec"]["submitterPodTemplate"]["spec"]["priorityClassName"] == "training"
+
+    # And a job of higher priority suspends it, by Kueue, which starts it again when there is quota.
+    (queue,), (cluster_queue,), (flavor,) = of_kind["LocalQueue"], of_kind["ClusterQueue"], of_kind["ResourceFlavor"]
+    assert job["spec"]["suspend"] is True
+    assert job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == queue["metadata"]["name"]
+    assert queue["spec"]["clusterQueue"] == cluster_queue["metadata"]["name"]
+    assert cluster_queue["spec"]["preemption"]["withinClusterQueue"] == "LowerPriority"
+    (group,) = cluster_queue["spec"]["resourceGroups"]
+    (quota,) = group["flavors"]
+    assert (quota["name"], [one["name"] for one in quota["resources"]]) == (flavor["metadata"]["name"], group["coveredResources"])
+
+    # It comes back: a lost worker is waited for, and a driver that is lost is tried again; both go on from the last checkpoint.
+    spec = parse(TrainJob, yaml12.write(values["jobs"][0]))
+    assert spec.max_failures > 0
+    assert job["spec"]["backoffLimit"] > 0
+    assert spec.checkpoint.save_steps is not None
 
 
 def test_keys_that_are_made_here_are_a_secret_of_the_chart_and_open_the_service(tmp_path: Path) -> None:

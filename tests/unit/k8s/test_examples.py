@@ -60,6 +60,9 @@ def test_a_workers_share_of_an_example_fits_its_gpu(name: str, tmp_path: Path) -
     assert plan.worker_bytes < 0.92 * gpu_gb * 10**9, plan.text(job)
     assert plan.num_steps == -(-10_000 // job.global_batch_size)
     assert job.cluster is not None
+    if job.parallel.kind == "tensor":
+        assert job.parallel.workers_per_model == job.cluster.workers_per_pod, "a layer is shared inside a node only"
+        assert [config["num_attention_heads"] % 8, config["num_key_value_heads"] % 8] == [0, 0]
     assert job.workers.num_workers // job.cluster.workers_per_pod == {"qwen2.5-7b-qlora": 1, "llama-3.1-8b-zero3": 1}.get(name, 4)
 
 

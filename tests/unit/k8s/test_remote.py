@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from k8s_jobs import JOB
 from kube import check
 from typer.testing import CliRunner, Result
 
-from danlu import remote
+from danlu import remote, traces
 from danlu.cli import app
 from danlu.errors import ClusterError, SpecError
 from danlu.k8s import client
@@ -81,6 +82,29 @@ def test_a_job_is_submitted_with_its_spec_which_it_owns(api: Any, job_file: str)
     (owner,) = spec["metadata"]["ownerReferences"]
     assert (owner["kind"], owner["uid"]) == ("RayJob", made["metadata"]["uid"])
     assert parse(TrainJob, spec["data"]["job.yaml"]) == JOB.model_copy(update={"max_steps": 7})
+
+
+def test_a_trace_goes_on_from_the_submission_in_the_jobs_driver(
+    api: Any, job_file: str, spans: Callable[[], dict[str, list[Any]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From there to its first step: test_logs.py."""
+    assert danlu("train", job_file, "--on", "k8s").exit_code == 0
+    (submit,) = spans()["submit"]
+    assert (submit.kind.name, submit.attributes["danlu.train_job"], submit.parent) == ("CLIENT", "topics", None)
+    made = api.get("rayjobs", "topics")
+    # Ray starts the driver with this environment: danlu.train's `job` is then a child of the submission.
+    (name, parent), *others = yaml.safe_load(made["spec"]["runtimeEnvYAML"])["env_vars"].items()
+    assert (name, others) == ("TRACEPARENT", [])
+    assert parent.split("-")[1:3] == [f"{submit.context.trace_id:032x}", f"{submit.context.span_id:016x}"]
+    monkeypatch.setenv(name, parent)
+    with traces.span("job", carrier=traces.from_environment()):
+        pass
+    (job,) = spans()["job"]
+    assert (job.context.trace_id, job.parent.span_id) == (submit.context.trace_id, submit.context.span_id)
+
+
+def test_a_job_of_an_untraced_submission_is_started_with_no_environment_of_its_own(api: Any, submitted: client.Kube) -> None:
+    assert "runtimeEnvYAML" not in api.get("rayjobs", "topics")["spec"]
 
 
 def test_a_job_whose_name_is_taken_is_refused_and_the_other_stays(api: Any, submitted: client.Kube, job_file: str) -> None:

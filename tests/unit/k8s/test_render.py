@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import ast
 import copy
+import importlib.util
+import os
 import re
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -50,6 +53,7 @@ JOB_CLUSTERS: dict[str, dict[str, Any]] = {
         "volumes": [{"claim": "c", "mount_path": "/data"}],
         "secret_volumes": [{"secret": "danlu-keys", "mount_path": "/etc/danlu-keys"}, {"secret": "gcp", "mount_path": "/gcp"}],
     },
+    "certificates": {"tls": {"ca_secret": "ray-ca"}, "image_pull_policy": "Always", "shared_memory": "1Gi"},
     "kueue": {"scheduler": {"kind": "kueue", "queue": "q"}, "priority_class": "p"},
     "volcano": {"scheduler": {"kind": "volcano", "queue": "q"}, "priority_class": "p"},
     "volcano without a queue": {"scheduler": {"kind": "volcano"}},
@@ -227,6 +231,57 @@ def test_a_services_keys_are_a_secret_that_its_pods_have() -> None:
         render(Service.model_validate(SERVICE | keys))
     assert refused.value.where == "auth.keys_file"
     assert "secret_volumes" in refused.value.fix
+
+
+def test_a_services_pod_hands_its_replicas_over_before_it_is_ended_and_a_jobs_does_not() -> None:
+    (one,) = render(Service.model_validate(SERVICE | {"limits": {"drain_timeout_s": 40.5}}))
+    found = containers(one["spec"])
+    (container,) = found["worker"]["containers"]
+    *command, seconds = container["lifecycle"]["preStop"]["exec"]["command"]
+    assert command == ["python", "-m", "danlu.serve.leave"]
+    assert importlib.util.find_spec("danlu.serve.leave") is not None
+    assert int(seconds) > 41 + 60, "replicas elsewhere have time to start, and those here to finish"
+    assert found["worker"]["terminationGracePeriodSeconds"] > int(seconds)
+    for other in (found["head"], *containers(ray_job(job())).values()):
+        assert "lifecycle" not in other["containers"][0]
+
+
+def test_a_pod_makes_itself_a_certificate_of_the_ca_for_its_own_address_and_ray_asks_for_it(tmp_path: Path) -> None:
+    """The script as the pod runs it, judged by openssl."""
+    if shutil.which("openssl") is None:
+        pytest.skip("openssl is not installed: apt-get install openssl")
+
+    def openssl(*arguments: str) -> str:
+        done = subprocess.run(["openssl", *arguments], capture_output=True, text=True, cwd=tmp_path)
+        return done.stdout + done.stderr
+
+    for folder in ("ray-ca", "ray-tls", "tmp"):
+        (tmp_path / folder).mkdir()
+    openssl("req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-subj", "/CN=ca", "-days", "1",
+            "-keyout", "ray-ca/tls.key", "-out", "ray-ca/tls.crt")  # fmt: skip
+    one = service({"min_replicas": 1, "max_replicas": 2}, tls={"ca_secret": "ray-ca"})
+    cluster = render(one)[0]["spec"]["rayClusterConfig"]
+    for role, pod in containers(render(one)[0]["spec"]).items():
+        (init,), (ray,) = pod["initContainers"], pod["containers"]
+        assert {"/etc/ray-ca", "/etc/ray-tls"} <= {mount["mountPath"] for mount in init["volumeMounts"]}
+        assert "/etc/ray-ca" not in {mount["mountPath"] for mount in ray["volumeMounts"]}, "Ray does not see the CA's key"
+        env = {entry["name"]: entry.get("value") for entry in ray["env"]}
+        assert env["RAY_USE_TLS"] == "1"
+        script = init["command"][-1].replace("/etc/", f"{tmp_path}/").replace("/tmp/tls.", f"{tmp_path}/tmp/tls.")
+        made = {**os.environ, "POD_IP": "10.1.2.3", "POD_NAMESPACE": "team"}
+        subprocess.run(["sh", "-c", script], check=True, capture_output=True, env=made)
+        certificate, key, ca = (
+            env[f"RAY_TLS_{name}"].replace("/etc/", f"{tmp_path}/") for name in ("SERVER_CERT", "SERVER_KEY", "CA_CERT")
+        )
+        for wanted in (["-verify_ip", "10.1.2.3"], ["-verify_ip", "127.0.0.1"], ["-verify_hostname", "a-head-svc.team.svc.cluster.local"]):
+            assert f"{certificate}: OK" in openssl("verify", "-CAfile", ca, *wanted, certificate), role
+        for other in (["-verify_ip", "10.1.2.4"], ["-verify_hostname", "a-head-svc.others.svc.cluster.local"]):
+            assert "mismatch" in openssl("verify", "-CAfile", ca, *other, certificate)
+        assert openssl("pkey", "-in", key, "-pubout") == openssl("x509", "-in", certificate, "-noout", "-pubkey")
+        assert Path(key).stat().st_mode & 0o077 == 0
+    assert {"RAY_USE_TLS"} <= {entry["name"] for entry in cluster["autoscalerOptions"]["env"]}, "it talks to the head, too"
+    for pod in containers(render(service())[0]["spec"]).values():
+        assert "initContainers" not in pod
 
 
 GPU_SERVICE = {**SERVICE, "engine": {"kind": "encoder", "num_gpus": 1}, "autoscaling": {"min_replicas": 3, "max_replicas": 8}}

@@ -15,11 +15,12 @@ import yaml
 from alert_cases import ALIVE, CASES
 
 from danlu import cli
-from danlu.metrics import rules
-from danlu.metrics.alerts import ALERTS, ERROR_RATIO, SLOW_RATIO, WHOLE_ANSWERS
+from danlu.metrics import costs, rules
+from danlu.metrics.alerts import ALERTS
 from danlu.metrics.dashboards import DASHBOARDS
-from danlu.serve.encoder_wire import routes_of
-from danlu.spec.task import EncoderTask
+from danlu.metrics.objectives import ERROR_RATIO, SLOW_RATIO, WHOLE_ANSWERS
+from danlu.serve.wires import routes_of
+from danlu.spec.task import EncoderTask, Pretrain
 
 ROOT = Path(__file__).parents[3]
 OPS = ROOT / "ops/prometheus"
@@ -71,6 +72,52 @@ def test_every_alert_fires_when_it_should_and_only_then_and_ends(tmp_path: Path)
     run("promtool", "test", "rules", tmp_path / "every-2m.yaml", tmp_path / "every-5m.yaml")
 
 
+def _tokens(model: str, tenant: str, key: str, kind: str, values: str) -> dict[str, str]:
+    return {"series": f'ray_danlu_serve_key_tokens_total{{model="{model}",tenant="{tenant}",key="{key}",kind="{kind}"}}', "values": values}
+
+
+@needs_promtool
+def test_a_models_money_is_shared_out_by_tokens_and_nobody_pays_for_what_nobody_with_a_key_has_asked(tmp_path: Path) -> None:
+    # Two replicas of `text` at 0.6 USD an hour each, one of `code` at 3.6, and `free`, which has no keys; a counter more each minute.
+    spent = {("text", "1"): 0.01, ("text", "2"): 0.01, ("code", "1"): 0.06, ("free", "1"): 0.02}
+    series = [
+        {"series": f'ray_danlu_serve_cost_total{{model="{model}",replica="{replica}"}}', "values": f"0+{usd}x400"}
+        for (model, replica), usd in spent.items()
+    ]
+    series += [
+        _tokens("text", "research", "ada", "prompt", "0+200x400"),
+        _tokens("text", "research", "ada", "completion", "0+100x400"),
+        _tokens("text", "research", "bob", "prompt", "0+300x400"),  # research: 600 of 1,000
+        _tokens("text", "sales", "sales", "prompt", "0+400x400"),
+        _tokens("code", "sales", "sales", "completion", "0+50x400"),
+        {"series": 'ray_danlu_serve_prompt_tokens_total{model="text"}', "values": "0+900x400"},
+        {"series": 'ray_danlu_serve_completion_tokens_total{model="text"}', "values": "0+100x400"},
+        {"series": 'ray_danlu_serve_tokens_total{model="free"}', "values": "0+500x400"},
+        {"series": 'ray_danlu_serve_tenant_budget{tenant="sales",replica="1"}', "values": "20x400"},
+    ]
+    expected = {
+        costs.TENANT_USD.exported: {
+            'model="text", tenant="research"': 1.2 * 0.6, 'model="text", tenant="sales"': 1.2 * 0.4, 'model="code", tenant="sales"': 3.6,
+        },
+        # `code` is no language model here that has told its tokens.
+        costs.USD_A_MILLION_TOKENS.exported: {'model="text"': 1.2 / 0.06, 'model="free"': 1.2 / 0.03},
+        # Five hours of 0.48 and 3.6.
+        costs.TENANT_BUDGET_USED.exported: {'tenant="sales"': 5 * 4.08 / 20},
+    }  # fmt: skip
+    checks = [
+        {
+            "expr": f"round({name}, 0.01)",
+            "eval_time": "300m",
+            "exp_samples": [{"labels": f"{{{labels}}}", "value": round(value, 2)} for labels, value in wanted.items()],
+        }
+        for name, wanted in expected.items()
+    ]
+    (tmp_path / "rules.yaml").write_text(rules.rule_file(), encoding="utf-8")
+    test = {"interval": "1m", "input_series": series, "promql_expr_test": checks}
+    (tmp_path / "test.yaml").write_text(yaml.safe_dump({"rule_files": ["rules.yaml"], "evaluation_interval": "30m", "tests": [test]}))
+    run("promtool", "test", "rules", tmp_path / "test.yaml")
+
+
 @needs_promtool
 def test_prometheus_takes_the_rules_and_the_configuration() -> None:
     assert "SUCCESS" in run("promtool", "check", "rules", OPS / "rules/danlu.yaml")
@@ -86,8 +133,8 @@ def test_critical_alerts_page_and_others_are_told() -> None:
 
 
 def test_the_routes_whose_whole_answers_must_be_fast_are_the_encoders() -> None:
-    routes = {path for task in get_args(EncoderTask) for path in routes_of(task())}
-    assert len(routes) == 6
+    routes = {path for task in (*get_args(EncoderTask), Pretrain) for path in routes_of(task())}
+    assert len(routes) == 7
     assert {route for route in (*routes, "/v1/chat/completions", "/v1/models") if re.fullmatch(WHOLE_ANSWERS.pattern, route)} == routes
 
 
@@ -117,7 +164,7 @@ def test_every_alert_has_a_runbook_and_a_dashboard() -> None:
 def test_the_page_of_objectives_has_each_burn_alert_and_what_it_reads() -> None:
     page = (ROOT / "ops/SLO.md").read_text(encoding="utf-8")
     for alert in ALERTS:
-        assert (f"[{alert.name}](runbooks/{alert.name}.md)" in page) == ("Budget" in alert.name and alert.component == "serve")
+        assert (f"[{alert.name}](runbooks/{alert.name}.md)" in page) == ("Budget" in alert.name and alert.name.startswith("Serving"))
     for recorded in (*ERROR_RATIO.values(), *SLOW_RATIO.values()):
         assert f"`{recorded.exported}`" in page
     # https://sre.google/workbook/alerting-on-slos: 0.5 % of 30 days are 216 minutes, 1 % twice as much.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from urllib.parse import parse_qs, quote, urlsplit
 
 import promql_parser
 import pytest
@@ -16,6 +17,8 @@ from danlu.metrics.dashboards import DASHBOARDS, Dashboard
 from danlu.metrics.grafana import dashboard_json
 
 OPS = Path(__file__).parents[3] / "ops/grafana"
+GRAFANAS = {"__rate_interval", "__range", "__from", "__to", "__field", "__url_time_range"}
+"""Variables that are always there."""
 KNOWN = {series.exported for series in (*catalog.ALL, *foreign.ALL, *RECORDED)}
 
 
@@ -56,7 +59,7 @@ def test_a_dashboard_is_one_that_grafana_shows(page: Dashboard) -> None:
     panels = document["panels"]
     assert len({panel["id"] for panel in panels}) == len(panels)
     variables = {variable["name"] for variable in document["templating"]["list"]}
-    assert set(re.findall(r"\$\{?(\w+)", json.dumps(panels))) - {"__rate_interval", "__range"} <= variables
+    assert set(re.findall(r"\$\{?(\w+)", json.dumps([panels, document["links"]]))) - GRAFANAS <= variables
     pages = {f"/d/{other.uid}" for other in DASHBOARDS}
     for panel in panels:
         if panel["type"] == "row":
@@ -68,6 +71,37 @@ def test_a_dashboard_is_one_that_grafana_shows(page: Dashboard) -> None:
         assert grid["x"] + grid["w"] <= 24
     places = [(panel["gridPos"]["x"], panel["gridPos"]["y"]) for panel in panels]
     assert len(set(places)) == len(places)
+
+
+def test_a_dashboard_leads_to_the_logs_of_what_it_shows() -> None:
+    """The URLs as Grafana fills them in. A query is checked by hand against lines of ours: there is no Loki here."""
+    filled = {"log_streams": "{container=~`ray-.+`}", "logs": "uid-1", "__from": "1", "__to": "2"}
+    chosen = {"train_job": ("(a|b)", '(worker pid=1) {"message": "x", "train_job": "b", "rank": 0}', '{"train_job": "c"}'),
+              "model": (".*", '{"message": "request", "service": "m", "model": "m"}', '{"train_job": "c"}')}  # fmt: skip
+    led = 0
+    for page in DASHBOARDS:
+        links = {link["title"]: link["url"] for link in json.loads(dashboard_json(page))["links"]}
+        assert links["Logs in Ray's dashboard"] == "${ray_dashboard}/#/logs"
+        if page.logs is None:
+            continue
+        regex, line, other = chosen[page.logs[1]]
+        url = links["Logs in Loki"].replace(f"${{{page.logs[1]}:regex}}", regex)
+        url = re.sub(r"\$\{(\w+)(:percentencode)?\}", lambda found: quote(filled[found[1]]), url)
+        (pane,) = json.loads(parse_qs(urlsplit(url).query)["panes"][0]).values()
+        assert (pane["datasource"], pane["range"]) == ("uid-1", {"from": "1", "to": "2"})
+        streams, _, pattern = pane["queries"][0]["expr"].partition(" |~ ")
+        assert streams == filled["log_streams"]
+        assert re.search(pattern.strip("`"), line)
+        assert not re.search(pattern.strip("`"), other)
+        led += 1
+    assert led == 2
+
+
+def test_a_series_leads_to_the_page_of_its_own_job_or_model() -> None:
+    panels = json.loads(dashboard_json(DASHBOARDS[0]))["panels"]
+    (loss,) = (panel for panel in panels if panel["title"] == "Loss")
+    (link,) = loss["fieldConfig"]["defaults"]["links"]
+    assert link["url"] == "/d/danlu-training-run?${__url_time_range}&var-train_job=${__field.labels.train_job}"
 
 
 def test_a_legend_names_only_labels_that_its_expression_has() -> None:

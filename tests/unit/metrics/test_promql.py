@@ -37,6 +37,7 @@ def test_a_selector_names_the_exported_series() -> None:
         lambda: total(rate(c.SERVE_REQUESTS, "5m"), "tenant"),
         lambda: total(total(rate(c.SERVE_REQUESTS, "5m"), "model"), "status"),
         lambda: quantile(0.9, c.SERVE_SECONDS, "5m", "status"),
+        lambda: total(rate(c.SERVE_COST, "5m"), "model").each_over(total(rate(c.SERVE_TOKENS, "5m"), "model"), "tenant"),
         lambda: select(Recorded("a:b:c", total(select(c.TRAIN_LOSS), "train_job"), "x."), model="m"),
     ],
 )

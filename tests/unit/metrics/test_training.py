@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from danlu.metrics import catalog as c
-from danlu.metrics.prices import USD_PER_HOUR
+from danlu.metrics.prices import USD_PER_HOUR, accelerator, usd_per_hour
 from danlu.metrics.training import Budget, Sample, TrainingMeter, spent
 
 START: dict[str, Any] = {
@@ -136,3 +136,12 @@ def test_a_budget_counts_every_attempt_of_a_run() -> None:
     unpriced = Job(Budget(1.0))
     unpriced.hear(START | {"device": "abacus"}, after=1.0)
     assert (c.TRAIN_BUDGET_USED.name,) not in unpriced.totals
+
+
+def test_a_gpu_has_its_price_by_the_name_that_cuda_or_ray_has_for_it() -> None:
+    assert (
+        usd_per_hour("NVIDIA H100 80GB HBM3") == usd_per_hour(accelerator(["CPU", "accelerator_type:H100", "GPU"])) == USD_PER_HOUR["H100"]
+    )
+    assert usd_per_hour("A10G") == USD_PER_HOUR["A10"] != usd_per_hour("A100-SXM4-40GB")
+    assert accelerator(["CPU", "GPU", "node:10.0.0.1"]) == "gpu"
+    assert usd_per_hour("gpu") is None

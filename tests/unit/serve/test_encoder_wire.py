@@ -11,8 +11,9 @@ import pytest
 from jsonschema import Draft202012Validator
 
 from danlu.errors import RequestError
-from danlu.serve.encoder_wire import Request, Wire, read_json, routes_of, wire_of
+from danlu.serve.encoder_wire import Request, Wire, read_json
 from danlu.serve.engine import Answer
+from danlu.serve.wires import routes_of, wire_of
 from danlu.spec.serve import Limits
 from danlu.spec.task import (
     Classification,

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
+import re
 import stat
 import time
 from collections.abc import Callable
@@ -16,13 +18,15 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from typer.testing import CliRunner
 
+from danlu.cli import app
 from danlu.errors import SpecError, StorageError
 from danlu.metrics import catalog
 from danlu.serve import keys
 from danlu.serve.engines.echo import EchoTextEngine
 from danlu.serve.gateway import Gateway
-from danlu.serve.keys import Authenticated, KeyRing, create_key, read_keys, revoke_key
+from danlu.serve.keys import Authenticated, KeyRing, create_key, read_keys, revoke_key, set_budget
 from danlu.spec.serve import EchoText, Limits
 
 Served = Callable[..., AbstractContextManager[str]]
@@ -48,7 +52,7 @@ def test_a_file_of_keys_has_hashes_and_is_its_owners(path: Path) -> None:
     assert secret not in text
     assert secret[12:] not in text
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
-    (key,) = read_keys(path)
+    (key,) = read_keys(path).keys
     assert (key.name, key.prefix, key.models) == ("ada", secret[:10], ("echo", "team-*"))
     assert key.expires is not None
     assert (key.expires - key.created).days == 30
@@ -63,7 +67,7 @@ def test_a_name_is_valid_once_and_free_again_when_revoked(path: Path) -> None:
         create_key(path, "ada")
     revoke_key(path, first[:10])
     second = create_key(path, "ada")
-    assert [key.state(datetime.now(UTC)) for key in read_keys(path)] == ["revoked", "valid"]
+    assert [key.state(datetime.now(UTC)) for key in read_keys(path).keys] == ["revoked", "valid"]
     ring = KeyRing(path)
     assert ring.find(first) is None
     assert ring.find(second) is not None
@@ -180,6 +184,34 @@ def test_a_key_with_a_limit_hears_429_beyond_it_and_others_are_answered(path: Pa
         while gateway.in_flight and time.monotonic() < deadline:
             time.sleep(0.005)
         assert chat(url, limited) == "a"
+
+
+def test_a_tenant_pays_for_all_of_its_keys_and_may_have_a_budget(path: Path) -> None:
+    for name in ("ada", "bob"):
+        create_key(path, name, tenant="research")
+    create_key(path, "carol")
+    ring = KeyRing(path)
+    assert {key.name: key.payer for key in ring.valid()} == {"ada": "research", "bob": "research", "carol": "carol"}
+    assert ring.tenants() == ()
+    assert "tenants" not in json.loads(path.read_text()), "a release that knows none reads it, too"
+    for usd in ("70", "90"):
+        done = CliRunner().invoke(app, ["keys", "budget", "research", "--usd-per-week", usd, "--file", str(path)])
+        assert done.exit_code == 0, done.output
+    create_key(path, "dora")
+    assert [(one.name, one.budget_usd_per_week) for one in ring.tenants()] == [("research", 90.0)]
+    listed = CliRunner().invoke(app, ["keys", "list", "--file", str(path)]).output
+    assert re.search(r"research +90 USD in seven days", listed)
+    assert re.search(r"ada .* tenant research", listed)
+    for tenant, usd_per_week, fix in (
+        ("ada", 1.0, "carol, dora, research"),
+        ("research", -1.0, "above 0"),
+        ("research", math.nan, "above 0"),
+    ):
+        with pytest.raises(SpecError) as refused:
+            set_budget(path, tenant, usd_per_week)
+        assert fix in refused.value.fix
+    set_budget(path, "research", None)
+    assert read_keys(path).tenants == ()
 
 
 def test_finding_a_key_costs_microseconds(path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -13,7 +14,7 @@ from typing import Any
 import openai
 import pytest
 import torch
-from language import preferences, talks, write_chat_model, write_rows
+from language import choices_scores, loglikelihood, preferences, talks, write_chat_model, write_choices, write_rows
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -22,9 +23,10 @@ from typer.testing import CliRunner
 from danlu import sdk
 from danlu.artifact.bundle import Bundle
 from danlu.cli import app
-from danlu.errors import ModelError, QualityError, SpecError
+from danlu.errors import DataError, ModelError, QualityError, RequestError, SpecError
 from danlu.serve.engine import make_engine
 from danlu.serve.gateway import Gateway
+from danlu.spec.files import dump
 from danlu.spec.serve import Torch
 from danlu.spec.train import TrainJob
 
@@ -159,6 +161,73 @@ def test_what_is_served_is_what_was_evaluated(kind: str, overrides: dict[str, An
             assert there.evaluation.scores.metrics()[name] == pytest.approx(value, rel=tolerance), name
         beside = sdk.compare(trained.reference, url, storage=job.storage)
         assert abs(beside.differences["loss"].change) < tolerance
+
+
+READ = """
+task: sentences
+dataset_path: json
+dataset_kwargs: {data_files: {test: ROWS}}
+test_split: test
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: "{{text}}"
+metric_list: [{metric: bits_per_byte}]
+"""
+
+
+def test_lm_evaluation_harness_scores_an_endpoint_as_transformers_would(
+    served: Served, make_job: MakeJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("lm_eval", reason="an extra: pip install danlu[lm-eval]")
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    job = make_job("harnessed", "pretrain", max_steps=4)
+    trained = sdk.train(job, prepared=sdk.prepare(job, calibrate=False))
+    folder = trained.bundle.path / "model"
+    tokenizer, plain = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+    def encoded(text: str) -> list[int]:
+        ids: list[int] = tokenizer(text, add_special_tokens=False).input_ids
+        return ids
+
+    def likelihood(before: list[int], said: list[int]) -> float:
+        return loglikelihood(plain, before, said)
+
+    choose, choices = write_choices(tmp_path)
+    texts = [f"The capital of Peru is Lima, said {i} of us. " * i for i in (1, 2, 9)]
+    context = 48
+    assert len(encoded(texts[-1])) > 2 * context, "the last is read in windows"
+    (tmp_path / "read.yaml").write_text(READ.replace("ROWS", write_rows(tmp_path / "texts.jsonl", [{"text": text} for text in texts])))
+    (tmp_path / "job.yaml").write_text(dump(job))
+    with endpoint(served, job, trained.bundle, max_model_len=context) as url:
+        command = ["evaluate", str(tmp_path / "job.yaml"), "--lm-eval", choose]
+        command += ["--lm-eval", str(tmp_path / "read.yaml"), "--url", url, "--out", str(tmp_path / "out")]
+        told = CliRunner().invoke(app, command)
+        assert told.exit_code == 0, told.output
+        with pytest.raises(DataError, match="has no task 'hellaswg'") as refused:
+            sdk.run_harness(job, ["hellaswg"], url=url)
+        assert "hellaswag" in refused.value.fix
+        elsewhere = Bundle(trained.bundle.path, trained.bundle.meta.model_copy(update={"name": "another"}))
+        with pytest.raises(RequestError, match="does not serve the language model 'another', but harnessed"):
+            sdk.run_harness(job, ["hellaswag"], url=url, reference=elsewhere)
+    found = {one["task"]: one for one in json.loads((tmp_path / "out" / "lm-eval.json").read_text())["tasks"]}
+    assert (found["capitals"]["num_rows"], found["sentences"]["num_rows"], found["capitals"]["num_fewshot"]) == (len(choices), 3, 0)
+
+    expected_of_choices = choices_scores(choices, plain, tokenizer)
+    metrics = {name: one["value"] for name, one in found["capitals"]["metrics"].items()}
+    assert metrics == pytest.approx(expected_of_choices, abs=1e-4)
+    assert f"acc {metrics['acc']:.4f}" in told.output
+
+    total, step = 0.0, context - 2  # a token of context stands before each window, and one more is made behind it
+    for text in texts:
+        ids = encoded(text)
+        total += likelihood([tokenizer.eos_token_id], ids[:step])
+        for begin in range(step, len(ids), step):
+            piece = ids[begin : begin + step]
+            total += likelihood(ids[begin + len(piece) - step - 1 : begin], piece)
+    expected = -total / math.log(2) / sum(len(text.encode()) for text in texts)
+    assert found["sentences"]["metrics"]["bits_per_byte"]["value"] == pytest.approx(expected, rel=1e-4)
 
 
 def test_another_model_than_the_evaluated_one_is_found_out(

@@ -46,7 +46,7 @@ def test_a_request_has_one_line_with_the_id_of_its_answers_header_and_nothing_th
     served: Served, log_lines: Lines, meter: Any, tmp_path: Path
 ) -> None:
     gateway = Gateway(FailingEngine(EchoText()), "echo", Limits(max_body_bytes=4000), meter)
-    key = create_key(tmp_path / "keys.json", "ada")
+    key = create_key(tmp_path / "keys.json", "ada", tenant="research")
     with served(gateway, Authenticated(gateway, KeyRing(tmp_path / "keys.json"), nothing)) as url, httpx.Client(base_url=url) as client:
         say = lambda text, **more: {"messages": [{"role": "user", "content": f"{SECRET} {text}"}], **more}  # noqa: E731
         bearer = {"authorization": f"Bearer {key}"}
@@ -84,6 +84,9 @@ def test_a_request_has_one_line_with_the_id_of_its_answers_header_and_nothing_th
     # The three answers that were made, and the piece of the one that broke off.
     tokens = [sum(line.get(f"{kind}_tokens", 0) for line in lines) for kind in ("prompt", "completion")]
     assert [meter.by_label["danlu_serve_key_tokens", kind] for kind in ("prompt", "completion")] == tokens
+    assert meter.by_label["danlu_serve_key_tokens", "research"] == sum(tokens)
+    assert meter.sums["danlu_serve_key_request_seconds"] == pytest.approx(sum(line["seconds"] for line in lines[:-1]), abs=1e-3)
+    assert {line.get("tenant") for line in lines} == {"research", None}
     assert meter.sums["danlu_serve_key_requests"] == meter.by_label["danlu_serve_key_requests", "ada"] == len(asked) - 1
     assert meter.by_label["danlu_serve_key_requests", "200"] == 2
     assert streamed["completion_tokens"] == 2 * whole["completion_tokens"]

@@ -113,7 +113,11 @@ PROBLEMS = {
         "",
     ),
     "more replicas at least than at most": ("serve: {autoscaling: {min_replicas: 3}}", "min_replicas=3 is more than max_replicas=1", ""),
-    "an engine without a model": ("serve: {engine: {kind: echo}}", "serve.engine (line 5): there is no kind 'echo'", "encoder or torch"),
+    "an engine without a model": (
+        "serve: {engine: {kind: echo}}",
+        "serve.engine (line 5): there is no kind 'echo'",
+        "encoder or encoder_decoder or torch",
+    ),
     "an engine that continues texts for one that has labels": (
         "serve: {engine: {kind: torch}}",
         "serve.engine.kind=torch continues texts, and task.kind=classification does not; serve.engine.kind=encoder, or leave it out",
@@ -124,9 +128,14 @@ PROBLEMS = {
         "serve.engine.kind=encoder answers with what an encoder's head says, and task.kind=chat does not; serve.engine.kind=torch",
         "",
     ),
-    "an endpoint for what is masked": (
-        "task: {kind: pretrain, objective: {kind: masked}}\nserve: {}",
-        "serve has no engine for task.kind=pretrain with task.objective.kind=masked",
+    "an engine that continues texts for what is masked": (
+        "task: {kind: pretrain, objective: {kind: masked}}\nserve: {engine: {kind: torch}}",
+        "continues texts, and task.kind=pretrain with task.objective.kind=masked does not; serve.engine.kind=encoder, or leave it out",
+        "",
+    ),
+    "an engine that writes a text for a text for a chat": (
+        "task: {kind: chat}\nserve: {engine: {kind: encoder_decoder}}",
+        "serve.engine.kind=encoder_decoder writes a text for a text, and task.kind=chat does not; serve.engine.kind=torch",
         "",
     ),
     "virtual tokens that no engine puts there": (

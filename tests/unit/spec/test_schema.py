@@ -44,6 +44,7 @@ PODS: Document = {
     "env": {"HF_ENDPOINT": "https://hub.example.com"},
     "secret_env": [{"name": "HF_TOKEN", "secret": "hub", "key": "token"}],
     "secret_volumes": [{"secret": "danlu-keys", "mount_path": "/etc/danlu-keys"}],
+    "tls": {"ca_secret": "ray-ca"},
     "volumes": [{"claim": "storage", "mount_path": "/data", "read_only": True}],
 }
 FULL_JOB: Document = {
@@ -419,6 +420,28 @@ GOOD: dict[str, tuple[type[Spec], Document]] = {
         for task in ({"kind": "chat"}, {"kind": "preference"}, {"kind": "pretrain"})
         for engine in (None, {"kind": "torch", "max_num_seqs": 8}, {"kind": "vllm", "tensor_parallel_size": 2})
     },
+    **{
+        f"a {kind} text's model that is served by {engine}": (TrainJob, JOB | {"task": task, "serve": {"engine": engine}})
+        for kind, task, engines in (
+            ("masked", {"kind": "pretrain", "objective": {"kind": "masked"}}, (None, {"kind": "encoder"})),
+            (
+                "written",
+                {"kind": "seq2seq"},
+                (
+                    None,
+                    {
+                        "kind": "encoder_decoder",
+                        "dtype": "bf16",
+                        "max_num_seqs": 4,
+                        "batch_wait_ms": 0.5,
+                        "num_threads": 2,
+                        "num_gpus": 1,
+                    },
+                ),
+            ),
+        )
+        for engine in engines
+    },
     "empty mappings": (
         TrainJob,
         JOB | {name: {} for name in ("workers", "optim", "evaluation", "checkpoint", "serve", "compress")},
@@ -518,6 +541,7 @@ BAD: dict[str, tuple[type[Spec], Document, str, object]] = {
         "cluster.scheduler": [{"kind": "slurm"}, {"queue": "a"}, {"kind": "kueue"}, {"kind": "yunikorn", "queue": "research"}, "kueue"],
         "cluster.secret_env": [[{"name": "1A", "secret": "s", "key": "k"}], [{"name": "A", "value": "s"}]],
         "cluster.volumes": [[{"claim": "c", "mount_path": "data"}], [{"claim": "c", "mount_path": "/"}], [{"mount_path": "/data"}]],
+        "cluster.tls": [{}, {"ca_secret": ""}, {"secret": "ca"}, "ray-ca"],
         "cluster.secret_volumes": [[{"secret": "s"}], [{"secret": "s", "mount_path": "keys"}], [{"claim": "c", "mount_path": "/a"}], None],
         "cluster.spot": ["azure", True],
         "cluster.cleanup": [{}, {"kind": "ttl", "after_success_s": 1}, {"kind": "rules", "after_success_s": -1}],
@@ -558,6 +582,7 @@ SPANNING = {
     "leaves no training row": (TrainJob, JOB | {"data": {"train": "t", "split": {"kind": "ratio", "dev_size": 0.5, "test_size": 0.5}}}),
     "is more than max_replicas": (Service, SERVICE | {"autoscaling": {"min_replicas": 2}}),
     "bundle is needed by engine.kind=encoder": (Service, {"name": "topics"}),
+    "bundle is needed by engine.kind=encoder_decoder": (Service, {"name": "topics", "engine": {"kind": "encoder_decoder"}}),
     "bundle has no effect with engine.kind=echo": (Service, SERVICE | {"engine": {"kind": "echo"}}),
     "data.columns.context has no effect with task.kind=classification": (
         TrainJob,
@@ -572,7 +597,10 @@ SPANNING = {
         TrainJob,
         JOB | {"task": {"kind": "extractive_qa", "null_score_diff_threshold": 1}},
     ),
-    "serve has no engine for task.kind=seq2seq": (TrainJob, JOB | {"task": {"kind": "seq2seq"}, "serve": {}}),
+    "serve.engine.kind=encoder answers with what an encoder's head says, and task.kind=seq2seq": (
+        TrainJob,
+        JOB | {"task": {"kind": "seq2seq"}, "serve": {"engine": {"kind": "encoder"}}},
+    ),
     "serve.engine.kind=torch continues texts": (TrainJob, JOB | {"serve": {"engine": {"kind": "torch"}}}),
     "serve.engine.model_name_or_path is in the way": (
         TrainJob,

@@ -21,9 +21,9 @@ from danlu import sdk
 from danlu.artifact.bundle import Bundle
 from danlu.errors import QualityError
 from danlu.handover import Prepared, Trained
-from danlu.serve.encoder_wire import wire_of
 from danlu.serve.engines.encoder import EncoderEngine
 from danlu.serve.gateway import Gateway
+from danlu.serve.wires import wire_of
 from danlu.spec.serve import Encoder, Limits
 from danlu.spec.train import TrainJob
 from danlu.tasks.exchange import largest_change

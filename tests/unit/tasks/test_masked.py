@@ -62,6 +62,8 @@ def test_words_are_the_tokenizers_own_and_a_chinese_character_is_one(tokenizer_f
         assert words_found(wordpiece, text) == words_told(wordpiece, text)
     assert len(wordpiece("xylophone").input_ids) > 5, "a word of many pieces"
     assert words_found(wordpiece, "小明在北京") == [[i] for i in range(1, 6)]
+    assert max(wordpiece.get_vocab().values()) >= len(wordpiece), "this vocabulary has holes"
+    assert words_found(wordpiece, "谁在哪里") == [[i] for i in range(1, 5)]
     corpus = ["the unseen harvest said the tanker", "smaller harvests in the unseen year"] * 9
     byte_level = train_tokenizer(corpus, 300, masked=True, max_length=64)
     for text in ("the unseen harvest, said smaller tankers.", "in 1987 xylophone"):

@@ -1,4 +1,5 @@
-"""Task heads on an encoder: padding-free dynamic batching on a thread of its own."""
+"""Models that answer a request as a whole (task heads on an encoder, masked language models, encoder-decoders): dynamic batching on a
+thread of its own."""
 
 from __future__ import annotations
 
@@ -6,23 +7,25 @@ import asyncio
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 
 from danlu import traces
-from danlu.artifact.bundle import Bundle
-from danlu.compress.load import load_predictor
+from danlu.artifact.bundle import Bundle, Probe
+from danlu.compress.load import load_answerer
 from danlu.data.encode import Encoded, ends
-from danlu.data.pack import pack_rows
 from danlu.errors import QualityError, ResourceError
 from danlu.serve.engine import Answer
-from danlu.spec.serve import Encoder
-from danlu.spec.task import EncoderTask
+from danlu.spec.serve import Encoder, EncoderDecoder
+from danlu.spec.task import AnsweredTask, engine_kind
+from danlu.tasks.agreement import change, tolerance
+from danlu.tasks.answers import Answerer, MaskedJudge, Seq2SeqJudge
 from danlu.tasks.device import pick_device
-from danlu.tasks.exchange import Example, from_fields, largest_change
+from danlu.tasks.exchange import BadExample, Example, from_fields, largest_change
 from danlu.tasks.predictor import Predictor
 
 TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2, "quantized": 2e-2}
@@ -40,7 +43,7 @@ class Job:
     arrived: float
     encoded: Encoded | None = None
     sequences: Encoded | None = None
-    outputs: list[np.ndarray] = field(default_factory=list)
+    outputs: list[Any] = field(default_factory=list)
     begun: float = 0.0
     """When its first forward began."""
 
@@ -69,15 +72,21 @@ class BatchRecord:
 
 class EncoderEngine:
     """Requests are taken in the order they came, their sequences packed into forwards of at most `max_batch_tokens` tokens: a long
-    document's windows and a question's options as well as a text.
+    document's windows and a question's options as well as a text. An encoder-decoder writes for `max_num_seqs` texts at once.
 
     While a forward runs, new requests gather for the next one; the event loop is woken once a forward.
     """
 
-    def __init__(self, spec: Encoder, bundle: Bundle, *, predictor: Predictor | None = None) -> None:
+    def __init__(
+        self, spec: Encoder | EncoderDecoder, bundle: Bundle, *, predictor: Predictor | MaskedJudge | Seq2SeqJudge | None = None
+    ) -> None:
         task = bundle.meta.task
-        if not isinstance(task, EncoderTask):
-            raise ResourceError(f"{bundle.meta.name} was trained for {task.kind}", where="engine.kind", fix="an encoder's bundle")
+        if (right := engine_kind(task)) != spec.kind or not isinstance(task, AnsweredTask):
+            raise ResourceError(
+                f"{bundle.meta.name} was trained for {task.kind}, which engine.kind={spec.kind} does not answer",
+                where="engine.kind",
+                fix=f"engine: {{kind: {right}}}",
+            )
         self.spec, self.bundle, self.labels, self.task = spec, bundle, list(bundle.meta.labels), task
         self.predictor = predictor
         self.on_batch: Callable[[BatchRecord], None] | None = None
@@ -144,8 +153,13 @@ class EncoderEngine:
         torch.set_num_threads(self.spec.num_threads)
         if self.predictor is None:
             precision = None if self.spec.dtype == "auto" else self.spec.dtype
-            self.predictor = load_predictor(self.bundle, precision=precision, device=pick_device(self.spec.num_gpus))
-        self._check_probes(self.predictor)
+            self.predictor = load_answerer(self.bundle, precision=precision, device=pick_device(self.spec.num_gpus))
+        for probe, problem in self._wrong_probes(self.predictor):
+            raise QualityError(
+                problem,
+                where=f"{self.bundle.meta.name}: probe {probe.text[:60]!r}",
+                fix="the same library versions as in the bundle's lineage, or evaluate and store it again",
+            )
 
     def _serve(self) -> None:
         assert self.predictor is not None
@@ -173,22 +187,23 @@ class EncoderEngine:
             self.jobs = deque(job for job in self.jobs if job.is_wanted)
             return list(self.jobs)
 
-    def _step(self, predictor: Predictor, jobs: list[Job]) -> None:
+    def _step(self, predictor: Predictor | MaskedJudge | Seq2SeqJudge, jobs: list[Job]) -> None:
         """One forward over as many rows as fit, taken from the jobs in order."""
         finished: list[tuple[Job, list[Answer] | Exception]] = []
         taken: list[tuple[Job, int]] = []
         try:
-            tokens = self._fill(predictor, jobs, taken)
+            tokens, refused = self._fill(predictor, jobs, taken)
+            self._drop([job for job, _ in refused])
+            _deliver(refused)
             if not taken:
                 return
             # Sequences of one length side by side take one attention call; the answers go back by `order`.
             order = np.argsort([int(_sequences(job).lengths[at]) for job, at in taken], kind="stable")
             batch = _joined([(_sequences(taken[i][0]), taken[i][1]) for i in order])
             began = time.perf_counter()
-            outputs = predictor.forward(pack_rows(batch, range(len(batch))))
+            pieces = predictor.each(batch)
             seconds = time.perf_counter() - began
-            pieces = np.split(outputs, batch.offsets[1:-1]) if predictor.file.PER_TOKEN else np.split(outputs, len(batch))
-            placed: list[np.ndarray] = [outputs] * len(taken)
+            placed: list[Any] = [None] * len(taken)
             for place, piece in zip(order, pieces, strict=True):
                 placed[place] = piece
             waited = [began - job.arrived for job, at in taken if at == 0]
@@ -206,49 +221,71 @@ class EncoderEngine:
         self._drop([job for job, _ in finished])
         _deliver(finished)
 
-    def _fill(self, predictor: Predictor, jobs: list[Job], taken: list[tuple[Job, int]]) -> int:
-        """Put (job, sequence) into `taken` until the token budget is full; at least one. The number of tokens."""
-        tokens = 0
+    def _fill(
+        self, predictor: Answerer, jobs: list[Job], taken: list[tuple[Job, int]]
+    ) -> tuple[int, list[tuple[Job, list[Answer] | Exception]]]:
+        """Put (job, sequence) into `taken` until the batch is full; at least one, if there is one. The number of tokens, and the jobs that
+        ask what this model cannot answer."""
+        tokens, refused = 0, list[tuple[Job, list[Answer] | Exception]]()
         for job in jobs:
             if job.sequences is None:
-                job.encoded = predictor.encode(job.inputs)
+                try:
+                    job.encoded = predictor.encode(job.inputs)
+                except BadExample as error:
+                    refused.append((job, error))
+                    continue
                 job.sequences = job.encoded.sequences
             lengths = job.sequences.lengths
             for at in range(job.next_sequence, len(lengths)):
                 length = int(lengths[at])
-                if taken and tokens + length > self.spec.max_batch_tokens:
-                    return tokens
+                if taken and self._is_full(len(taken), tokens + length):
+                    return tokens, refused
                 taken.append((job, at))
                 tokens += length
-        return tokens
+        return tokens, refused
+
+    def _is_full(self, rows: int, tokens: int) -> bool:
+        """Whether a batch of so many rows takes none that would make it so many tokens."""
+        match self.spec:
+            case Encoder():
+                return tokens > self.spec.max_batch_tokens
+            case EncoderDecoder():
+                return rows >= self.spec.max_num_seqs
 
     def _drop(self, jobs: list[Job]) -> None:
         gone = {id(job) for job in jobs}
         with self.wake:
             self.jobs = deque(job for job in self.jobs if id(job) not in gone)
 
-    def _answers(self, predictor: Predictor, job: Job) -> list[Answer]:
+    def _answers(self, predictor: Answerer, job: Job) -> list[Answer]:
         assert job.encoded is not None
-        found = predictor.predictions(np.concatenate(job.outputs), job.encoded, job.inputs)
+        found = predictor.made_of(job.outputs, job.encoded, job.inputs)
         return [Answer(one, int(length)) for one, length in zip(found, job.encoded.lengths, strict=True)]
 
-    def _check_probes(self, predictor: Predictor) -> None:
-        """What is served is what was evaluated: the probes' answers have to come out again."""
+    def _wrong_probes(self, predictor: Predictor | MaskedJudge | Seq2SeqJudge) -> Iterator[tuple[Probe, str]]:
+        """What is served is what was evaluated: the probes' answers have to come out again. Those that do not, and what came instead."""
         meta = self.bundle.meta
-        if not meta.probes:
+        if not isinstance(predictor, Predictor):
+            within = tolerance(meta, served_in_fp32=not predictor.bf16).logprob
+            for probe in meta.probes:
+                # The evaluation's own tokens are put in, so that a near tie that falls the other way does not make another text.
+                found = predictor.probe_logprobs(probe)
+                if not all(change(one, true) <= within for one, true in zip(found, probe.logprobs, strict=True)):
+                    yield probe, f"the bundle gives {probe.completion!r} {found} where its evaluation gave it {probe.logprobs}"
             return
-        asked = [from_fields(probe.input, self.task) for probe in meta.probes]
-        tolerance = TOLERANCE["quantized" if meta.quantization else "bf16" if predictor.bf16 else "fp32"]
-        for probe, found in zip(meta.probes, predictor.predict(asked), strict=True):
+        tolerated = TOLERANCE["quantized" if meta.quantization else "bf16" if predictor.bf16 else "fp32"]
+        asked = [from_fields(probe.input, predictor.task) for probe in meta.probes]
+        for probe, answer in zip(meta.probes, predictor.predict(asked) if asked else [], strict=True):
             scale = max(1.0, *map(abs, probe.probabilities))
-            change = largest_change(found.probabilities, probe.probabilities) / scale
+            moved = largest_change(answer.probabilities, probe.probabilities) / scale
             # Where the two best answers are near each other rounding may swap them.
-            if change > tolerance or (found.label != probe.label and probe.margin > 2 * tolerance):
-                raise QualityError(
-                    f"the bundle answers {found.label!r} {found.probabilities} "
-                    f"where its evaluation answered {probe.label!r} {probe.probabilities}",
-                    where=f"{meta.name}: probe {probe.text[:60]!r}",
-                    fix="the same library versions as in the bundle's lineage, or evaluate and store it again",
+            if moved > tolerated or (answer.label != probe.label and probe.margin > 2 * tolerated):
+                yield (
+                    probe,
+                    (
+                        f"the bundle answers {answer.label!r} {answer.probabilities} "
+                        f"where its evaluation answered {probe.label!r} {probe.probabilities}"
+                    ),
                 )
 
 

@@ -1,4 +1,4 @@
-"""The encoders' routes: `/v1/classify`, `/v1/answer`, `/v1/embeddings` and the others of the engine's task."""
+"""Routes whose requests are answered as a whole: `/v1/classify`, `/v1/answer`, `/v1/embeddings` and the others of the engine's task."""
 
 from __future__ import annotations
 
@@ -11,16 +11,18 @@ from danlu.errors import RequestError
 from danlu.metrics import catalog
 from danlu.serve.admission import Admission
 from danlu.serve.asgi import Call, Reply, Route, Routes
-from danlu.serve.encoder_wire import Wire, read_json, routes_of
+from danlu.serve.encoder_wire import Wire
 from danlu.serve.engine import Engine
 from danlu.serve.keys import Key
 from danlu.serve.openai.common import ModelCard
 from danlu.serve.openapi import encoder_paths, encoder_try_it
+from danlu.serve.wires import routes_of
 from danlu.spec.serve import Limits
+from danlu.tasks.exchange import BadExample, Written
 
 
 class PredictApi:
-    """The routes of an engine that answers an encoder's task."""
+    """The routes of an engine that answers a task's requests as a whole."""
 
     def __init__(self, engine: Engine, model: str, limits: Limits, admission: Admission, count: Callable[..., None]) -> None:
         self.engine, self.model, self.limits, self.admission, self.count = engine, model, limits, admission, count
@@ -44,7 +46,7 @@ class PredictApi:
         """Nothing here lasts longer than a drain may."""
 
     async def _predict(self, wire: Wire, call: Call) -> Reply:
-        request = wire.parse(read_json(call.body, wire.example), self.limits.max_inputs)
+        request = wire.parse_body(call.body, self.limits.max_inputs)
         check_model(request.model or self.model, [self.model], call.key)
         with self.admission.room_for(1, call.key):
             try:
@@ -56,10 +58,17 @@ class PredictApi:
                     kind="server_error",
                     fix="fewer texts, or again later",
                 ) from error
+            except BadExample as error:
+                raise RequestError(error.problem, param=error.field, fix=error.fix) from error
         num_tokens = sum(answer.num_tokens for answer in answers)
         self.count(catalog.SERVE_INPUTS, len(answers))
         self.count(catalog.SERVE_TOKENS, num_tokens)
         call.facts["inputs"], call.facts["prompt_tokens"] = len(answers), num_tokens
+        if written := [answer.prediction for answer in answers if isinstance(answer.prediction, Written)]:
+            call.facts["completion_tokens"] = made = sum(one.num_tokens for one in written)
+            self.count(catalog.SERVE_COMPLETION_TOKENS, made)
+            for one in written:
+                self.count(catalog.SERVE_SEQUENCES, 1, finish_reason=one.finish_reason)
         return Reply(wire.respond(self.model, request, answers, self.engine.labels))
 
 
