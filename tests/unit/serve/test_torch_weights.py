@@ -70,6 +70,14 @@ def test_answers_are_those_of_the_rounded_weights_with_and_without_an_adapter(ki
     with_engine(engine(base, quantization=kind, kernels=kernels, adapters={"a": str(adapter)}), body)
 
 
+def test_activations_are_what_dtype_says(folders: tuple[Path, Path]) -> None:
+    async def body(made: TorchEngine) -> None:
+        assert {tensor.dtype for kept in made.runner.cache.layers.values() for tensor in kept} == {torch.bfloat16}
+        assert len(ids_of(await ask(made, (7, 8, 9), GREEDY))) == 12
+
+    with_engine(engine(folders[0], quantization="int8", dtype="bf16"), body)
+
+
 @torch.inference_mode()
 def test_a_model_with_nothing_to_round_is_refused(tmp_path: Path) -> None:
     folder = write_family(tmp_path, "gpt2")

@@ -58,7 +58,8 @@ def load(spec: Torch, bundle: Bundle | None) -> Loaded:
         except (OSError, ValueError, KeyError) as error:
             raise ModelError(f"{folder} is no causal language model: {error}", where="engine.model_name_or_path") from error
         if spec.quantization is not None:
-            model = quantize_weights(model, Int8() if spec.quantization == "int8" else Int4()).to(model.dtype)
+            dtype = model.dtype  # what is tied to the head comes back in float32
+            model = quantize_weights(model, Int8() if spec.quantization == "int8" else Int4()).to(dtype)
     # The reference that the engine's answers are compared with: the one implementation that every model has, with all its details.
     model.set_attn_implementation("eager")
     model = model.to(device).eval().requires_grad_(False)
