@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -33,8 +34,10 @@ def test_both_images_run_as_nobody_of_note_and_say_whether_they_are_well() -> No
 
 
 def make(*arguments: str) -> list[str]:
-    """The commands that a target would run."""
-    done = subprocess.run(["make", "-n", "-f", "ops/docker/Makefile", *arguments], capture_output=True, text=True, cwd=ROOT)
+    """The commands that a target would run, also where `make test` runs this."""
+    command = ["make", "-n", "--no-print-directory", "-f", "ops/docker/Makefile", *arguments]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
     assert done.returncode == 0, done.stderr
     return done.stdout.replace("\\\n", "").splitlines()
 
