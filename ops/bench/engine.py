@@ -225,7 +225,7 @@ def with_guesses(folder: Path, streams: dict[int, int], seed: int) -> dict[str, 
     prompt, number, found = prompts(1, seed)[0], 2 * streams[1], {}
 
     async def life(guesses: int) -> None:
-        engine = make_engine(folder, num_speculative_tokens=guesses)
+        engine = make_engine(folder, max_model_len=512, num_speculative_tokens=guesses)
         await engine.start()
         for name, how in texts.items():
             await ask(engine, prompt, 4, **how)
