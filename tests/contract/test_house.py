@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import subprocess
 import sys
 import time
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parents[2]
 HEAVY = {
@@ -157,3 +160,22 @@ def test_help_comes_at_once() -> None:
         return min(time.perf_counter() - began, used)
 
     assert min(seconds() for _ in range(3)) < 0.4
+
+
+TASK_FILES = (
+    "classification", "multi_label", "regression", "extractive_qa", "multiple_choice", "token_classification", "embedding",
+    "pretrain", "chat", "preference", "seq2seq",
+)  # fmt: skip
+IN_ORDER = (
+    "splits", "given_split", "encode_examples", "build_model", "skeleton", "wrap", "loss", "num_targets", "row_outputs", "scores",
+    "predictions",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TASK_FILES)
+def test_a_task_file_has_the_functions_of_all_in_their_order(name: str) -> None:
+    """Some are another task's, taken over by name: `row_outputs = ...`, an import."""
+    body = ast.parse((ROOT / "platform/danlu/tasks" / f"{name}.py").read_text(encoding="utf-8")).body
+    own = [node.name for node in body if isinstance(node, ast.FunctionDef) and node.name in IN_ORDER]
+    assert {"splits", "given_split", "loss", "scores"} <= set(own)
+    assert own == sorted(own, key=IN_ORDER.index)
