@@ -24,6 +24,7 @@ from typing import Any
 
 from harness import DATA, Row, compare, cores, finish, interleave, options, say
 from perplexity import perplexities
+from shape import write_qwen3
 
 VOCABULARY = 25_600
 PROMPT_TOKENS = 32
@@ -36,30 +37,14 @@ ADAPTERS = 4
 
 
 def write_model(folder: Path, *, quick: bool) -> None:
-    import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+    from transformers import PreTrainedTokenizerFast
 
     words = {f"w{i}": i for i in range(VOCABULARY)}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="w0", unk_token="w0", eos_token="w1").save_pretrained(folder)
-    torch.manual_seed(0)
-    config = Qwen3Config(
-        vocab_size=VOCABULARY,
-        hidden_size=768,
-        num_hidden_layers=2 if quick else 12,
-        num_attention_heads=12,
-        num_key_value_heads=4,
-        head_dim=64,
-        intermediate_size=2048,
-        max_position_embeddings=1024,
-        tie_word_embeddings=True,
-        pad_token_id=0,
-        eos_token_id=1,
-    )
-    model = Qwen3ForCausalLM(config).to(dtype())
-    model.save_pretrained(folder)
+    model = write_qwen3(folder, vocab_size=VOCABULARY, eos_token_id=1, dtype=dtype(), quick=quick)
     for name, modules in LORA.items():
         for number in range(ADAPTERS):
             write_adapter(model, folder / name / str(number), modules)

@@ -29,6 +29,7 @@ import aiohttp
 import httpx
 import numpy as np
 from harness import DATA, ROOT, Row, compare, cores, finish, interleave, options, say, stop
+from shape import write_qwen3
 
 from danlu.client.load import Load, bodies
 
@@ -85,7 +86,7 @@ def write_model(folder: Path, *, quick: bool) -> None:
     """Random weights, a byte-level BPE tokenizer and a chat template; no token ends a text, so that everybody makes as many."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+    from transformers import PreTrainedTokenizerFast
 
     size = 25_600
     tokenizer = Tokenizer(models.BPE())
@@ -104,21 +105,7 @@ def write_model(folder: Path, *, quick: bool) -> None:
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<|pad|>", eos_token="<|end|>")
     fast.chat_template = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}<|assistant|>"
     fast.save_pretrained(folder)
-    torch.manual_seed(0)
-    shape = Qwen3Config(
-        vocab_size=size,
-        hidden_size=768,
-        num_hidden_layers=2 if quick else 12,
-        num_attention_heads=12,
-        num_key_value_heads=4,
-        head_dim=64,
-        intermediate_size=2048,
-        max_position_embeddings=1024,
-        tie_word_embeddings=True,
-        pad_token_id=0,
-        eos_token_id=None,
-    )
-    Qwen3ForCausalLM(shape).to(torch.bfloat16).save_pretrained(folder)
+    write_qwen3(folder, vocab_size=size, eos_token_id=None, dtype=torch.bfloat16, quick=quick)
 
 
 @contextmanager

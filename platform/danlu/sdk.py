@@ -18,7 +18,7 @@ from danlu.artifact.runs import SPEC, RunFolder, latest_run, open_run
 from danlu.artifact.store import Store, ensure_writable
 from danlu.benchmark import run_harness, run_suite, suite_text
 from danlu.errors import DanluError, DataError, ModelError, ResourceError
-from danlu.examine import Examined, clean, compare, data_report, examine, explain, scores_json, write_files
+from danlu.examine import Examined, compare, examine, explain, scores_json, write_files
 from danlu.handover import (
     LATEST,
     PRODUCTION,
@@ -34,6 +34,7 @@ from danlu.handover import (
     within_budget,
 )
 from danlu.report import report
+from danlu.rows import clean, data_report
 from danlu.served import Exchange, check_served, exchanges
 from danlu.spec.files import dump
 from danlu.spec.parallel import DeepSpeed

@@ -47,7 +47,7 @@ from danlu.spec.task import (
 from danlu.spec.tuning import Adapter, Qlora, VirtualTokens
 from danlu.tasks import bottleneck
 from danlu.tasks.answers import MaskedJudge, Seq2SeqJudge
-from danlu.tasks.judge import DecoderJudge, LanguageJudge, PreferenceJudge, end_ids
+from danlu.tasks.judge import DecoderJudge, LanguageJudge, PreferenceJudge, RowScorer, end_ids
 from danlu.tasks.packed import PackedEncoder, PackedModel
 from danlu.tasks.predictor import Predictor
 from danlu.tasks.prompted import load_prompt
@@ -68,7 +68,7 @@ def load_judge(bundle: Bundle) -> Predictor | LanguageJudge:
         case Preference() as task:
             judge = PreferenceJudge(**_judged(bundle), task=task, end_ids=_end_ids(bundle))
             if task.has_reference:
-                judge.start = lambda: _start_judge(bundle, task)
+                judge.start = lambda: _start_scorer(bundle, task)
             return judge
         case Seq2Seq() as task:
             return Seq2SeqJudge(**_judged(bundle), task=task)
@@ -116,8 +116,8 @@ def _end_ids(bundle: Bundle) -> list[int]:
     return end_ids([folder], load_tokenizer(folder))
 
 
-def _start_judge(bundle: Bundle, task: LanguageTask) -> LanguageJudge:
-    """The judge of the model that the bundle's training started from."""
+def _start_scorer(bundle: Bundle, task: LanguageTask) -> RowScorer:
+    """The model that the bundle's training started from."""
     meta = bundle.meta
     whole = meta.base_model is None
     folder = model_folder(Model.model_validate(meta.lineage.spec["model"])) if whole else _base_folder(bundle)
@@ -127,7 +127,7 @@ def _start_judge(bundle: Bundle, task: LanguageTask) -> LanguageJudge:
         model = task_file(task).build_model(folder, meta.labels)
     tokenizer = load_tokenizer(bundle.path / "model")
     bf16 = meta.precision == "bf16"
-    return LanguageJudge(task_file(task).wrap(model, task), tokenizer, max_length=meta.max_length, task=task, bf16=bf16)
+    return RowScorer(task_file(task).wrap(model, task), tokenizer, max_length=meta.max_length, task=task, bf16=bf16)
 
 
 def _trained_in(bundle: Bundle) -> torch.dtype:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -45,8 +46,8 @@ class Completion:
         return {"completion": self.completion, "mean_logprob": round(mean, 4), "tokens": len(self.token_ids), "text": self.text}
 
 
-class LanguageJudge:
-    """What every language task's judge has: outputs and scores of a split, as training made them."""
+class RowScorer:
+    """A language model that reads a task's rows: outputs and scores of a split, as training made them."""
 
     def __init__(
         self, model: PackedModel, tokenizer: PreTrainedTokenizerBase, *, max_length: int, task: LanguageTask, bf16: bool = False
@@ -78,17 +79,21 @@ class LanguageJudge:
         """The task's scores of a split's outputs."""
         return self.file.scores(outputs, split, (), self.task)
 
-    def answers(self, texts: Sequence[str]) -> list[Completion]:
-        """What the model makes of texts."""
-        raise NotImplementedError(type(self).__name__)
-
-    def probes(self, split: Split, rows: Sequence[int]) -> list[Probe]:
-        """The named rows with the answers that whoever serves the bundle must give."""
-        raise NotImplementedError(type(self).__name__)
-
     def autocast(self) -> torch.autocast:
         """What the bundle was evaluated in."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
+
+
+class LanguageJudge(RowScorer, ABC):
+    """What every language task's judge can do beside: answer texts, and give probes."""
+
+    @abstractmethod
+    def answers(self, texts: Sequence[str]) -> list[Completion]:
+        """What the model makes of texts."""
+
+    @abstractmethod
+    def probes(self, split: Split, rows: Sequence[int]) -> list[Probe]:
+        """The named rows with the answers that whoever serves the bundle must give."""
 
 
 class DecoderJudge(LanguageJudge):
@@ -203,7 +208,7 @@ class DecoderJudge(LanguageJudge):
 class PreferenceJudge(DecoderJudge):
     """A decoder that is compared with its start model: `start` loads that one when rows come without its log probabilities."""
 
-    start: Callable[[], LanguageJudge] | None = None
+    start: Callable[[], RowScorer] | None = None
 
     def outputs(self, split: Split, *, batch_tokens: int = 2048) -> np.ndarray:
         """`row_outputs` with the start model's log probabilities."""
