@@ -208,9 +208,9 @@ def _delta(delta: Mapping[str, Any]) -> str:
         for metric, before in delta["original"].items()
     ]
     spread = f"{delta['speedup_min']:.2f}-{delta['speedup_max']:.2f} over {delta['runs']} interleaved runs"
-    before, after = delta["rows_per_second_original"], delta["rows_per_second"]
+    before, after = delta["rate_original"], delta["rate"]
     rows += [
-        (delta["rate"], f"{before:.0f}", f"{after:.0f}", f"{delta['speedup']:.2f}x ({spread})"),
+        (delta["unit"], f"{before:.0f}", f"{after:.0f}", f"{delta['speedup']:.2f}x ({spread})"),
         (
             "MB of weights",
             f"{delta['bytes_original'] / 1e6:.1f}",

@@ -32,7 +32,7 @@ class Evaluation:
 @dataclass(frozen=True)
 class Delta:
     """A compressed version beside its original, on the same rows. Speed ratios are medians of interleaved runs: of scoring rows, or of a
-    language model making tokens, as `rate` says."""
+    language model making tokens, as `unit` says."""
 
     name: str
     original: dict[str, float]
@@ -41,8 +41,8 @@ class Delta:
     """Share of rows with the same answer; None where answers are numbers alone."""
     largest_probability_change: float
     """Of a language model, of the mean (geometric) probability of a row's tokens."""
-    rows_per_second_original: float
-    rows_per_second: float
+    rate_original: float
+    rate: float
     speedup: float
     speedup_min: float
     speedup_max: float
@@ -51,7 +51,7 @@ class Delta:
     bytes: int
     num_rows: int
     split: str
-    rate: str = "rows a second"
+    unit: str = "rows a second"
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form."""
@@ -68,7 +68,7 @@ class Delta:
         lines.append(f"  {'largest prob. change':<24} {'':>12} {self.largest_probability_change:>12.4f} {'':>12}")
         spread = f"{self.speedup_min:.2f}-{self.speedup_max:.2f}"
         lines.append(
-            f"  {self.rate:<24} {self.rows_per_second_original:>12.0f} {self.rows_per_second:>12.0f} {self.speedup:>11.2f}x"
+            f"  {self.unit:<24} {self.rate_original:>12.0f} {self.rate:>12.0f} {self.speedup:>11.2f}x"
             f"  ({spread} over {self.runs} interleaved runs)"
         )
         ratio = self.bytes_original / self.bytes
@@ -80,7 +80,7 @@ class Delta:
 class Race:
     """Two models in turns: what each run made, how much of it, and its seconds, the original's first."""
 
-    rate: str
+    unit: str
     number: int
     seconds: list[tuple[float, float]]
 
@@ -132,8 +132,8 @@ def compare(
         compressed=dict(after.scores.metrics()),
         agreement=agreement,
         largest_probability_change=change,
-        rows_per_second_original=race.number / median(one for one, _ in race.seconds),
-        rows_per_second=race.number / median(other for _, other in race.seconds),
+        rate_original=race.number / median(one for one, _ in race.seconds),
+        rate=race.number / median(other for _, other in race.seconds),
         speedup=median(ratios),
         speedup_min=min(ratios),
         speedup_max=max(ratios),
@@ -142,7 +142,7 @@ def compare(
         bytes=bytes_compressed,
         num_rows=len(split),
         split=split_name,
-        rate=race.rate,
+        unit=race.unit,
     )
 
 
