@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from types import TracebackType
 from typing import Any, Literal
 
 from danlu.errors import ResourceError, SpecError
@@ -24,8 +25,7 @@ Attributes = Mapping[str, Any]
 """By OpenTelemetry's names where it has one; None is left out."""
 
 _OFF: AbstractContextManager[Any] = nullcontext()
-_tracer: Any = None
-_provider: Any = None
+_sdk: _Sdk | None = None
 
 
 def begin(service: str, *, exporter: Any = None, **resource: str) -> None:
@@ -33,17 +33,11 @@ def begin(service: str, *, exporter: Any = None, **resource: str) -> None:
 
     ResourceError if what is asked for is not installed.
     """
-    global _tracer, _provider
-    if _tracer is not None or (exporter is None and (exporter := asked_exporter()) is None):
+    global _sdk
+    if _sdk is not None or (exporter is None and (exporter := asked_exporter()) is None):
         return
-    from opentelemetry.sdk.resources import Resource
-    from opentelemetry.sdk.trace import TracerProvider
-    from opentelemetry.sdk.trace.export import BatchSpanProcessor
-
     name = {} if os.environ.get("OTEL_SERVICE_NAME") else {"service.name": service}
-    _provider = TracerProvider(resource=Resource.create({**name, **resource}))
-    _provider.add_span_processor(BatchSpanProcessor(exporter))
-    _tracer = _provider.get_tracer("danlu")
+    _sdk = _Sdk(exporter, {**name, **resource})
 
 
 def asked_exporter() -> Any:
@@ -61,21 +55,21 @@ def asked_exporter() -> Any:
 
 def end() -> None:
     """Send what is left; no more spans."""
-    global _tracer, _provider
-    if _provider is not None:
-        _provider.shutdown()
-    _tracer = _provider = None
+    global _sdk
+    if _sdk is not None:
+        _sdk.provider.shutdown()
+    _sdk = None
 
 
 def flush() -> None:
     """Send what there is."""
-    if _provider is not None:
-        _provider.force_flush()
+    if _sdk is not None:
+        _sdk.provider.force_flush()
 
 
 def is_on() -> bool:
     """Whether spans are made."""
-    return _tracer is not None
+    return _sdk is not None
 
 
 def span(
@@ -89,46 +83,37 @@ def span(
 
     An exception marks it as failed by its type alone: messages may quote what a user wrote.
     """
-    return _OFF if _tracer is None else _span(name, kind, carrier, attributes or {})
+    return _OFF if _sdk is None else _Span(_sdk, name, kind, carrier, attributes or {})
 
 
 def add(name: str, began: float, ended: float, attributes: Attributes | None = None) -> None:
-    """A span that is over, under the current one. Times are time.perf_counter()'s."""
-    if _tracer is None:
-        return
-    # Spans are dated by the clock on the wall.
-    offset = time.time_ns() - time.perf_counter_ns()
-    found = _tracer.start_span(name, start_time=int(began * 1e9) + offset, attributes=_known(attributes or {}))
-    found.end(int(ended * 1e9) + offset)
+    """A span that is over, under the current one; none if that is not sampled. Times are time.perf_counter()'s."""
+    if _sdk is not None and (parent := _sdk.current()).is_recording():
+        _sdk.hand_over(name, parent.get_span_context(), began, ended, _known(attributes or {}))
 
 
 def note(attributes: Attributes, *, failed: bool = False) -> None:
     """More attributes for the current span."""
-    if _tracer is not None:
-        from opentelemetry import trace
-
-        found = trace.get_current_span()
+    if _sdk is not None and (found := _sdk.current()).is_recording():
         found.set_attributes(_known(attributes))
         if failed:
-            found.set_status(trace.StatusCode.ERROR)
+            found.set_status(_sdk.failed)
 
 
 def carrier() -> dict[str, str]:
     """The headers that hand the current trace on; none where there is none."""
     found: dict[str, str] = {}
-    if _tracer is not None:
-        _propagator().inject(found)
+    if _sdk is not None:
+        _sdk.propagator.inject(found)
     return found
 
 
 def trace_id() -> str:
     """Of the current trace, as 32 hexadecimal digits; empty where there is none."""
-    if _tracer is None:
+    if _sdk is None:
         return ""
-    from opentelemetry import trace
-
-    context = trace.get_current_span().get_span_context()
-    return trace.format_trace_id(context.trace_id) if context.is_valid else ""
+    context = _sdk.current().get_span_context()
+    return f"{context.trace_id:032x}" if context.is_valid else ""
 
 
 def from_environment() -> dict[str, str]:
@@ -141,32 +126,70 @@ def to_environment(headers: Mapping[str, str]) -> dict[str, str]:
     return {name: headers[header] for name, header in PARENT.items() if header in headers}
 
 
-@contextmanager
-def _span(name: str, kind: str, carrier: Mapping[str, str] | None, attributes: Attributes) -> Iterator[Any]:
-    from opentelemetry.trace import SpanKind, StatusCode
+class _Sdk:
+    """OpenTelemetry's SDK, looked up once: a request is short, and a span is made in each."""
 
-    context = _propagator().extract(carrier) if carrier else None
-    with _tracer.start_as_current_span(
-        name,
-        context=context,
-        kind=SpanKind[kind.upper()],
-        attributes=_known(attributes),
-        record_exception=False,
-        set_status_on_exception=False,
-    ) as found:
-        try:
-            yield found
-        except BaseException as error:
-            found.set_attribute("error.type", type(error).__name__)
-            found.set_status(StatusCode.ERROR)
-            raise
+    def __init__(self, exporter: Any, resource: Mapping[str, str]) -> None:
+        from opentelemetry import context, trace
+        from opentelemetry.sdk.resources import Resource
+        from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
+        from opentelemetry.sdk.trace.export import BatchSpanProcessor
+        from opentelemetry.sdk.util.instrumentation import InstrumentationScope
+        from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+        self.provider = TracerProvider(resource=Resource.create(resource))
+        self.processor = BatchSpanProcessor(exporter)
+        self.provider.add_span_processor(self.processor)
+        self.tracer = self.provider.get_tracer("danlu")
+        # W3C trace context, whatever else somebody has set up in this process.
+        self.propagator = TraceContextTextMapPropagator()
+        self.current, self.entered = trace.get_current_span, trace.set_span_in_context
+        self.attach, self.detach = context.attach, context.detach
+        self.kinds = {kind.name.lower(): kind for kind in trace.SpanKind}
+        self.failed = trace.StatusCode.ERROR
+        self.finished, self.context, self.scope = ReadableSpan, trace.SpanContext, InstrumentationScope("danlu")
+
+    def hand_over(self, name: str, parent: Any, began: float, ended: float, attributes: dict[str, Any]) -> None:
+        """A span that is over goes to where spans go that end: what the SDK does for one that is still to begin, nobody needs."""
+        # Spans are dated by the clock on the wall.
+        offset = time.time_ns() - time.perf_counter_ns()
+        number = self.provider.id_generator.generate_span_id()
+        its = self.context(parent.trace_id, number, False, parent.trace_flags, parent.trace_state)
+        self.processor.on_end(
+            self.finished(
+                name,
+                context=its,
+                parent=parent,
+                resource=self.provider.resource,
+                attributes=attributes,
+                instrumentation_scope=self.scope,
+                start_time=int(began * 1e9) + offset,
+                end_time=int(ended * 1e9) + offset,
+            )
+        )
 
 
-def _propagator() -> Any:
-    """W3C trace context, whatever else somebody has set up in this process."""
-    from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+class _Span:
+    """A span while a block runs."""
 
-    return TraceContextTextMapPropagator()
+    __slots__ = ("attributes", "carrier", "kind", "made", "name", "sdk", "token")
+
+    def __init__(self, sdk: _Sdk, name: str, kind: str, carrier: Mapping[str, str] | None, attributes: Attributes) -> None:
+        self.sdk, self.name, self.kind, self.carrier, self.attributes = sdk, name, kind, carrier, attributes
+
+    def __enter__(self) -> Any:
+        sdk = self.sdk
+        context = sdk.propagator.extract(self.carrier) if self.carrier else None
+        self.made = sdk.tracer.start_span(self.name, context, sdk.kinds[self.kind], _known(self.attributes))
+        self.token = sdk.attach(sdk.entered(self.made))
+        return self.made
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.sdk.detach(self.token)
+        if kind is not None:
+            self.made.set_attribute("error.type", kind.__name__)
+            self.made.set_status(self.sdk.failed)
+        self.made.end()
 
 
 def _is_asked() -> bool:

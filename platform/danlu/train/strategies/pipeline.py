@@ -97,9 +97,11 @@ class PipelineStrategy:
         torch.manual_seed(torch.initial_seed() + self.grid.pipe_rank)
         turns = torch.arange(len(micro_batches))
         losses: list[torch.Tensor] = []
-        self.schedule.step(turn=turns, target=turns, losses=losses, return_outputs=False)
+        with self.setup.exchange.waiting():
+            self.schedule.step(turn=turns, target=turns, losses=losses, return_outputs=False)
         total = torch.stack([its.detach() for its in losses]).sum() / scale if losses else torch.zeros((), device=self.setup.device)
-        dist.all_reduce(total, group=self.grid.pipe)  # the last stage's, and zeros
+        with self.setup.exchange.waiting():
+            dist.all_reduce(total, group=self.grid.pipe)  # the last stage's, and zeros
         return total
 
     def _make_schedule(self, passes: int, loss: Any) -> Any:
@@ -171,10 +173,18 @@ class PackedStage(PipelineStage):
     tokens: Sequence[int] = ()
 
     def __init__(self, stage: Stage, hidden_size: int, num_stages: int, setup: Setup, group: Any) -> None:
-        self.hidden_size = hidden_size
+        self.hidden_size, self.exchange = hidden_size, setup.exchange
         hidden = torch.empty(1, 1, hidden_size, device=setup.device, requires_grad=True)
         given = () if stage.index == 0 else (hidden,)
         super().__init__(stage, stage.index, num_stages, setup.device, given, (hidden,), group=group)
+
+    def forward_one_chunk(self, *args: Any, **kwargs: Any) -> Any:
+        with self.exchange.computing():
+            return super().forward_one_chunk(*args, **kwargs)
+
+    def backward_one_chunk(self, *args: Any, **kwargs: Any) -> Any:
+        with self.exchange.computing():
+            return super().backward_one_chunk(*args, **kwargs)
 
     def clear_runtime_states(self) -> None:
         super().clear_runtime_states()
