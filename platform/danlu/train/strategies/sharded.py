@@ -53,7 +53,7 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
 
 def scale(gradients: Sequence[torch.Tensor], norm: float, limit: float | None) -> None:
     """Multiply like clip_grad_norm_, epsilon included."""
-    if limit is not None and norm > limit:
+    if gradients and limit is not None and norm > limit:  # a stage of frozen layers has none
         torch._foreach_mul_(list(gradients), limit / (norm + 1e-6))
 
 
