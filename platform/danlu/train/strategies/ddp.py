@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
@@ -21,6 +20,9 @@ FILE = "ddp.pt"
 
 class DdpStrategy(OneByOne):
     """bf16 and fp16 are autocast over float32 weights."""
+
+    computed: float | None = None
+    """When a backward had nothing left to compute."""
 
     def prepare(self, model: nn.Module, setup: Setup) -> nn.Module:
         self.setup = setup
@@ -35,7 +37,7 @@ class DdpStrategy(OneByOne):
             self.model.register_comm_hook(None, lambda group, bucket: self._average(group, bucket))
         return self.model
 
-    def _average(self, group: Any, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+    def _average(self, group: Any, bucket: Any) -> torch.futures.Future[torch.Tensor]:
         """What DDP does without a hook; with the last bucket there is nothing left to compute."""
         averaged = allreduce_hook(group, bucket)
         if bucket.is_last():
@@ -43,7 +45,7 @@ class DdpStrategy(OneByOne):
         return averaged
 
     def backward(self, loss: torch.Tensor) -> None:
-        self.computed: float | None = None
+        self.computed = None
         super().backward(loss)
         if self.computed is not None:
             self.setup.exchange.waited_since(self.computed)

@@ -65,7 +65,7 @@ class GridStep:
         setup = self.setup
         with setup.exchange.waiting():
             gradients = self._exchange()
-        if setup.loss_scale is not None:
+        if setup.loss_scale is not None and gradients:
             setup.loss_scale.unscale(gradients)
         grad_norm = self._norm()
         sharded.scale(gradients, grad_norm, setup.optim.max_grad_norm)
