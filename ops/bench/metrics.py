@@ -90,6 +90,7 @@ def some_spans() -> float:
             if traces.is_on():
                 traces.add("queue", 1.0, 2.0)
                 traces.add("forward", 1.0, 2.0, {"danlu.inputs": 1})
+                traces.trace_id()
                 traces.note({"http.response.status_code": 200, "gen_ai.usage.input_tokens": 34})
     return (time.perf_counter() - began) / STEPS
 

@@ -78,14 +78,16 @@ class Lines(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         told = {**_process, **about.get(), **getattr(record, "about", {})}
-        stack = "\n".join(filter(None, [self.formatException(record.exc_info) if record.exc_info else "", record.stack_info or ""]))
+        stack = ""
+        if record.exc_info or record.stack_info:
+            stack = "\n".join(filter(None, [self.formatException(record.exc_info) if record.exc_info else "", record.stack_info or ""]))
         if self.as_json:
             when = f"{_second(int(record.created))}.{int(record.msecs):03}Z"
-            head = {"time": when, "level": record.levelname, "logger": record.name}
-            return _as_json(head | {"message": record.getMessage()} | told | ({"stack": stack} if stack else {}))
+            line = {"time": when, "level": record.levelname, "logger": record.name, "message": record.getMessage(), **told}
+            return _as_json(line | {"stack": stack} if stack else line)
         ids = "".join(f"  {name}={_quoted(value)}" for name, value in told.items())
-        line = f"{_second(int(record.created))[11:]} {record.levelname} {record.name}: {record.getMessage()}{ids}"
-        return f"{line}\n{stack}" if stack else line
+        text = f"{_second(int(record.created))[11:]} {record.levelname} {record.name}: {record.getMessage()}{ids}"
+        return f"{text}\n{stack}" if stack else text
 
 
 @lru_cache(maxsize=2)

@@ -232,7 +232,7 @@ def _largest_part(pipe: Pipeline, numbers: _Numbers) -> tuple[int, int]:
         first, last = rank == 0, rank == pipe.pipeline_parallel_size - 1
         whole = numbers.embeddings if first or (last and numbers.tied) else 0
         held = inside + whole + (numbers.behind if last else 0)
-        found.append((held, held - (frozen if whole else 0)))
+        found.append((held, min(numbers.trainable, held - (frozen if whole else 0))))
     return max(found)
 
 

@@ -13,6 +13,7 @@ from danlu.spec.files import dump
 if TYPE_CHECKING:
     from danlu.evaluate.analysis import Analysis
     from danlu.evaluate.explain import Word
+    from danlu.evaluate.plots import Plot
     from danlu.served import Exchange
     from danlu.tasks.exchange import Example
 
@@ -68,6 +69,17 @@ def report(
     }
     trained.run.write(SCORES, json.dumps({"bundle": trained.reference, **scores}, ensure_ascii=False, indent=1) + "\n")
     return trained.run.write(REPORT, render(data))
+
+
+def plots(prepared: Prepared, trained: Trained) -> list[Plot]:
+    """What the report draws, one by one."""
+    from danlu.evaluate.plots import plots as drawn
+
+    splits = {"dev": prepared.splits.dev, "test": prepared.splits.test}
+    scored = {
+        name: (split, trained.evaluations[name]) for name, split in splits.items() if split is not None and name in trained.evaluations
+    }
+    return drawn(f"{prepared.job.name} {trained.run.number:04d}", trained.run.records(), trained.bundle.meta.task, scored)
 
 
 def _explained(trained: Trained, examples: Sequence[Example]) -> Sequence[Sequence[Word]]:

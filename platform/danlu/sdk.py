@@ -33,7 +33,7 @@ from danlu.handover import (
     split_for,
     within_budget,
 )
-from danlu.report import report
+from danlu.report import plots, report
 from danlu.rows import clean, data_report
 from danlu.served import Exchange, check_served, exchanges
 from danlu.spec.files import dump
@@ -155,8 +155,9 @@ def train(
             trained = _scored(prepared, run, outcome, digest)
             scores = {split: evaluation.scores.metrics() for split, evaluation in trained.evaluations.items()}
             meta = trained.bundle.meta
-            made = {"bundle": trained.reference, "digest": meta.digest, "scores": scores}
-            track.made({**made, "lineage": meta.lineage.model_dump(mode="json", exclude={"spec"})})
+            made: dict[str, Any] = {"bundle": trained.reference, "digest": meta.digest, "scores": scores}
+            made |= {"lineage": meta.lineage.model_dump(mode="json", exclude={"spec"})}
+            track.made(made, lambda: plots(prepared, trained))
     except BaseException as error:
         reason = str(error) if isinstance(error, DanluError) else repr(error)
         run.set_status("failed", spec_digest=digest, reason=reason or type(error).__name__)

@@ -10,9 +10,10 @@ import importlib.util
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
@@ -21,6 +22,9 @@ from danlu.artifact.runs import RunFolder
 from danlu.errors import SpecError
 from danlu.spec.files import dump
 from danlu.spec.train import TrainJob
+
+if TYPE_CHECKING:
+    from danlu.evaluate.plots import Plot
 
 log = logging.getLogger(__name__)
 
@@ -34,8 +38,8 @@ class Tracker(Protocol):
         """Numbers of a step."""
         ...
 
-    def made(self, result: Mapping[str, Any]) -> None:
-        """What came of it (see `Tracking.made`), and the spec beside it."""
+    def made(self, result: Mapping[str, Any], plots: Sequence[Plot]) -> None:
+        """What came of it (see `Tracking.made`), the spec beside it, and what the run's report draws."""
         ...
 
     def close(self) -> None:
@@ -86,9 +90,10 @@ class Tracking:
         if found := numbers(record):
             self._each(lambda tracker: tracker.log(record["step"], found))
 
-    def made(self, result: Mapping[str, Any]) -> None:
-        """Keep what came of it: the bundle, its scores and its lineage, as JSON has them."""
-        self._each(lambda tracker: tracker.made(result))
+    def made(self, result: Mapping[str, Any], plots: Callable[[], Sequence[Plot]] = list) -> None:
+        """Keep what came of it: the bundle, its scores and its lineage, as JSON has them; and plots, drawn if anybody keeps them."""
+        drawn = cache(plots)
+        self._each(lambda tracker: tracker.made(result, drawn()))
 
     def close(self) -> None:
         """Write what is left."""
@@ -148,8 +153,11 @@ class _TensorBoard:
         for name, value in numbers.items():
             self.writer.add_scalar(name, value, step)
 
-    def made(self, result: Mapping[str, Any]) -> None:
+    def made(self, result: Mapping[str, Any], plots: Sequence[Plot]) -> None:
         self.writer.add_text("result", _indented(json.dumps(result, ensure_ascii=False, indent=1)))
+        for plot in plots:
+            if plot.table:  # it draws the curves itself, and shows Markdown, but no HTML
+                self.writer.add_text(f"plots/{plot.name}", plot.table)
 
     def close(self) -> None:
         self.writer.close()
@@ -176,7 +184,7 @@ class _Wandb:
         # W&B drops a step that went back, as a resumed run does: the step is a number of its own besides.
         self.run.log({**numbers, "step": step})
 
-    def made(self, result: Mapping[str, Any]) -> None:
+    def made(self, result: Mapping[str, Any], plots: Sequence[Plot]) -> None:
         import wandb
 
         self.run.summary.update(_flat(result))
@@ -185,6 +193,9 @@ class _Wandb:
             with artifact.new_file(name) as file:
                 file.write(text)
         self.run.log_artifact(artifact)
+        if plots:
+            # Its own CSS would be put before ours.
+            self.run.log({f"plots/{plot.name}": wandb.Html(plot.html, inject=False) for plot in plots})
 
     def close(self) -> None:
         self.run.finish()
@@ -214,11 +225,13 @@ class _MLflow:
         for name, value in numbers.items():
             self.client.log_metric(self.id, name, value, step=step)
 
-    def made(self, result: Mapping[str, Any]) -> None:
+    def made(self, result: Mapping[str, Any], plots: Sequence[Plot]) -> None:
         for name, value in _flat({**result, "lineage": {}}).items():
             self.client.set_tag(self.id, name, value)
         for name, text in _files(self.job, result).items():
             self.client.log_text(self.id, text, name)
+        for plot in plots:
+            self.client.log_text(self.id, plot.html, f"plots/{plot.name}.html")
 
     def close(self) -> None:
         self.client.set_terminated(self.id)

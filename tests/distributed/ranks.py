@@ -1,8 +1,9 @@
 """Runs training cases on a process group of gloo ranks and writes the losses and gradient norms as JSON; beside them, in OUT.events, what
-happened in each, and in OUT.errors what a full disk made of it.
+happened in each, in OUT.errors what a full disk made of it, in OUT.phases where rank 0's steps spent their time.
 
 python ranks.py WORLD MODEL TRAIN_CSV OUT CASE.json   (CASE.json: {name: {overrides of the TrainJob}}; "folder" there is another model,
-"full_disk_on" the rank that can write nothing after the first checkpoint, "goes_on_from" an earlier case, whose last checkpoint is lost)
+"full_disk_on" the rank that can write nothing after the first checkpoint, "goes_on_from" an earlier case, whose last checkpoint is lost,
+"slow_on" the rank whose layers take SLOW_S longer)
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -24,6 +26,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch import nn
+from torch.nn.modules.module import register_module_forward_hook
 
 from danlu.errors import StorageError
 from danlu.spec.train import TrainJob
@@ -34,6 +38,7 @@ from danlu.train.run import EventRecord, LocalRun, RayRun, Record, StepRecord
 
 WAIT = timedelta(seconds=90)
 """How long a rank waits for another one: a test that hangs says so."""
+SLOW_S = 0.06
 
 Curve = list[tuple[float, float]]
 """(loss, gradient norm) of each step."""
@@ -46,6 +51,8 @@ class Told:
     curves: dict[str, Curve]
     events: dict[str, list[tuple[str, str]]]
     errors: dict[str, list[tuple[str, float]]]
+    phases: dict[str, list[dict[str, float]]]
+    """Seconds of each step by what they went into, and `step`: all of them."""
 
 
 def on_ranks(world: int, cases: dict[str, dict[str, Any]], folder: Path, *, model: Path | str = "-", train_file: str = "-.csv") -> Told:
@@ -54,7 +61,7 @@ def on_ranks(world: int, cases: dict[str, dict[str, Any]], folder: Path, *, mode
     arguments = [str(world), str(model), train_file, str(folder / "out.json"), str(folder / "cases.json")]
     done = subprocess.run([sys.executable, __file__, *arguments], capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr[-4000:]
-    return Told(*(json.loads((folder / f"out.json{end}").read_text()) for end in ("", ".events", ".errors")))
+    return Told(*(json.loads((folder / f"out.json{end}").read_text()) for end in ("", ".events", ".errors", ".phases")))
 
 
 def job_of(model: str, train_file: str, overrides: dict[str, Any]) -> TrainJob:
@@ -105,6 +112,22 @@ def limit_files(num_bytes: int) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
 
 
+@contextmanager
+def slowed() -> Iterator[None]:
+    """Each forward of an encoder's layer takes this rank `SLOW_S` longer while it trains."""
+    from transformers.models.bert.modeling_bert import BertLayer
+
+    def wait(module: nn.Module, *_: Any) -> None:
+        if module.training and isinstance(module, BertLayer):
+            time.sleep(SLOW_S)
+
+    handle = register_module_forward_hook(wait)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
 def on_a_full_disk(job: TrainJob, victim: int, run_uri: str) -> list[tuple[str, float]]:
     """What each rank raised, and the seconds from the disk's being full until then."""
     run = FullDisk([].append, victim)
@@ -126,7 +149,7 @@ def _rank(rank: int, world: int, listener: socket.socket, model: str, train_file
     listens = {"is_master": True, "master_listen_fd": listener.detach()} if rank == 0 else {}
     store = dist.TCPStore(host, port, world, timeout=WAIT, **listens)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=WAIT)
-    curves, events, errors = {}, {}, {}
+    curves, events, errors, phases = {}, {}, {}, {}
     for name, overrides in json.loads(Path(cases).read_text()).items():
         records: list[Any] = []
         run_uri = overrides.pop("run_uri", None) or f"{out}.{name}"
@@ -135,17 +158,20 @@ def _rank(rank: int, world: int, listener: socket.socket, model: str, train_file
                 shutil.copytree(f"{out}.{before}", run_uri)
                 (Path(run_uri) / "checkpoints" / "step-000004" / "manifest.json").unlink()
             dist.barrier()
-        victim = overrides.pop("full_disk_on", None)
+        victim, slow = overrides.pop("full_disk_on", None), overrides.pop("slow_on", None)
         job = job_of(overrides.pop("folder", model), train_file, overrides)
         if victim is not None:
             errors[name] = on_a_full_disk(job, victim, run_uri)
             continue
-        curves[name] = curve(job, RayRun(torch.device("cpu"), records.append), records, run_uri)
+        with nullcontext() if slow != rank else slowed():
+            curves[name] = curve(job, RayRun(torch.device("cpu"), records.append), records, run_uri)
         events[name] = [(record.event, record.detail) for record in records if isinstance(record, EventRecord)]
+        phases[name] = [record.phases | {"step": record.step_seconds} for record in records if isinstance(record, StepRecord)]
     if rank == 0:
         Path(out).write_text(json.dumps(curves))
         Path(f"{out}.events").write_text(json.dumps(events))
         Path(f"{out}.errors").write_text(json.dumps(errors))
+        Path(f"{out}.phases").write_text(json.dumps(phases))
     dist.destroy_process_group()
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from ranks import Curve, curve, job_of, on_ranks
+from ranks import SLOW_S, Curve, Told, curve, job_of, on_ranks
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from danlu.spec.train import TrainJob
@@ -40,6 +40,8 @@ IN_HALF = [*((name, "bf16") for name in SEVERAL), *((name, "fp16") for name in (
 """DeepSpeed has no float16 on a CPU."""
 RESHAPED = ["ddp", "zero1", "zero2", "zero3", "fsdp"]
 """Strategies whose checkpoints another number of workers can go on from."""
+WAITING = ["ddp", "fsdp", "pipeline"]
+"""Strategies that tell how long a worker waits for others."""
 PLACES = 5
 
 
@@ -116,10 +118,13 @@ def plain_decoder(tiny_decoder: Path, topic_files: dict[str, str]) -> tuple[Curv
 
 
 @pytest.fixture(scope="module")
-def two_ranks(
-    tiny_model: Path, tiny_decoder: Path, topic_files: dict[str, str], tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, Curve]:
-    """Curves of every strategy and accumulation on two gloo ranks, in one pair of processes."""
+def two_ranks(told: Told) -> dict[str, Curve]:
+    return told.curves
+
+
+@pytest.fixture(scope="module")
+def told(tiny_model: Path, tiny_decoder: Path, topic_files: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Told:
+    """What two gloo ranks tell of every strategy and accumulation, in one pair of processes."""
     folder = tmp_path_factory.mktemp("two-ranks")
     cases = {
         f"{name}-{accumulation}": {"parallel": parallel, "workers": {"num_workers": 2}, "micro_batch_size": 8 // accumulation}
@@ -143,7 +148,9 @@ def two_ranks(
     for name, precision in IN_HALF:
         shape = {"parallel": SEVERAL[name], "workers": {"num_workers": 2}, "micro_batch_size": 8, "precision": precision}
         cases[f"{name}-{precision}"] = {"folder": str(tiny_decoder)} | decoder_case(tiny_decoder, **shape)
-    return on_ranks(2, cases, folder, model=tiny_model, train_file=topic_files["train"]).curves
+    for name in WAITING:
+        cases[f"slow-{name}"] = {"parallel": SEVERAL[name], "workers": {"num_workers": 2}, "micro_batch_size": 8, "slow_on": 1}
+    return on_ranks(2, cases, folder, model=tiny_model, train_file=topic_files["train"])
 
 
 @pytest.fixture(scope="module")
@@ -262,6 +269,25 @@ def test_dropout_falls_on_the_same_places_on_all_workers_of_a_group(
     """Of the hidden states, that is: one process draws for all heads at once, so dropout on attention could not be compared."""
     job = job_of(str(_with_dropout(tiny_model, tmp_path)), topic_files["train"], {"micro_batch_size": 8})
     _assert_equal(two_ranks["dropout-tensor"], _curve(job, str(tmp_path / "run")))
+
+
+@pytest.mark.parametrize("strategy", WAITING)
+def test_what_another_worker_takes_longer_is_this_ones_communication_and_the_parts_are_the_step(
+    strategy: str, told: Told, plain: Curve
+) -> None:
+    """Both layers of the other worker are slow, or the one layer of its stage in both passes."""
+    usual, slow = told.phases[f"{strategy}-1"], told.phases[f"slow-{strategy}"]
+    waited = {name: float(np.median([step[name] for step in slow]) - np.median([step[name] for step in usual])) for name in slow[0]}
+    assert waited["communication"] == pytest.approx(2 * SLOW_S, rel=0.3), (usual, slow)
+    assert waited["step"] == pytest.approx(2 * SLOW_S, rel=0.3), (usual, slow)
+    for step in slow:
+        parts = sum(seconds for name, seconds in step.items() if name != "step")
+        assert 0.8 * step["step"] < parts <= step["step"]
+    _assert_equal(told.curves[f"slow-{strategy}"], plain)
+
+
+def test_deepspeed_does_not_tell_how_long_a_worker_waits(told: Told) -> None:
+    assert all("communication" not in step for step in told.phases["zero2-1"])
 
 
 def _with_dropout(model: Path, folder: Path) -> Path:

@@ -1,5 +1,5 @@
-"""Every way of tuning gives on two workers the losses and gradient norms it gives in one process: under DDP and ZeRO, LoRA also with
-split matrices and in a pipeline."""
+"""Every way of tuning gives on two workers the losses and gradient norms it gives in one process: under DDP and ZeRO, LoRA and
+freezing also with split matrices and in a pipeline."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import write_tiny_model
 from ranks import Curve, curve, job_of, on_ranks
 
 from danlu.train.run import EventRecord, LocalRun
@@ -18,6 +19,7 @@ PARALLEL: dict[str, dict[str, Any]] = {
     "zero3": {"kind": "deepspeed", "zero_stage": 3},
     "tensor": {"kind": "tensor"},
     "pipeline": {"kind": "pipeline"},
+    "interleaved": {"kind": "pipeline", "schedule": {"kind": "interleaved_1f1b", "stages_per_worker": 2}},
 }
 METHODS: dict[str, dict[str, Any]] = {
     "qlora": {"kind": "qlora", "r": 4},
@@ -29,14 +31,21 @@ METHODS: dict[str, dict[str, Any]] = {
     "adalora": {"kind": "adalora", "init_r": 6, "target_r": 3, "tinit": 1, "tfinal": 1, "deltaT": 1},
     "p_tuning": {"kind": "p_tuning", "num_virtual_tokens": 5, "encoder_hidden_size": 16},
     "lora": {"kind": "lora", "r": 4, "target_modules": "all-linear"},
+    "freeze-half": {"kind": "freeze", "num_trainable_layers": 2},
+    "freeze-a-layer": {"kind": "freeze", "num_trainable_layers": 3},
 }
+STAGED = {"lora", "freeze-half", "freeze-a-layer"}
+"""Of a model of four layers, the latter two: two stages of two, or four of one, where nothing is trained in one and two of them."""
 TAKEN = {
-    "zero3": METHODS.keys() - {"adalora", "p_tuning", "lora"},
-    "tensor": {"lora", "pissa"},
-    "pipeline": {"lora", "pissa", "dora"},
+    "ddp": METHODS.keys() - STAGED,
+    "zero2": METHODS.keys() - STAGED,
+    "zero3": METHODS.keys() - STAGED - {"adalora", "p_tuning"},
+    "tensor": {"lora", "pissa", "freeze"},
+    "pipeline": {"lora", "pissa", "dora", "freeze", "freeze-a-layer"},
+    "interleaved": {"freeze-half"},
 }
 """Where not all are: `lora` stands for `dora` where matrices are split, and need not run twice elsewhere."""
-CASES = [(m, p) for m in METHODS for p in PARALLEL if m in TAKEN.get(p, METHODS.keys() - {"lora"})]
+CASES = [(m, p) for m in METHODS for p in PARALLEL if m in TAKEN[p]]
 
 
 def overrides(method: str, model: Path) -> dict[str, Any]:
@@ -51,9 +60,10 @@ def overrides(method: str, model: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def models(tiny_model: Path, tiny_decoder: Path) -> dict[str, Path]:
+def models(tiny_model: Path, tiny_decoder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Encoders and decoders in turns."""
-    return {method: (tiny_model, tiny_decoder)[i % 2] for i, method in enumerate(METHODS)}
+    longer = write_tiny_model(tmp_path_factory.mktemp("longer-bert"), layers=4)
+    return {m: longer if m in STAGED - {"lora"} else (tiny_model, tiny_decoder)[i % 2] for i, m in enumerate(METHODS)}
 
 
 @pytest.fixture(scope="module")

@@ -28,11 +28,11 @@ def analysis_parts(analysis: Analysis) -> list[str]:
         found, fix = analysis.calibration, analysis.temperature
         parts.append(heading(f"Calibration on the {split} rows"))
         before = found if fix is None else fix.before
-        plots = [_reliability("As trained", before.bins)]
+        plots = [reliability("As trained", before.bins)]
         rows = [("as trained", *_errors(before))]
         if fix is not None:
             rows.append((f"logits / {fix.value:.3f}, fitted on {fix.fitted_on}", *_errors(fix.after)))
-            plots.append(_reliability(f"Logits divided by {fix.value:.3f}", fix.after.bins))
+            plots.append(reliability(f"Logits divided by {fix.value:.3f}", fix.after.bins))
         parts += [table(("probabilities", "ECE", "MCE", "Brier", "loss"), rows), '<div class="charts">' + "".join(plots) + "</div>"]
     if analysis.decision is not None:
         parts += [heading(f"What the answers to the {split} rows cost"), *_decision(analysis.decision)]
@@ -107,7 +107,7 @@ def _mistakes(rows: Sequence[Mistake]) -> str:
     return table(("row", "text", "truth", "answer", "probability"), cells, text=(1,))
 
 
-def _reliability(title: str, bins: Sequence[Bin]) -> str:
+def reliability(title: str, bins: Sequence[Bin]) -> str:
     """Accuracy over confidence; the diagonal is what probabilities should be, a bar's strength how many rows it stands for."""
     size, left, bottom = 220, 34, 20
     top = max((one.rows for one in bins), default=0) or 1

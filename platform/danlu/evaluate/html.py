@@ -46,7 +46,7 @@ class ReportData:
 
 def render(data: ReportData) -> str:
     """The page."""
-    parts = [f"<h1>{escape(data.title)}</h1>", _subtitle(data), _tiles(data), _curves(data.records)]
+    parts = [f"<h1>{escape(data.title)}</h1>", _subtitle(data), _tiles(data), curves(data.records)]
     if ranks := _adapter_ranks(data.records):
         parts.append(f"<h2>Ranks that AdaLoRA gave</h2>{_table(('step', 'in all', 'smallest', 'largest', 'each module'), ranks)}")
     for split, found in data.scores.items():
@@ -57,7 +57,7 @@ def render(data: ReportData) -> str:
                 parts.append(_class_table(_class_rows(per_class)))
             continue
         parts.append(
-            f"<h2>Scores on the {escape(split)} split</h2>{_per_class(found)}<h2>Confusion matrix, {escape(split)}</h2>{_confusion(found)}"
+            f"<h2>Scores on the {escape(split)} split</h2>{_per_class(found)}<h2>Confusion matrix, {escape(split)}</h2>{confusion(found)}"
         )
     for found_ in data.analyses.values():
         parts += analysis_parts(replace(found_, mistakes=()))  # the wrong answers have a part of their own
@@ -119,7 +119,8 @@ def _tiles(data: ReportData) -> str:
     return '<div class="tiles">' + "".join(f'<div class="tile"><b>{a}</b><span>{escape(b)}</span></div>' for a, b in tiles) + "</div>"
 
 
-def _curves(records: Sequence[Mapping[str, Any]]) -> str:
+def curves(records: Sequence[Mapping[str, Any]]) -> str:
+    """How training went, step by step; empty before the first."""
     steps = [record for record in records if record["kind"] == "step"]
     evals = [record for record in records if record["kind"] == "eval"]
     if not steps:
@@ -191,7 +192,8 @@ def _class_table(rows: Sequence[Sequence[str]]) -> str:
     return _table(("label", "precision", "recall", "f1", "rows"), rows)
 
 
-def _confusion(found: Scores) -> str:
+def confusion(found: Scores) -> str:
+    """Truths down, answers across; a cell is as dark as its share of the truth."""
     names = list(found.per_class)
     head = "".join(f"<th>{escape(name)}</th>" for name in names)
     body = ""

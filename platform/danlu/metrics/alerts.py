@@ -142,8 +142,8 @@ ALERTS: tuple[Alert, ...] = (
         _while_training(_job(over_time("avg", c.TRAIN_MFU, "10m")) < select(MFU_BASELINE) * 0.7), "10m",
         "{{ $labels.train_job }} runs at less than 70 % of what it reached before",
         "Model FLOPs utilisation fell against the job's own last hours: another job on the node, throttling, slow reading, a slow network.",
-        ("See which part of the step grew in `Where a step's time goes`.", "data: storage or the tokenizer. wait: a straggler. backward: "
-         "the network between workers.", "On the node: `nvidia-smi -q -d PERFORMANCE,CLOCK`, `top -b -n 1`."), _RUN,
+        ("See which part of the step grew in `Where a step's time goes`.", "data: storage or the tokenizer. wait: a straggler. "
+         "communication: the network between workers, or a straggler.", "On the node: `nvidia-smi -q -d PERFORMANCE,CLOCK`, `top -b -n 1`."), _RUN,
     ),
     Alert(
         "TrainingGoodputLow", "train", "warning",

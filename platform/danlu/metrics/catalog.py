@@ -66,8 +66,10 @@ TRAIN_PHASE_SECONDS = Metric(
     "danlu_train_phase_seconds",
     "counter",
     "s",
-    "Where steps spent their time: data, wait (for the slowest rank), forward, backward (exchanging gradients included), optimizer. "
-    "On GPUs every tenth step is measured.",
+    "Where rank 0's steps spent their time: data, wait (for the slowest rank at a step's begin and end), forward, backward, communication "
+    "(standing still for other workers' gradients, weights or hidden states; not what passes while it computes), optimizer. Not told apart "
+    "from forward, backward and optimizer: what DeepSpeed and tensor-parallel layers exchange, and FSDP on GPUs. On GPUs every tenth step "
+    "is measured.",
     "train",
     ("train_job", "phase"),
 )

@@ -156,7 +156,7 @@ TRAINING_RUN = Dashboard(
         Panel("Time of a step", "p50 and p95 close together.",
               ((quantile(0.5, c.TRAIN_STEP_SECONDS, W, train_job="$train_job"), "p50"),
                (quantile(0.95, c.TRAIN_STEP_SECONDS, W, train_job="$train_job"), "p95")), "s"),
-        Panel("Where a step's time goes", "Mostly forward and backward; data and wait thin.",
+        Panel("Where a step's time goes", "Mostly forward and backward; data, wait and communication thin.",
               ((total(rate(c.TRAIN_PHASE_SECONDS, W, train_job="$train_job"), "phase"), "{{phase}}"),), "s", stacked=True),
         Panel("MFU against its own baseline", "Above 70 % of the baseline.",
               ((_of_job(c.TRAIN_MFU), "MFU"), (select(MFU_BASELINE, train_job="$train_job"), "p90 of 6 h")), "percentunit"),

@@ -29,7 +29,7 @@ from danlu.spec.task import (
     engine_kind,
     is_decoders,
 )
-from danlu.spec.tuning import Adalora, Full, Lora, Tuning, VirtualTokens, is_merged
+from danlu.spec.tuning import Adalora, Freeze, Full, Lora, Tuning, VirtualTokens, is_merged
 from danlu.spec.vllm import Vllm
 
 STREAMED = ("classification", "pretrain", "chat")
@@ -148,10 +148,10 @@ class TrainJob(Spec):
                 f"workers.num_workers={workers} is not a multiple of {sizes}{'' if len(self.parallel.model_sizes) == 1 else f' = {size}'}; "
                 f"nearest that works: {max(size, workers // size * size)}"
             )
-        if self.parallel.kind in ("tensor", "pipeline") and not isinstance(self.tuning, Full | Lora):
+        if self.parallel.kind in ("tensor", "pipeline") and not isinstance(self.tuning, Full | Freeze | Lora):
             does = "splits" if self.parallel.kind == "tensor" else "cuts up"
             raise ValueError(
-                f"parallel.kind={self.parallel.kind} {does} the weights of tuning.kind=full or lora, not of {self.tuning.kind}; "
+                f"parallel.kind={self.parallel.kind} {does} the weights of tuning.kind=full, freeze or lora, not of {self.tuning.kind}; "
                 "parallel.kind=fsdp takes it"
             )
         if "tensor_parallel_size" in self.parallel.model_sizes and isinstance(self.tuning, Lora) and self.tuning.use_dora:

@@ -5,6 +5,8 @@ https://arxiv.org/abs/2309.14509 (DeepSpeed-Ulysses), over rows laid end to end.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +27,8 @@ class Context:
     group: Any
     rank: int
     size: int
+    waiting: Callable[[], AbstractContextManager[None]] = nullcontext
+    """Around each exchange."""
 
     def share(self, tokens: int) -> slice:
         """The tokens of this worker; all have as many, the last one's may be beyond the end."""
@@ -44,7 +48,8 @@ class Context:
     def whole_sum(self, mine: torch.Tensor) -> torch.Tensor:
         """The sum of all workers' parts, with the gradient of this one's, `size` times: workers average gradients, and want the sum."""
         total = mine.detach().clone()
-        dist.all_reduce(total, group=self.group)
+        with self.waiting():
+            dist.all_reduce(total, group=self.group)
         scaled = mine * self.size
         return scaled + (total - scaled.detach())
 
@@ -57,7 +62,8 @@ class _AllToAll(torch.autograd.Function):
         ctx.context, ctx.apart, ctx.together = context, apart, together
         sent = torch.stack(tensor.chunk(context.size, dim=apart)).contiguous()
         received = torch.empty_like(sent)
-        dist.all_to_all_single(received, sent, group=context.group)
+        with context.waiting():
+            dist.all_to_all_single(received, sent, group=context.group)
         return torch.cat(list(received), dim=together)
 
     @staticmethod

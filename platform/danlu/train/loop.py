@@ -25,6 +25,7 @@ from danlu.tasks.rows import Split, Splits
 from danlu.tasks.task import TaskFile, relative_to_start, task_file
 from danlu.train.checkpoint import Checkpoints, Progress, after_eval, improved
 from danlu.train.ema import Ema, EmaState
+from danlu.train.exchange import Exchange
 from danlu.train.model import Trainee, build, export
 from danlu.train.optim import learning_rate_at, param_groups
 from danlu.train.phases import Phases, device_name, flops_per_token, peak_flops
@@ -61,7 +62,8 @@ def train(job: TrainJob, data: Splits, folder: Path, tokenizer: PreTrainedTokeni
     trainee = build(job, folder, data.label_names, dtype=dtype, num_steps=steps)
     operations = flops_per_token(trainee.module)  # before a strategy cuts weights apart
     strategy = make_strategy(job.parallel)
-    model = strategy.prepare(trainee.module, _setup(job, trainee, run, dtype, loss_scale))
+    exchange = Exchange(run.device)
+    model = strategy.prepare(trainee.module, _setup(job, trainee, run, dtype, loss_scale, exchange))
     ema = Ema(trainee.module, job.optim.ema_decay) if job.optim.ema_decay is not None else None
     state = _state(strategy, trainee, run)
     state = state if ema is None else EmaState(state, ema, run.rank)
@@ -89,7 +91,7 @@ def train(job: TrainJob, data: Splits, folder: Path, tokenizer: PreTrainedTokeni
         run.report(EventRecord(progress.step, "resumed", f"from the checkpoint of step {progress.step}"))
     if run.rank == 0:
         run.report(_start_record(progress, steps, save_steps, job, run, operations, dtype))
-    phases = Phases(run)
+    phases = Phases(run, exchange)
     clock = _Clock(steps)
     stopped_early = _out_of_patience(job, progress)
 
@@ -237,7 +239,7 @@ def _start_record(
     return StartRecord(progress.step, steps, save_steps, run.world_size, threads, device_name(run.device), operations, peak, source)
 
 
-def _setup(job: TrainJob, trainee: Trainee, run: Run, dtype: torch.dtype, loss_scale: LossScale | None) -> Setup:
+def _setup(job: TrainJob, trainee: Trainee, run: Run, dtype: torch.dtype, loss_scale: LossScale | None, exchange: Exchange) -> Setup:
     return Setup(
         optim=job.optim,
         param_groups=param_groups(trainee.module, job.optim, trainee.head, trainee.lr_scales),
@@ -249,6 +251,7 @@ def _setup(job: TrainJob, trainee: Trainee, run: Run, dtype: torch.dtype, loss_s
         workers_per_model=job.parallel.workers_per_model,
         allocator=trainee.allocator,
         loss_scale=loss_scale,
+        exchange=exchange,
     )
 
 

@@ -11,6 +11,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from danlu.tasks.device import matmul_per_second
+from danlu.train.exchange import Exchange
 from danlu.train.run import RanksRecord, Run
 
 SAMPLE_EVERY = 10
@@ -28,11 +29,13 @@ OWN = ("data", "forward")
 class Phases:
     """A stopwatch for the parts of a step: `begin`, then `end(name)` after each. On a GPU only sampled steps are measured.
 
-    In a pipeline the passes of several micro-batches overlap: what is not the last stage's loss counts as `backward`.
+    What a strategy's `exchange` tells of is `communication`, and no part of the phase it fell in. In a pipeline the passes of several
+    micro-batches overlap: what is not the last stage's loss counts as `backward`.
     """
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: Run, exchange: Exchange | None = None) -> None:
         self.run, self.waits = run, run.device.type == "cuda"
+        self.exchange = exchange or Exchange(run.device)
         self.seconds: dict[str, float] = {}
         self.measuring = False
         self.own, self.own_steps = 0.0, 0
@@ -40,14 +43,18 @@ class Phases:
     def begin(self, step: int) -> None:
         """A step begins."""
         self.measuring = not self.waits or step % SAMPLE_EVERY == 0
+        self.exchange.measuring = self.measuring
+        self.exchange.take()  # an evaluation's is no step's
         self.seconds = {}
         self.last = self._now()
 
     def end(self, name: str) -> None:
         """What was done since the last call is `name`."""
         if self.measuring:
-            now = self._now()
-            self.seconds[name] = self.seconds.get(name, 0.0) + now - self.last
+            now, waited = self._now(), self.exchange.take()
+            self._add(name, now - self.last - waited)
+            if waited:
+                self._add("communication", waited)
             self.last = now
 
     def compare(self, step: int) -> None:
@@ -63,6 +70,9 @@ class Phases:
         own, memory = self.run.all_sum(table).tolist()
         self.run.report(RanksRecord(step, own, [int(held) for held in memory]))
         self.own, self.own_steps = 0.0, 0
+
+    def _add(self, name: str, seconds: float) -> None:
+        self.seconds[name] = self.seconds.get(name, 0.0) + seconds
 
     def _now(self) -> float:
         if self.waits and self.measuring:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -15,6 +15,7 @@ from torch import nn
 from danlu.data.pack import Packed
 from danlu.spec.optim import Optim
 from danlu.spec.parallel import Ddp, DeepSpeed, Fsdp, Parallel, Pipeline, Tensor
+from danlu.train.exchange import Exchange
 
 if TYPE_CHECKING:
     from danlu.train.adalora import RankAllocator
@@ -41,6 +42,8 @@ class Setup:
     """What moves ranks after each update, seeing weights and whole gradients."""
     loss_scale: LossScale | None = None
     """What the loss is multiplied by before its backward, in float16."""
+    exchange: Exchange = field(default_factory=lambda: Exchange(torch.device("cpu")))
+    """What is told of waiting for other workers."""
 
     @property
     def num_models(self) -> int:

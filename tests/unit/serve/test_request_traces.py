@@ -12,6 +12,11 @@ from typing import Any
 import httpx
 import pytest
 from lm import engine, write_family
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from opentelemetry.trace import SpanKind, StatusCode
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from danlu import traces
 from danlu.serve.engines.echo import EchoEngine, EchoTextEngine
@@ -175,6 +180,40 @@ def test_a_text_classified_is_traced_to_its_forward(served: Served, spans: Spans
     assert forward.parent.span_id == request.context.span_id
     assert forward.attributes["danlu.inputs"] == 2
     assert forward.end_time - forward.start_time >= 5e6
+
+
+def test_a_span_is_the_one_that_opentelemetrys_tracer_makes(spans: Spans) -> None:
+    given, attributes = {"traceparent": f"00-{TRACE}-{PARENT}-01", "tracestate": "a=b"}, {"number": 1, "names": ["x", "y"]}
+    with pytest.raises(KeyError), traces.span("made", attributes | {"nothing": None}, kind="server", carrier=given):
+        raise KeyError
+    memory, provider = InMemorySpanExporter(), TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(memory))
+    above = TraceContextTextMapPropagator().extract(given)
+    with provider.get_tracer("danlu").start_as_current_span("made", above, SpanKind.SERVER, attributes) as reference:
+        reference.set_attribute("error.type", "KeyError")
+        reference.set_status(StatusCode.ERROR)
+    told = [json.loads(span.to_json()) for span in (spans()["made"][0], memory.get_finished_spans()[0])]
+    for span in told:
+        assert span["start_time"] <= span.pop("end_time")
+        for own in ("start_time", "resource"):
+            del span[own]
+        assert int(span["context"].pop("span_id"), 16)
+    assert told[0] == told[1]
+
+
+@pytest.mark.parametrize(("sampler", "flag"), [("always_off", "01"), ("parentbased_always_on", "00")])
+def test_what_is_not_sampled_is_handed_on_as_that_and_makes_no_span(sampler: str, flag: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OTEL_TRACES_SAMPLER", sampler)
+    memory = InMemorySpanExporter()
+    traces.begin("tests", exporter=memory)
+    with traces.span("a", carrier={"traceparent": f"00-{TRACE}-{PARENT}-{flag}"}):
+        traces.add("b", 1.0, 2.0)
+        traces.note({"c": 1})
+        handed, number = traces.carrier()["traceparent"].split("-"), traces.trace_id()
+    traces.end()
+    assert (handed[1], handed[3], number) == (TRACE, "00", TRACE)
+    assert handed[2] != PARENT
+    assert memory.get_finished_spans() == ()
 
 
 def test_without_traces_nothing_is_made_or_sent_on() -> None:

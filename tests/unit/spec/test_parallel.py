@@ -48,10 +48,11 @@ def test_a_batch_that_the_groups_cannot_share_is_refused() -> None:
         job(global_batch_size=21)
 
 
-def test_only_whole_models_and_lora_are_taken_apart() -> None:
+def test_only_whole_models_frozen_ones_and_lora_are_taken_apart() -> None:
     for kind in ("tensor", "pipeline"):
-        assert job(tuning={"kind": "lora"}, parallel={"kind": kind}, micro_batch_size=1).tuning.kind == "lora"
-        with pytest.raises(ValidationError, match=r"full or lora, not of ia3; parallel.kind=fsdp takes it"):
+        for tuning in ("freeze", "lora"):
+            assert job(tuning={"kind": tuning}, parallel={"kind": kind}, micro_batch_size=1).tuning.kind == tuning
+        with pytest.raises(ValidationError, match=r"full, freeze or lora, not of ia3; parallel.kind=fsdp takes it"):
             job(tuning={"kind": "ia3"}, parallel={"kind": kind}, micro_batch_size=1)
     for parallel in ({"kind": "tensor"}, {"kind": "pipeline", "tensor_parallel_size": 2}):
         with pytest.raises(ValidationError, match=r"use_dora=true measures whole rows"):

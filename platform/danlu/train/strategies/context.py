@@ -27,7 +27,7 @@ class InContext:
     def prepare(self, model: nn.Module, setup: Setup) -> nn.Module:
         ensure_process_group(setup)
         mesh = init_device_mesh(setup.device.type, (setup.num_models, self.size), mesh_dim_names=("data", "context"))["context"]
-        self.context = Context(mesh.get_group(), mesh.get_local_rank(), self.size)
+        self.context = Context(mesh.get_group(), mesh.get_local_rank(), self.size, setup.exchange.waiting)
         share(model, self.context)
         return self.strategy.prepare(model, setup)
 

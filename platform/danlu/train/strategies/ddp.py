@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 
 from danlu.train.optim import make_optimizer, set_learning_rate
@@ -19,6 +21,9 @@ FILE = "ddp.pt"
 class DdpStrategy(OneByOne):
     """bf16 and fp16 are autocast over float32 weights."""
 
+    computed: float | None = None
+    """When a backward had nothing left to compute."""
+
     def prepare(self, model: nn.Module, setup: Setup) -> nn.Module:
         self.setup = setup
         self.module = model.to(setup.device)
@@ -28,7 +33,22 @@ class DdpStrategy(OneByOne):
         if setup.world_size > 1:
             # No buffer of an encoder changes while it trains, so there is nothing to broadcast before each forward.
             self.model = DistributedDataParallel(self.module, forward_sync_buffers=False, gradient_as_bucket_view=True)
+            # Not annotated, as DDP looks at annotations themselves and these are strings.
+            self.model.register_comm_hook(None, lambda group, bucket: self._average(group, bucket))
         return self.model
+
+    def _average(self, group: Any, bucket: Any) -> torch.futures.Future[torch.Tensor]:
+        """What DDP does without a hook; with the last bucket there is nothing left to compute."""
+        averaged = allreduce_hook(group, bucket)
+        if bucket.is_last():
+            self.computed = self.setup.exchange.now()
+        return averaged
+
+    def backward(self, loss: torch.Tensor) -> None:
+        self.computed = None
+        super().backward(loss)
+        if self.computed is not None:
+            self.setup.exchange.waited_since(self.computed)
 
     @contextmanager
     def micro_step(self, last: bool) -> Iterator[None]:

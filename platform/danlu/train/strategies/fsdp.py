@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from danlu.spec.parallel import Fsdp
+from danlu.train.exchange import Exchange
 from danlu.train.optim import make_optimizer, set_learning_rate
 from danlu.train.strategies import sharded
 from danlu.train.strategies.group import ensure_process_group
@@ -39,6 +41,14 @@ class FsdpStrategy(OneByOne):
         root = fully_shard(model, reshard_after_forward=False, **options)
         assert isinstance(root, FSDPModule)
         self.root: FSDPModule = root
+        if setup.device.type == "cpu":
+            for module in model.modules():
+                if isinstance(module, FSDPModule):
+                    # Their interface has no public name to inherit from.
+                    gather: Any = Timed(dist.all_gather_single, setup.exchange)
+                    scatter: Any = Timed(dist.reduce_scatter_single, setup.exchange)
+                    module.set_custom_all_gather(gather)
+                    module.set_custom_reduce_scatter(scatter)
         self.model = model
         groups = sharded.groups_of(names, setup.param_groups, model)
         self.trained = [parameter for group in groups for parameter in group["params"]]
@@ -53,7 +63,7 @@ class FsdpStrategy(OneByOne):
     def step(self, learning_rate: float) -> float:
         if self.setup.loss_scale is not None:
             self.setup.loss_scale.unscale([sharded.local(parameter.grad) for parameter in self.trained if parameter.grad is not None])
-        grad_norm = sharded.clip_grad_norm(self.trained, self.setup.optim.max_grad_norm, self.setup.device)
+        grad_norm = sharded.clip_grad_norm(self.trained, self.setup.optim.max_grad_norm, self.setup)
         if self.setup.takes_step(grad_norm):
             set_learning_rate(self.optimizer.param_groups, learning_rate)
             self.optimizer.step()
@@ -62,6 +72,21 @@ class FsdpStrategy(OneByOne):
 
     def state(self) -> State:
         return sharded.ShardedState(self.model, self.optimizer, self.setup)
+
+
+class Timed:
+    """FSDP's own way to gather or scatter, which is waiting on a CPU. (On a GPU it goes on beside computing, in a stream of its own.)"""
+
+    def __init__(self, collective: Callable[..., dist.Work | None], exchange: Exchange) -> None:
+        self.collective, self.exchange = collective, exchange
+
+    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """A tensor to send or receive."""
+        return torch.empty(*size, dtype=dtype, device=device)
+
+    def __call__(self, output_tensor: torch.Tensor, input_tensor: torch.Tensor, **named: Any) -> dist.Work | None:
+        with self.exchange.waiting():
+            return self.collective(output_tensor, input_tensor, **named)
 
 
 def layers_of(model: nn.Module) -> list[nn.Module]:

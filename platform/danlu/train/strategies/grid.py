@@ -62,7 +62,26 @@ class GridStep:
 
     def step(self, learning_rate: float) -> float:
         """Exchange gradients, clip, update."""
-        grid, setup = self.grid, self.setup
+        setup = self.setup
+        with setup.exchange.waiting():
+            gradients = self._exchange()
+        if setup.loss_scale is not None and gradients:
+            setup.loss_scale.unscale(gradients)
+        grad_norm = self._norm()
+        sharded.scale(gradients, grad_norm, setup.optim.max_grad_norm)
+        if setup.takes_step(grad_norm) and self.optimizer is not None:
+            set_learning_rate(self.optimizer.param_groups, learning_rate)
+            self.optimizer.step()
+        if self.owners:
+            with setup.exchange.waiting():
+                self._fetch()
+        for parameter in self.names.values():
+            parameter.grad = None
+        return grad_norm
+
+    def _exchange(self) -> list[torch.Tensor]:
+        """This worker's gradients, summed and averaged over those who hold the same weights."""
+        grid = self.grid
         if grid.num_tensor > 1:
             all_reduce([p.grad for p in self.summed if p.grad is not None], grid.tensor)
         for name, group in self.tied.items():
@@ -72,17 +91,7 @@ class GridStep:
         gradients = [sharded.local(p.grad) for p in self.names.values() if p.grad is not None]
         if grid.num_data > 1:
             all_reduce(gradients, grid.data, scale=1 / grid.num_data)
-        if setup.loss_scale is not None:
-            setup.loss_scale.unscale(gradients)
-        grad_norm = self._norm()
-        sharded.scale(gradients, grad_norm, setup.optim.max_grad_norm)
-        if setup.takes_step(grad_norm) and self.optimizer is not None:
-            set_learning_rate(self.optimizer.param_groups, learning_rate)
-            self.optimizer.step()
-        self._fetch()
-        for parameter in self.names.values():
-            parameter.grad = None
-        return grad_norm
+        return gradients
 
     def _norm(self) -> float:
         """Of one whole model: each number of it counts once, wherever it is held."""
@@ -92,13 +101,14 @@ class GridStep:
                 square += sharded.local(parameter.grad).float().square().sum()
         for size, group in ((self.grid.num_tensor, self.grid.tensor), (self.grid.num_pipe, self.grid.pipe)):
             if size > 1:
-                dist.all_reduce(square, group=group)
+                with self.setup.exchange.waiting():
+                    dist.all_reduce(square, group=group)
         return float(square.sqrt())
 
     @torch.no_grad()
     def _fetch(self) -> None:
         """ZeRO-1: everybody gets what the others have updated."""
-        for owner in range(self.grid.num_data if self.owners else 0):
+        for owner in range(self.grid.num_data):
             its = [sharded.local(p) for p in self.names.values() if self.owners[p] == owner]
             source = dist.get_global_rank(self.grid.data, owner)
             for bucket in buckets(its):

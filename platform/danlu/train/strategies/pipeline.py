@@ -65,7 +65,8 @@ class PipelineStrategy:
             counted_here=[name for name in trained if self.where.ranks[name][0] == self.grid.pipe_rank],
         )
         hidden_size = int(packed.model.config.hidden_size)
-        self.torch_stages = [PackedStage(stage, hidden_size, self.spec.num_stages, setup, self.grid.pipe) for stage in self.stages]
+        first = first_trained(model, anatomy, layers)
+        self.torch_stages = [PackedStage(stage, hidden_size, self.spec.num_stages, first, setup, self.grid.pipe) for stage in self.stages]
         self.schedule: Any = None
         self.here, self.buffers = here, dict(model.named_buffers())
         forget_weights(model)
@@ -97,9 +98,11 @@ class PipelineStrategy:
         torch.manual_seed(torch.initial_seed() + self.grid.pipe_rank)
         turns = torch.arange(len(micro_batches))
         losses: list[torch.Tensor] = []
-        self.schedule.step(turn=turns, target=turns, losses=losses, return_outputs=False)
+        with self.setup.exchange.waiting():
+            self.schedule.step(turn=turns, target=turns, losses=losses, return_outputs=False)
         total = torch.stack([its.detach() for its in losses]).sum() / scale if losses else torch.zeros((), device=self.setup.device)
-        dist.all_reduce(total, group=self.grid.pipe)  # the last stage's, and zeros
+        with self.setup.exchange.waiting():
+            dist.all_reduce(total, group=self.grid.pipe)  # the last stage's, and zeros
         return total
 
     def _make_schedule(self, passes: int, loss: Any) -> Any:
@@ -121,6 +124,12 @@ class PipelineStrategy:
 def scale_of(setup: Setup) -> float:
     """What a pass's loss is multiplied by: the models average, and we want the sum."""
     return setup.num_models * (1.0 if setup.loss_scale is None else setup.loss_scale.scale)
+
+
+def first_trained(model: nn.Module, anatomy: Anatomy, stages: Sequence[range]) -> int:
+    """The first stage that holds weights which are trained."""
+    names = [name for name, parameter in model.named_parameters(remove_duplicate=False) if parameter.requires_grad]
+    return min(stage for name in names for stage in anatomy.stages_of(stages, name.rpartition(".")[0]))
 
 
 class Where:
@@ -170,11 +179,25 @@ class PackedStage(PipelineStage):
 
     tokens: Sequence[int] = ()
 
-    def __init__(self, stage: Stage, hidden_size: int, num_stages: int, setup: Setup, group: Any) -> None:
-        self.hidden_size = hidden_size
-        hidden = torch.empty(1, 1, hidden_size, device=setup.device, requires_grad=True)
-        given = () if stage.index == 0 else (hidden,)
-        super().__init__(stage, stage.index, num_stages, setup.device, given, (hidden,), group=group)
+    def __init__(self, stage: Stage, hidden_size: int, num_stages: int, first_trained: int, setup: Setup, group: Any) -> None:
+        self.hidden_size, self.exchange = hidden_size, setup.exchange
+        self.learns = stage.index >= first_trained
+        # No gradient travels back to stages where nothing is trained.
+        given = torch.empty(1, 1, hidden_size, device=setup.device, requires_grad=stage.index > first_trained)
+        made = torch.empty(1, 1, hidden_size, device=setup.device, requires_grad=self.learns)
+        super().__init__(stage, stage.index, num_stages, setup.device, () if stage.index == 0 else (given,), (made,), group=group)
+
+    def forward_one_chunk(self, *args: Any, **kwargs: Any) -> Any:
+        with self.exchange.computing():
+            return super().forward_one_chunk(*args, **kwargs)
+
+    def backward_one_chunk(self, bwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
+        if not self.learns:  # torch's own would call autograd with nothing
+            self.fwd_cache.pop(bwd_chunk_id)
+            self.bwd_cache[bwd_chunk_id] = () if self.is_first else (None,)
+            return
+        with self.exchange.computing():
+            super().backward_one_chunk(bwd_chunk_id, *args, **kwargs)
 
     def clear_runtime_states(self) -> None:
         super().clear_runtime_states()

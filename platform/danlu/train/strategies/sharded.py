@@ -34,12 +34,13 @@ def groups_of(names: Sequence[Sequence[str]], groups: Sequence[dict[str, Any]], 
     return [group | {"params": [parameters[name] for name in its]} for its, group in zip(names, groups, strict=True)]
 
 
-def clip_grad_norm(parameters: Sequence[nn.Parameter], limit: float | None, device: torch.device) -> float:
+def clip_grad_norm(parameters: Sequence[nn.Parameter], limit: float | None, setup: Setup) -> float:
     """Scale the gradients of parameters that are sharded over all ranks to a global norm of at most `limit`; the norm before."""
     gradients = [local(parameter.grad) for parameter in parameters if parameter.grad is not None]
     # By hand: torch's own would reduce on the gradients' device, and offloaded ones are where NCCL is not.
-    square = torch.stack([gradient.float().square().sum().to(device) for gradient in gradients]).sum()
-    dist.all_reduce(square)
+    square = torch.stack([gradient.float().square().sum().to(setup.device) for gradient in gradients]).sum()
+    with setup.exchange.waiting():
+        dist.all_reduce(square)
     norm = float(square.sqrt())
     scale(gradients, norm, limit)
     return norm
@@ -52,7 +53,7 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
 
 def scale(gradients: Sequence[torch.Tensor], norm: float, limit: float | None) -> None:
     """Multiply like clip_grad_norm_, epsilon included."""
-    if limit is not None and norm > limit:
+    if gradients and limit is not None and norm > limit:  # a stage of frozen layers has none
         torch._foreach_mul_(list(gradients), limit / (norm + 1e-6))
 
 
