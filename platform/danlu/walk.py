@@ -208,10 +208,10 @@ def run(spec: Path, overrides: Sequence[str], *, fresh: bool, keep: bool | None)
         job = load(TrainJob, spec, [*overrides, "serve={}"])  # the walk ends in an endpoint: what cannot is refused before it begins
     prepared = sdk.prepare(job)
     _show_plan(prepared)
-    if (before := None if fresh else trained_before(prepared)) is not None:
+    if (earlier := None if fresh else trained_before(prepared)) is not None:
         heading("Training")
-        show(f"  going on with {before.reference}, which this job has trained on these rows; --fresh trains anew")
-    trained = before or _train(prepared, fresh=fresh)
+        show(f"  going on with {earlier.reference}, which this job has trained on these rows; --fresh trains anew")
+    trained = earlier or _train(prepared, fresh=fresh)
     quantized = None
     reference = trained.reference
     if job.compress is not None:

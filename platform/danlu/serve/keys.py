@@ -24,7 +24,8 @@ from danlu.errors import DanluError, RequestError, SpecError, StorageError
 from danlu.metrics import catalog
 from danlu.serve.openai.common import error_response
 
-P, T = ParamSpec("P"), TypeVar("T")
+P = ParamSpec("P")
+T = TypeVar("T")
 
 PREFIX = "dk-"
 SHOWN = 10
