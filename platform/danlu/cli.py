@@ -16,7 +16,7 @@ app = typer.Typer(
     name="danlu",
     help="Danlu (丹炉): fine-tune open language models and serve what was evaluated. One YAML says what is wanted.",
     no_args_is_help=True,
-    add_completion=False,
+    add_completion=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
@@ -220,7 +220,7 @@ def monitor(
     alert_port: Annotated[int, typer.Option(help="Alertmanager's.")] = 9093,
     webhook: Annotated[str | None, typer.Option(metavar="URL", help="Where alerts are sent; unset: they are only shown.")] = None,
 ) -> None:
-    """Watch the Ray on this machine with Prometheus and Alertmanager until Ctrl-C. As the system has them; our rules."""
+    """Watch this machine's Ray with Prometheus until Ctrl-C. And with Alertmanager; as the system has them, our rules."""
     from danlu import walk
 
     walk.monitor(port=port, alert_port=alert_port, webhook=webhook)
@@ -296,7 +296,7 @@ def keys_create(
 
 @keys.command("list")
 def keys_list(file: KeysFile = Path("keys.json")) -> None:
-    """List keys: names, tenants with their budgets, beginnings, dates, models."""
+    """List the keys and the tenants. Names, budgets, beginnings, dates, models."""
     from danlu.client import commands
 
     commands.list_keys(file)

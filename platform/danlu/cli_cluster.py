@@ -30,8 +30,11 @@ def list_jobs(on: On = "k8s", storage: Storage = None, context: Context = None, 
     from danlu.k8s.status import as_json
 
     verbs, at = places.jobs_at(on, context=context, namespace=namespace, storage=storage)
-    for one in verbs.jobs(at):
+    found = verbs.jobs(at)
+    for one in found:
         typer.echo(as_json(one) if json_ else f"{one.name:<48} {one.state:<10} {one.created}")
+    if not found and not json_:
+        typer.echo("there are none", err=True)
 
 
 @jobs.command("show")
@@ -121,8 +124,11 @@ def list_services(on: On = "k8s", context: Context = None, namespace: Namespace 
     from danlu.k8s.status import as_json
 
     verbs, at = places.services_at(on, context=context, namespace=namespace)
-    for one in verbs.services(at):
+    found = verbs.services(at)
+    for one in found:
         typer.echo(as_json(one) if json_ else f"{one.name:<48} {one.phase:<10} {one.endpoints}")
+    if not found and not json_:
+        typer.echo("there are none", err=True)
 
 
 @services.command("show")

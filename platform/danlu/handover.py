@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from danlu.artifact.bundle import Bundle, BundleMeta, Lineage, Probe, canonical_json, read_bundle, text_digest, write_bundle
-from danlu.artifact.runs import RunFolder
+from danlu.artifact.runs import RunFolder, latest_run
 from danlu.artifact.store import Store
-from danlu.errors import StorageError
+from danlu.errors import ModelError, StorageError
 from danlu.spec.task import LOWER_IS_BETTER, Classification, EncoderTask, Pretrain, is_decoders
 from danlu.spec.train import TrainJob
 from danlu.spec.tuning import Freeze, Full
@@ -121,6 +121,40 @@ def make_bundle(prepared: Prepared, run: RunFolder, outcome: dict[str, Any], spe
     return Trained(run, open_bundle(reference, job.storage), reference, evaluations, outcome)
 
 
+def trained_before(prepared: Prepared) -> Trained | None:
+    """What the latest run has left, if that was this job's on these rows and the walk behind it was not walked to its end."""
+    from danlu.compress.load import load_judge
+    from danlu.evaluate.score import evaluate as score
+
+    job, splits = prepared.job, prepared.splits
+    run = latest_run(absolute(job.storage), job.name)
+    status = {} if run is None else run.status()
+    if run is None or status["state"] != "finished" or status.get("spec_digest") != training_digest(job) or status.get("walked"):
+        return None
+    try:
+        bundle = open_bundle(status["bundle"], job.storage)
+    except ModelError:  # deleted since
+        return None
+    if bundle.meta.lineage.data_digests != data_digests(splits):
+        return None
+    judge = load_judge(bundle)
+    rows = {"dev": splits.dev} | ({} if splits.test is None else {"test": splits.test})
+    evaluations = {name: score(judge, split) for name, split in rows.items()}
+    return Trained(run, bundle, status["bundle"], evaluations, status["outcome"])
+
+
+def walked(trained: Trained) -> None:
+    """Keep that nothing is left to do behind a training: the next walk begins with another."""
+    status = trained.run.status()
+    trained.run.set_status(status.pop("state"), **{name: value for name, value in status.items() if name != "time"} | {"walked": True})
+
+
+def training_digest(job: TrainJob) -> str:
+    """Of what a training depends on."""
+    left_out = {"compress", "serve", "max_failures", "trackers", "budget_usd", "cluster"}
+    return text_digest(canonical_json(job.model_dump(mode="json", exclude=left_out)))
+
+
 def _write_generation_defaults(prepared: Prepared, folder: Path) -> None:
     """What an engine needs beside weights and tokenizer: where an answer ends."""
     from danlu.tasks import chat
@@ -157,25 +191,30 @@ def make_lineage(job: TrainJob, splits: Splits, run: RunFolder, spec_digest: str
     from importlib.metadata import version
 
     from danlu import __version__
+    from danlu.compress.start import started_from
 
-    digests = {
-        name: split.digest or text_digest(canonical_json([split.texts.texts, split.texts.pairs, split.texts.labels]))
-        for name, split in (("train", splits.train), ("dev", splits.dev), ("test", splits.test))
-        if split is not None
-    }
     libraries = ("torch", "transformers", "peft", "deepspeed", "ray")
     return Lineage(
         spec=job.model_dump(mode="json"),
         spec_digest=spec_digest,
-        data_digests=digests,
+        data_digests=data_digests(splits),
         code_version=f"danlu {__version__}",
         library_versions={name: version(name) for name in libraries},
         seed=job.seed,
         created=now(),
-        parent=None,
+        parent=started_from(_anywhere(job.model.model_name_or_path)),
         run=run.uri,
         cleaning=None if (cleaned := splits.report.cleaned) is None else {name: dict(steps) for name, steps in cleaned.removed.items()},
     )
+
+
+def data_digests(splits: Splits) -> dict[str, str]:
+    """Split -> digest of its rows."""
+    return {
+        name: split.digest or text_digest(canonical_json([split.texts.texts, split.texts.pairs, split.texts.labels]))
+        for name, split in (("train", splits.train), ("dev", splits.dev), ("test", splits.test))
+        if split is not None
+    }
 
 
 def now() -> str:
@@ -223,7 +262,7 @@ def within_budget(job: TrainJob, delta: Delta) -> tuple[bool, str]:
     budget = job.compress or Compress()
     metric = job.metric_for_best_model
     rise = delta.compressed[metric] - delta.original[metric]
-    drop = rise if metric in LOWER_IS_BETTER else -rise
+    drop = rise if metric in LOWER_IS_BETTER else 0.0 - rise  # no minus before a nought
     moves = "rises" if metric in LOWER_IS_BETTER else "falls"
     quality = f"{metric} {moves} by {drop:.4f} (budget {budget.max_quality_drop})"
     told = f"{quality}, {delta.speedup:.2f}x the speed (at least {budget.min_speedup})"

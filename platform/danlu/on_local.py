@@ -88,7 +88,7 @@ def cancel(at: str, name: str) -> str:
     if found.state in ENDED:
         return f"{name} has ended already: {found.state}"
     details = run.status()
-    process = _process(details)
+    process = _process(details, run)
     if process is None or not any("danlu" in word for word in process.cmdline()):
         where = f"process {details.get('pid')} of {details.get('host')}"
         raise ClusterError(f"{name} runs in {where}, which is no danlu command of this machine", where="jobs cancel", fix="stop it there")
@@ -134,7 +134,7 @@ def _run(at: str, name: str) -> RunFolder:
 
 def _status(at: str, name: str, run: RunFolder, *, explain: bool = False) -> JobStatus:
     details = run.status()
-    state, why = _state(details)
+    state, why = _state(details, run)
     ended = _time(details.get("time")) if state in ENDED else ""
     fix = f"danlu jobs resume {name} --on local --storage {at}" if state in ("cancelled", "failed") else ""
     lines, files = _lines(run)[-LAST_LINES:] if explain else [], _files(run) if explain else []
@@ -149,7 +149,7 @@ def _files(run: RunFolder) -> list[str]:
     return found + [f"{run.uri}/{LOGS}/{name}" for name in kept_logs(run.uri)]
 
 
-def _state(details: dict[str, Any]) -> tuple[State, str]:
+def _state(details: dict[str, Any], run: RunFolder) -> tuple[State, str]:
     match details["state"]:
         case "finished":
             return "succeeded", f"stored as {details['bundle']}" if details.get("bundle") else ""
@@ -157,7 +157,7 @@ def _state(details: dict[str, Any]) -> tuple[State, str]:
             return "cancelled", "it was interrupted"
         case "failed":
             return "failed", str(details.get("reason", "")).splitlines()[0] if details.get("reason") else ""
-        case "running" if details.get("host") == socket.gethostname() and _process(details) is None:
+        case "running" if details.get("host") == socket.gethostname() and _process(details, run) is None:
             return "failed", "its process is gone: it was killed, or the machine went down"
         case "running":
             return "running", f"in process {details['pid']} of {details['host']}" if "pid" in details else ""
@@ -165,14 +165,14 @@ def _state(details: dict[str, Any]) -> tuple[State, str]:
             return "starting", "it has written no status yet"
 
 
-def _process(details: dict[str, Any]) -> psutil.Process | None:
+def _process(details: dict[str, Any], run: RunFolder) -> psutil.Process | None:
     """The process that writes the run, if it is one of this machine and still there."""
     if details.get("host") != socket.gethostname():
         return None
     try:
         process = psutil.Process(int(details["pid"]))
-        # A number that was given anew belongs to somebody who came later.
-        return process if process.create_time() < details["time"] and process.status() != psutil.STATUS_ZOMBIE else None
+        # A number that was given anew belongs to somebody who came later. After a jump of the clock it looks so too.
+        return process if (process.create_time() < details["time"] or run.is_held()) and process.status() != psutil.STATUS_ZOMBIE else None
     except psutil.NoSuchProcess:
         return None
 

@@ -91,6 +91,7 @@ def make_plan(job: TrainJob, folder: Path, *, num_rows: int, mean_tokens: float,
 
     `calibrate` takes a third of a second to measure this machine's matrix speed.
     """
+    from danlu.tasks.packed import num_positions
     from danlu.tasks.task import task_file
 
     task = task_file(job.task)
@@ -113,6 +114,12 @@ def make_plan(job: TrainJob, folder: Path, *, num_rows: int, mean_tokens: float,
             f"tinit={job.tuning.tinit} and tfinal={job.tuning.tfinal} leave none of the {steps} steps to move ranks in",
             where="tuning.tfinal",
             fix="lower them, or train longer",
+        )
+    if (room := num_positions(model)) is not None and job.model.max_length > room:
+        raise SpecError(
+            f"model.max_length={job.model.max_length} is longer than the {room} positions that {job.model.model_name_or_path} knows",
+            where="model.max_length",
+            fix=f"model.max_length={room}",
         )
     if isinstance(job.tuning, VirtualTokens):
         check_prompt_fits(job.tuning, config, job.model.max_length)

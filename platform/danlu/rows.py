@@ -55,8 +55,10 @@ def data_report(
     if job is None:
         return profile(sources, Columns(), near_threshold=near_threshold, max_rows=max_rows)
     from danlu.artifact.pretrained import model_folder
+    from danlu.compress.start import with_its_start
     from danlu.tasks.tokenizer import load_tokenizer
 
+    job = with_its_start(job)
     tokenizer = load_tokenizer(model_folder(job.model))
     found = profile(
         sources,

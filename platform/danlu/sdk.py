@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from danlu import logs, traces
-from danlu.artifact.bundle import Bundle, canonical_json, text_digest, write_bundle
+from danlu.artifact.bundle import Bundle, write_bundle
 from danlu.artifact.run_logs import RunLog
 from danlu.artifact.runs import SPEC, RunFolder, latest_run, open_run
 from danlu.artifact.store import Store, ensure_writable
@@ -31,6 +31,7 @@ from danlu.handover import (
     now,
     open_bundle,
     split_for,
+    training_digest,
     within_budget,
 )
 from danlu.report import plots, report
@@ -59,12 +60,14 @@ def prepare(job: TrainJob, *, calibrate: bool = True) -> Prepared:
     track.chosen(job)
     check_machine(job)
     # Importing these takes seconds: what is wrong above is said before.
+    from danlu.compress.start import with_its_start
     from danlu.plan import make_plan
     from danlu.tasks.from_scratch import start_folder
     from danlu.tasks.task import read_splits
     from danlu.tasks.tokenizer import load_tokenizer
 
     with traces.span("plan", {"danlu.train_job": job.name}):
+        job = with_its_start(job)
         folder = start_folder(job.model, job.data, job.task, seed=job.seed)
         tokenizer = load_tokenizer(folder)
         splits = read_splits(job, tokenizer, max_length=job.model.max_length, spread=_spread())
@@ -126,16 +129,18 @@ def train(
     job: TrainJob, *, fresh: bool = False, listener: Callable[[Record], None] | None = None, prepared: Prepared | None = None
 ) -> Trained:
     """Train, score and store a bundle. An unfinished run of the same spec is gone on with, unless `fresh`."""
+    prepared = prepared or prepare(job)
+    run = open_run(absolute(job.storage), job.name, training_digest(prepared.job), fresh=fresh)
+    with run.held():
+        return _trained(prepared, run, listener)
+
+
+def _trained(prepared: Prepared, run: RunFolder, listener: Callable[[Record], None] | None) -> Trained:
     from danlu.track import tracked
     from danlu.train.run import record_to_dict
 
-    prepared = prepared or prepare(job)
-    digest = text_digest(
-        canonical_json(job.model_dump(mode="json", exclude={"compress", "serve", "max_failures", "trackers", "budget_usd", "cluster"}))
-    )
-    run = open_run(absolute(job.storage), job.name, digest, fresh=fresh)
-
-    kept = RunLog(run.uri, "driver")
+    # The job starts from what a bundle's alias meant when it was prepared.
+    job, digest, kept = prepared.job, training_digest(prepared.job), RunLog(run.uri, "driver")
 
     def listen(record: Record) -> None:
         values = record_to_dict(record)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from danlu import sdk
 from danlu.errors import DataError, SpecError
+from danlu.handover import trained_before, walked
 from danlu.spec.base import Spec
 from danlu.spec.files import load, parse, read, which
 from danlu.spec.serve import Service
@@ -207,7 +208,10 @@ def run(spec: Path, overrides: Sequence[str], *, fresh: bool, keep: bool | None)
         job = load(TrainJob, spec, [*overrides, "serve={}"])  # the walk ends in an endpoint: what cannot is refused before it begins
     prepared = sdk.prepare(job)
     _show_plan(prepared)
-    trained = _train(prepared, fresh=fresh)
+    if (earlier := None if fresh else trained_before(prepared)) is not None:
+        heading("Training")
+        show(f"  going on with {earlier.reference}, which this job has trained on these rows; --fresh trains anew")
+    trained = earlier or _train(prepared, fresh=fresh)
     quantized = None
     reference = trained.reference
     if job.compress is not None:
@@ -224,6 +228,7 @@ def run(spec: Path, overrides: Sequence[str], *, fresh: bool, keep: bool | None)
         served = sdk.check_served(endpoint.url, bundle, split, served_in_fp32=getattr(service.engine, "dtype", "auto") in ("auto", "fp32"))
         show(f"  checked: {served}")
         report = sdk.report(prepared, trained, quantized, served, exchanges=talks, endpoint=endpoint.where_to_look())
+        walked(trained)
         heading("Where to look")
         _show_endpoint(endpoint)
         show(f"  report        {report}")

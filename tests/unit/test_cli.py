@@ -26,7 +26,22 @@ from danlu.spec.train import TrainJob
 
 DANLU = str(Path(sys.executable).parent / "danlu")
 OF_A_SPEC = ("plan", "train", "evaluate", "quantize", "serve", "predict", "run")
-COMMANDS = (*OF_A_SPEC, "chat", "keys", "bench", "compare", "suite", "data", "render", "doctor", "jobs", "services", "schema")
+COMMANDS = (
+    *OF_A_SPEC,
+    "monitor",
+    "top",
+    "chat",
+    "keys",
+    "bench",
+    "compare",
+    "suite",
+    "data",
+    "render",
+    "doctor",
+    "jobs",
+    "services",
+    "schema",
+)
 
 
 def danlu(*arguments: str, stdin: bytes = b"", cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -88,10 +103,21 @@ def test_every_command_has_help_that_says_what_it_is_for() -> None:
         assert found, f"{command} is not listed"
         assert found[1].endswith("."), "the list shows whole sentences"
         assert not found[1].endswith("..."), f"{command}'s first sentence does not fit a line"
+        assert not re.search(r"^  [a-z]+ +[A-Z].*\.\.\.$", result.output, re.MULTILINE), (
+            f"nor do all of its commands: {result.output}"
+        )
 
 
 def test_the_version_is_the_packages() -> None:
     assert danlu("--version").stdout == f"danlu {__version__}\n"
+    done = subprocess.run([sys.executable, "-m", "danlu", "--version"], capture_output=True, text=True, timeout=120)
+    assert done.stdout == f"danlu {__version__}\n"
+
+
+def test_a_shell_completes_commands_and_options() -> None:
+    for typed, offered in (("danlu tr", "train"), ("danlu jobs c", "cancel"), ("danlu serve a.yaml --bu", "--bundle")):
+        done = danlu(_DANLU_COMPLETE="complete_bash", COMP_WORDS=typed, COMP_CWORD=str(typed.count(" ")))
+        assert done.stdout.split() == [offered]
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from typer.testing import CliRunner, Result
 
 from danlu import on_local
 from danlu.artifact.run_logs import LIMIT_BYTES
-from danlu.artifact.runs import RunFolder, open_run
+from danlu.artifact.runs import STATUS, RunFolder, open_run
 from danlu.cli import app
 from danlu.errors import ClusterError, SpecError
 from danlu.places import services_at
@@ -85,6 +85,24 @@ def test_a_running_job_is_cancelled_like_ctrl_c_and_only_if_it_is_ours(tmp_path:
     assert on_local.status(str(tmp_path), "here").state == "failed"
     assert "its bundles stay" in danlu("jobs", "delete", "here", *local).output
     assert [one.name for one in on_local.jobs(str(tmp_path))] == ["elsewhere"]
+
+
+def test_a_job_runs_on_where_the_clock_was_set_forward_and_a_number_given_anew_is_nobodys(
+    tmp_path: Path, process: subprocess.Popen[bytes]
+) -> None:
+    one = run(tmp_path, "topics", "running", host=socket.gethostname(), pid=process.pid)
+    status = Path(one.uri) / STATUS
+    status.write_text(json.dumps(json.loads(status.read_text()) | {"time": 1.0}))
+    assert on_local.status(str(tmp_path), "topics").state == "failed", "it began after the run"
+    with one.held():
+        assert on_local.status(str(tmp_path), "topics").state == "running"
+    assert not one.is_held()
+
+
+def test_where_no_job_has_run_that_is_said(tmp_path: Path) -> None:
+    said = danlu("jobs", "list", "--on", "local", "--storage", str(tmp_path))
+    assert (said.stdout, said.stderr, said.exit_code) == ("", "there are none\n", 0)
+    assert danlu("jobs", "list", "--json", "--on", "local", "--storage", str(tmp_path)).output == ""
 
 
 def test_a_log_is_followed_until_the_run_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

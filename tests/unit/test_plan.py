@@ -12,20 +12,26 @@ from conftest import write_tiny_model
 from peft import PeftModel
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForSequenceClassification,
+    BartConfig,
+    BertConfig,
     BertForMaskedLM,
     BertForSequenceClassification,
     DistilBertConfig,
     DistilBertForSequenceClassification,
     DistilBertModel,
+    GPT2Config,
     PreTrainedModel,
+    Qwen3Config,
     RobertaConfig,
     RobertaModel,
 )
 
-from danlu.errors import ModelError
+from danlu.errors import ModelError, SpecError
 from danlu.plan import Plan, duration, gib, make_plan
 from danlu.spec.train import TrainJob
+from danlu.tasks.packed import num_positions
 from danlu.train.model import build
 
 LABELS = ["a", "b", "c"]
@@ -34,7 +40,7 @@ LABELS = ["a", "b", "c"]
 def job(folder: Path, **overrides: Any) -> TrainJob:
     fields: dict[str, Any] = {
         "name": "plan",
-        "model": {"model_name_or_path": str(folder)},
+        "model": {"model_name_or_path": str(folder), "max_length": 32},
         "data": {"train": "train.csv"},
         "precision": "fp32",
         "global_batch_size": 32,
@@ -148,7 +154,7 @@ def test_activations_grow_with_the_micro_batch_and_the_texts(tiny_model: Path) -
 
 
 def test_checkpointed_activations_are_the_inputs_of_the_layers_and_one_layers_insides(tiny_model: Path) -> None:
-    checkpointed = {"model": {"model_name_or_path": str(tiny_model), "gradient_checkpointing": True}}
+    checkpointed = {"model": {"model_name_or_path": str(tiny_model), "max_length": 32, "gradient_checkpointing": True}}
     one, every = (plan(job(tiny_model, **more)).activation_bytes for more in (checkpointed, {}))
     layers = json.loads((tiny_model / "config.json").read_text())["num_hidden_layers"]
     assert one / every == pytest.approx((2 * layers + 34) / (34 * layers), rel=1e-3)
@@ -217,6 +223,40 @@ def test_a_folder_whose_config_is_no_classifiers_cannot_be_planned(tmp_path: Pat
     with pytest.raises(ModelError, match="no-such-type") as raised:
         plan(job(folder))
     assert raised.value.where == "model.model_name_or_path"
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta", "distilbert", "gpt2", "bart", "qwen3"])
+def test_rows_longer_than_the_models_positions_are_refused_with_the_length_that_fits(tmp_path: Path, family: str) -> None:
+    decoder = SMALL | {"num_key_value_heads": 1, "head_dim": 8}
+    config: Any = {
+        "bert": BertConfig(**SMALL, max_position_embeddings=40),
+        "roberta": RobertaConfig(**SMALL, max_position_embeddings=40),
+        "distilbert": DistilBertConfig(vocab_size=50, dim=16, n_layers=2, n_heads=2, hidden_dim=32, max_position_embeddings=40),
+        "gpt2": GPT2Config(vocab_size=50, n_embd=16, n_layer=2, n_head=2, n_positions=40),
+        "bart": BartConfig(vocab_size=50, d_model=16, encoder_layers=1, decoder_layers=1, max_position_embeddings=40),
+        "qwen3": Qwen3Config(**decoder, max_position_embeddings=40),
+    }[family]  # fmt: skip
+    model = AutoModel.from_config(config).eval()
+
+    def reads(length: int) -> bool:
+        try:
+            with torch.no_grad():
+                model(torch.full((1, length), 5))
+        except (IndexError, RuntimeError):
+            return False
+        return True
+
+    room = next((length - 1 for length in range(36, 44) if not reads(length)), None)
+    assert num_positions(model) == room
+    assert (room is None) == (family == "qwen3")  # it computes them
+    if family in ("bert", "roberta", "distilbert"):
+        assert room is not None
+        write_tiny_model(tmp_path)
+        model.save_pretrained(tmp_path)
+        plan(job(tmp_path, model={"model_name_or_path": str(tmp_path), "max_length": room}))
+        with pytest.raises(SpecError, match=f"max_length={room + 1} is longer than the {room} positions") as raised:
+            plan(job(tmp_path, model={"model_name_or_path": str(tmp_path), "max_length": room + 1}))
+        assert raised.value.fix == f"model.max_length={room}"
 
 
 @pytest.mark.parametrize(

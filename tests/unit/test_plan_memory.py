@@ -19,7 +19,7 @@ def plan(
     job = TrainJob.model_validate(
         {
             "name": "plan",
-            "model": {"model_name_or_path": str(folder)},
+            "model": {"model_name_or_path": str(folder), "max_length": 32},
             "data": {"train": "unused.csv"},
             "parallel": parallel,
             "task": task or {"kind": "classification"},

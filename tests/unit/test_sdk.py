@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,7 +26,7 @@ from danlu.artifact.store import Store
 from danlu.compress.load import load_predictor
 from danlu.errors import DataError, ModelError, ResourceError, StorageError
 from danlu.evaluate.score import Delta
-from danlu.handover import within_budget
+from danlu.handover import trained_before, walked, within_budget
 from danlu.spec.train import TrainJob
 from danlu.train.run import EvalRecord, EventRecord, Record, StepRecord
 
@@ -217,6 +218,29 @@ def dies_at(step: int) -> Callable[[Record], None]:
 
 def losses(run: Any) -> dict[int, float]:
     return {record["step"]: record["loss"] for record in run.records() if record["kind"] == "step"}
+
+
+def test_a_walk_that_was_stopped_behind_its_training_goes_on_with_what_was_trained(make_job: MakeJob, tmp_path: Path) -> None:
+    job = make_job(max_steps=4)
+    data = job.data.model_copy(update={"train": str(shutil.copy(str(job.data.train), tmp_path / "train.csv"))})
+    job = job.model_copy(update={"data": data})
+    assert trained_before(sdk.prepare(job)) is None, "no run yet"
+    trained = sdk.train(job)
+    found = trained_before(sdk.prepare(job.model_copy(update={"max_failures": 3})))
+    assert found is not None
+    assert (found.reference, found.run.uri, found.outcome) == (trained.reference, trained.run.uri, trained.outcome)
+    assert {name: one.scores.metrics() for name, one in found.evaluations.items()} == {
+        name: one.scores.metrics() for name, one in trained.evaluations.items()
+    }
+    assert trained_before(sdk.prepare(job.model_copy(update={"seed": 5}))) is None, "another job"
+    rows = Path(str(job.data.train))
+    text = rows.read_text()
+    rows.write_text(text + text.splitlines()[-1] + "\n")
+    assert trained_before(sdk.prepare(job)) is None, "other rows"
+    rows.write_text(text)
+    walked(found)
+    assert found.run.status()["bundle"] == trained.reference
+    assert trained_before(sdk.prepare(job)) is None, "all was done"
 
 
 def test_after_a_failure_the_same_command_goes_on(make_job: MakeJob) -> None:

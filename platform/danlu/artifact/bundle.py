@@ -61,7 +61,7 @@ class Lineage(Spec):
     created: str
     """UTC, ISO 8601."""
     parent: str | None = None
-    """Digest of the bundle this one was compressed from."""
+    """Digest of the bundle this one was compressed from, or whose weights its training started from."""
     run: str | None = None
     """URI of the run."""
     cleaning: dict[str, dict[str, int]] | None = None

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import logging
 import os
+import socket
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -13,7 +17,9 @@ from typing import Any
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from danlu.errors import StorageError
+from danlu.errors import ResourceError, StorageError
+
+log = logging.getLogger(__name__)
 
 SPEC, RECORDS, STATUS, REPORT, SCORES = "spec.yaml", "records.jsonl", "status.json", "report.html", "scores.json"
 REMOTE_FLUSH_S = 10.0
@@ -46,6 +52,54 @@ class RunFolder:
         except OSError as error:
             raise _cannot_write(self.uri, error) from error
         return f"{self.uri}/{name}"
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """While the block runs no other process of this machine writes the run; ResourceError if one does already.
+
+        A file is locked, which ends with the process, whatever ends it. Object stores have no such thing.
+        """
+        filesystem, path = fsspec.core.url_to_fs(self.uri)
+        if not isinstance(filesystem, LocalFileSystem):
+            yield
+            return
+        try:
+            filesystem.makedirs(path, exist_ok=True)
+            # One for each machine: a network's file system may hold a lock for a while after a machine has gone.
+            lock = os.open(f"{path}/{_lock_name()}", os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise _cannot_write(self.uri, error) from error
+        try:
+            self._lock(lock)
+            yield
+        finally:
+            os.close(lock)
+
+    def is_held(self) -> bool:
+        """Whether a process of this machine writes it now, by its lock."""
+        filesystem, path = fsspec.core.url_to_fs(self.uri)
+        if not isinstance(filesystem, LocalFileSystem) or not os.path.exists(f"{path}/{_lock_name()}"):
+            return False
+        with open(f"{path}/{_lock_name()}", "rb") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return True
+            except OSError:  # a file system without locks
+                return False
+        return False
+
+    def _lock(self, file: int) -> None:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ResourceError(
+                f"the process {self.status().get('pid', '')} of this machine trains it already",
+                where=self.uri,
+                fix="wait for its end, or --fresh: a run of its own",
+            ) from error
+        except OSError as error:  # a file system without locks
+            log.debug("%s cannot be locked: %s", self.uri, error)
 
     def read(self, name: str) -> str | None:
         """A small file's text, or None."""
@@ -129,6 +183,10 @@ def run_numbers(storage: str, name: str) -> list[int]:
 
 def _folder(storage: str, name: str, number: int) -> RunFolder:
     return RunFolder(f"{storage.rstrip('/')}/runs/{name}/{number:04d}", number)
+
+
+def _lock_name() -> str:
+    return f".lock-{socket.gethostname()}"
 
 
 def _json_lines(text: str) -> Iterator[dict[str, Any]]:

@@ -27,6 +27,9 @@ def chat(target: str | None, url: str | None, system: str | None) -> None:
             raise ResourceError(
                 f"nobody answers at {client.base_url}", where="url", fix="danlu serve SPEC, or the URL of a service"
             ) from error
+        except httpx.TransportError as error:
+            broke = f"the connection to {client.base_url} broke: {type(error).__name__}"
+            raise ResourceError(broke, where="url", fix="is the service still there?") from error
 
 
 def _converse(client: httpx.Client, model: str, system: str | None) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-from danlu.errors import ResourceError, SpecError
+from danlu.errors import ResourceError, SpecError, StorageError
 from danlu.terminal import show
 
 
@@ -71,6 +71,8 @@ def bench_serve(
     from danlu.client.load import Load, measure
     from danlu.client.page import page
 
+    if output is not None:
+        _check_writable(output)  # or all would be measured for nothing
     with httpx.Client(base_url=base_url(url), headers=headers(), timeout=30) as client:
         try:
             model = model or only_model(client)
@@ -79,10 +81,19 @@ def bench_serve(
     report, seen = measure(Load(base_url(url), model, num_requests, concurrency, rate, max_tokens=max_tokens, seed=seed, headers=headers()))
     show(report.text())
     if output is not None:
-        output.parent.mkdir(parents=True, exist_ok=True)
         output.with_suffix(".json").write_text(json.dumps(asdict(report), indent=1) + "\n", encoding="utf-8")
         output.with_suffix(".html").write_text(page(report, seen), encoding="utf-8")
         show(f"  written: {output.with_suffix('.json')}, {output.with_suffix('.html')}")
+
+
+def _check_writable(output: Path) -> None:
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        for suffix in (".json", ".html"):
+            with output.with_suffix(suffix).open("a"):
+                pass
+    except OSError as error:
+        raise StorageError(f"cannot write to {output}: {error}", where="--output", fix="a file in a folder that can be written") from error
 
 
 def _lifetime(text: str | None) -> timedelta | None:

@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 
 from danlu import traces
-from danlu.errors import RequestError, ResourceError
+from danlu.errors import RequestError, ResourceError, SpecError
 
 BASE_URL, API_KEY = "OPENAI_BASE_URL", "OPENAI_API_KEY"
 """Environment variables, as OpenAI's client has them. DANLU_API_KEY goes before."""
@@ -18,8 +18,14 @@ DEFAULT_URL = "http://127.0.0.1:8000"
 
 
 def base_url(given: str | None) -> str:
-    """The service's URL without `/v1`."""
+    """The service's URL without `/v1`. SpecError if it is none."""
     url = given or os.environ.get(BASE_URL) or DEFAULT_URL
+    try:
+        is_url = httpx.URL(url).scheme in ("http", "https") and bool(httpx.URL(url).host)
+    except httpx.InvalidURL:
+        is_url = False
+    if not is_url:
+        raise SpecError(f"{url!r} is no URL of a service", where="url", fix=DEFAULT_URL)
     return url.rstrip("/").removesuffix("/v1")
 
 

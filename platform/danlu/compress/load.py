@@ -240,8 +240,7 @@ def _adapted(bundle: Bundle) -> PreTrainedModel:
         case Qlora():
             from peft import PeftModel
 
-            base = quantized_base(folder, meta.task, meta.labels, meta.tuning, dtype=_trained_in(bundle))
-            adapted: PreTrainedModel = PeftModel.from_pretrained(base, bundle.path / "model").get_base_model()
+            adapted: PreTrainedModel = PeftModel.from_pretrained(load_base(bundle), bundle.path / "model").get_base_model()
         case Adapter():
             adapted = bottleneck.load(task_file(meta.task).build_model(folder, meta.labels), bundle.path / "model")
         case _:
@@ -250,6 +249,13 @@ def _adapted(bundle: Bundle) -> PreTrainedModel:
             base = task_file(meta.task).build_model(folder, meta.labels)
             adapted = PeftModel.from_pretrained(base, bundle.path / "model").merge_and_unload()
     return adapted
+
+
+def load_base(bundle: Bundle) -> PreTrainedModel:
+    """What QLoRA's adapter was trained on: its base in few bits."""
+    meta = bundle.meta
+    assert isinstance(meta.tuning, Qlora)
+    return quantized_base(_base_folder(bundle), meta.task, meta.labels, meta.tuning, dtype=_trained_in(bundle))
 
 
 def _base_folder(bundle: Bundle) -> Path:

@@ -8,9 +8,7 @@ import difflib
 import importlib.util
 import io
 import json
-import lzma
 import re
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +17,7 @@ from typing import Any
 import fsspec
 
 from danlu.data import arrow
+from danlu.data.archives import opened, read, refuse_packed
 from danlu.data.json_text import HALF_CHARACTER, half_character, line_of_item
 from danlu.data.nested import c3_rows, conll, is_c3, is_squad, looks_tagged, squad_rows
 from danlu.errors import DataError
@@ -29,7 +28,6 @@ EXTENSIONS = {
 }  # fmt: skip
 HUB_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?(:[\w.-]+)?(@[\w.\[\]:%-]+)?$")
 ORANGE_TYPES = {"d", "discrete", "c", "continuous", "s", "string", "t", "time"}
-UNREADABLE = (OSError, EOFError, zlib.error, lzma.LZMAError)
 ORANGE_FLAGS = {"class", "meta", "ignore", "i", "m", "c", "weight", ""}
 
 
@@ -107,6 +105,8 @@ def _paths(source: str, where: str) -> list[str]:
 
 def _missing(source: str, where: str) -> DataError:
     near: list[str] = []
+    if "://" not in source and Path(source).is_symlink():
+        return DataError(f"{source} is a link to {Path(source).readlink()}, where there is no file", where=where, fix="mend the link")
     if "://" not in source and Path(source).parent.is_dir():
         names = [path.name for path in Path(source).parent.iterdir()]
         near = [str(Path(source).parent / name) for name in difflib.get_close_matches(Path(source).name, names, n=3)]
@@ -115,11 +115,8 @@ def _missing(source: str, where: str) -> DataError:
 
 
 def _file(path: str, format: str, max_rows: int | None, where: str) -> Rows:
-    try:
-        with fsspec.open(path, "rb", compression="infer") as file:
-            raw: bytes = file.read()
-    except UNREADABLE as error:
-        raise DataError(f"{path} cannot be read: {error}", where=where, fix="check its permissions, or copy it again") from error
+    with opened(path, where) as file:
+        raw = read(file, -1, path, where)
     if not raw.removeprefix(codecs.BOM_UTF8).strip():
         raise DataError(f"{path} is empty", where=where, fix="a file with at least a header and some rows")
     kind = format if format != "auto" else told_format(path, raw, where)
@@ -141,12 +138,13 @@ def _file(path: str, format: str, max_rows: int | None, where: str) -> Rows:
                 raise DataError(f"unknown format {kind!r}", where="data.format", fix=known)
     columns = {name: values[:max_rows] for name, values in table.items()}
     if not columns or not len(next(iter(columns.values()))):
-        raise DataError(f"{path} has a header but no rows", where=where, fix="a file with at least one row")
+        raise DataError(f"{path} has {'a header but ' if columns else ''}no rows", where=where, fix="a file with at least one row")
     return Rows(columns, (path,), kind, label)
 
 
 def told_format(path: str, start: bytes, where: str) -> str:
     """The format of a file, by its first bytes and its name."""
+    refuse_packed(path, start, where)
     suffix = Path(re.sub(r"\.(gz|bz2|xz|zip)$", "", path)).suffix.lower()
     return arrow.told_format(start) or EXTENSIONS.get(suffix) or _sniffed(start, path, where)
 
@@ -290,7 +288,8 @@ def _jsonl(text: str, path: str, where: str) -> tuple[dict[str, list[Any]], str]
         try:
             record = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise DataError(f"{path}, line {number}: not JSON ({error}): {line[:80]!r}", where=where) from error
+            told = f"{path}, line {number}: not JSON ({error}): {line[:80]!r}"
+            raise DataError(told, where=where, fix="mend the line, or data.clean: [{kind: drop_broken}]") from error
         if HALF_CHARACTER.search(line) and (half := half_character(record)):
             raise DataError(
                 f"{path}, line {number}: {half!r} holds half of a surrogate pair, which is no character",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+from danlu.data.cells import left, widest
 from danlu.data.page import bars, heading, page, table, tiles
 from danlu.data.profile import Found, Profile, SplitProfile, Spread
 
@@ -60,9 +61,9 @@ def text(profile: Profile) -> str:
     lines.append("")
     figures = {name: dict(_figures(split, profile)) for name, split in profile.splits.items()}
     rows = dict.fromkeys(row for cells in figures.values() for row in cells)
-    width = max(len(row) for row in rows)
+    width = widest(rows)
     lines.append(f"  {'':<{width}} " + " ".join(f"{name:>14}" for name in figures))
-    lines += [f"  {row:<{width}} " + " ".join(f"{cells.get(row, ''):>14}" for cells in figures.values()) for row in rows]
+    lines += [f"  {left(row, width)} " + " ".join(f"{cells.get(row, ''):>14}" for cells in figures.values()) for row in rows]
     for name, split in profile.splits.items():
         for told, found in _findings(split, profile):
             if found.rows and told != "  with another label":

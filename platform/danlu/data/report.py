@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from danlu.data.cells import left, widest
 from danlu.data.clean import Cleaned
 from danlu.data.columns import Labelled
 from danlu.data.encode import Encoded
@@ -83,9 +84,9 @@ class DataReport:
         table[3:3] = [(f"{reason} dropped", [f"{split.dropped.get(reason, 0)}" for split in self.splits.values()]) for reason in reasons]
         for label in next(iter(self.splits.values())).labels:
             table.append((f"label {label}", [f"{split.labels.get(label, 0):,}" for split in self.splits.values()]))
-        width = max(len(name) for name, _ in table)
+        width = widest(name for name, _ in table)
         lines.append(f"  {'':<{width}} " + " ".join(f"{name:>12}" for name in names))
-        lines += [f"  {name:<{width}} " + " ".join(f"{cell:>12}" for cell in cells) for name, cells in table]
+        lines += [f"  {left(name, width)} " + " ".join(f"{cell:>12}" for cell in cells) for name, cells in table]
         if self.cleaned is not None:
             lines += ["", self.cleaned.text()]
         lines += [f"  {note}" for note in self.notes]

@@ -12,9 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import fsspec
-
 from danlu.data import arrow, formats
+from danlu.data.archives import opened, read
 from danlu.data.row import Broken, Row, decoded, sound
 from danlu.errors import DataError
 
@@ -42,8 +41,8 @@ def find(source: str | Sequence[str], *, format: str = "auto", where: str = "dat
             found.append(Source(one, "hub"))
             continue
         for path in formats._paths(one, where):
-            with _opened(path, where) as file:
-                start = _read(file, 1 << 16, path, where)
+            with opened(path, where) as file:
+                start = read(file, 1 << 16, path, where)
             if not start.removeprefix(b"\xef\xbb\xbf").strip():
                 raise DataError(f"{path} is empty", where=where, fix="a file with at least a header and some rows")
             kind = format if format != "auto" else formats.told_format(path, start, where)
@@ -78,26 +77,11 @@ def stream(source: Source, *, where: str = "data.train") -> Iterator[Row | Broke
     yield from (sound(row) for row in rows)
 
 
-def _opened(path: str, where: str) -> Any:
-    try:
-        return fsspec.open(path, "rb", compression="infer").open()
-    except (OSError, EOFError) as error:
-        raise DataError(f"{path} cannot be read: {error}", where=where, fix="check its permissions, or copy it again") from error
-
-
-def _read(file: Any, size: int, path: str, where: str) -> bytes:
-    try:
-        data: bytes = file.read(size)
-    except formats.UNREADABLE as error:
-        raise DataError(f"{path} cannot be read: {error}", where=where, fix="check its permissions, or copy it again") from error
-    return data
-
-
 def _lines(path: str, where: str) -> Iterator[tuple[int, bytes | None]]:
     """(number, line without its end); None for a line too long to be one. Only \\n ends a line, with \\r before it or without."""
     number, rest, skipping = 1, b"", False
-    with _opened(path, where) as file:
-        while chunk := _read(file, 1 << 20, path, where):
+    with opened(path, where) as file:
+        while chunk := read(file, 1 << 20, path, where):
             *whole, rest = (rest + chunk).split(b"\n")
             for line in whole:
                 yield number, None if skipping or len(line) > MAX_LINE else _bare(line, number)
@@ -261,8 +245,8 @@ def _mended(text: str) -> dict[str, Any] | None:
 
 
 def _json(path: str, where: str) -> Iterator[Row | Broken]:
-    with _opened(path, where) as file:
-        raw = _read(file, -1, path, where)
+    with opened(path, where) as file:
+        raw = read(file, -1, path, where)
     text = formats._decoded(raw, path, where)
     start = len(text) - len(text.lstrip())
     if text[start : start + 1] != "[":

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from danlu.data.cells import left, widest
 from danlu.data.columns import Labelled, as_label
 from danlu.evaluate.bootstrap import Interval, Score, intervals, label_score, label_sets_score
 from danlu.evaluate.calibration import Calibration, Temperature, calibration, probabilities, scaled, unscaled
@@ -81,12 +82,12 @@ class Analysis:
             lines += self.decision.lines()
         for by in dict.fromkeys(found.by for found in self.slices):
             some = [found for found in self.slices if found.by == by]
-            width = max(len(found.value) for found in some)
+            width = widest(found.value for found in some)
             lines.append(f"  by {by}")
             for found in some:
                 name, first = next(iter(found.metrics.items()))
                 lines.append(
-                    f"    {found.value:<{width}} {found.rows:>6} rows   {name} {first.value:.4f} [{first.low:.4f}, {first.high:.4f}]"
+                    f"    {left(found.value, width)} {found.rows:>6} rows   {name} {first.value:.4f} [{first.low:.4f}, {first.high:.4f}]"
                 )
         return "\n".join(lines)
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from sklearn.metrics import confusion_matrix
 
+from danlu.data.cells import left, widest
 from danlu.evaluate.bootstrap import Interval, intervals
 from danlu.evaluate.calibration import probabilities
 from danlu.spec.task import Decision
@@ -43,11 +44,11 @@ class Decided:
 
     def lines(self) -> list[str]:
         """For the terminal."""
-        width = max(len(name) for name, _, _ in self.rows())
+        width = widest(name for name, _, _ in self.rows())
         return [
             "  cost a row",
             *(
-                f"    {name:<{width}} {one.value:.4f} [{one.low:.4f}, {one.high:.4f}]   accuracy {accuracy:.4f}"
+                f"    {left(name, width)} {one.value:.4f} [{one.low:.4f}, {one.high:.4f}]   accuracy {accuracy:.4f}"
                 for name, one, accuracy in self.rows()
             ),
         ]

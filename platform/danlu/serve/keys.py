@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import hmac
 import json
@@ -10,16 +11,21 @@ import os
 import secrets
 import time
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from fnmatch import fnmatchcase
+from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Concatenate, ParamSpec, TypeVar
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
 
 from danlu.errors import DanluError, RequestError, SpecError, StorageError
 from danlu.metrics import catalog
 from danlu.serve.openai.common import error_response
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 PREFIX = "dk-"
 SHOWN = 10
@@ -97,6 +103,26 @@ def read_keys(path: Path) -> KeyFile:
         raise StorageError(f"{path} is no file of keys: {places}", where="keys", fix="danlu keys create NAME --file ANOTHER") from None
 
 
+def _alone(change: Callable[Concatenate[Path, P], T]) -> Callable[Concatenate[Path, P], T]:
+    """Of two that change a file at once the second waits: it would write the first one's key, or its revocation, away."""
+
+    @wraps(change)
+    def changed(path: Path, *arguments: P.args, **named: P.kwargs) -> T:
+        try:
+            lock = os.open(path.parent, os.O_RDONLY)  # the file itself is replaced
+        except OSError:  # it is not there yet, or the change says why not
+            return change(path, *arguments, **named)
+        try:
+            with suppress(OSError):  # a file system without locks
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            return change(path, *arguments, **named)
+        finally:
+            os.close(lock)
+
+    return changed
+
+
+@_alone
 def create_key(
     path: Path,
     name: str,
@@ -131,6 +157,7 @@ def create_key(
     return secret
 
 
+@_alone
 def revoke_key(path: Path, name: str) -> Key:
     """Make the valid key with this name or prefix invalid. It stays in the file, so that a service whose last key goes is not open."""
     file, now = read_keys(path), datetime.now(UTC)
@@ -143,6 +170,7 @@ def revoke_key(path: Path, name: str) -> Key:
     return gone
 
 
+@_alone
 def set_budget(path: Path, tenant: str, usd_per_week: float | None) -> None:
     """Give a tenant a budget in place of the one it has; None takes it away."""
     file = read_keys(path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import re
 import types
 import typing
@@ -198,6 +199,8 @@ def _number(text: str, *, whole: bool, quoted: bool) -> str:
     try:
         number = float(text.replace("_", ""))
     except ValueError:
+        return ""
+    if not math.isfinite(number):
         return ""
     if whole and not (number.is_integer() and abs(number) < 1e15):
         return ""

@@ -121,7 +121,7 @@ class TrainJob(Spec):
     num_train_epochs: PositiveFloat = 3.0
     max_steps: PositiveInt | None = None
     """Optimizer steps; set, it overrides num_train_epochs."""
-    seed: NonNegativeInt = 17
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 17
     max_failures: NonNegativeInt = 0
     """How often a lost worker may restart the job from its last checkpoint."""
     storage: str = "runs"

@@ -12,6 +12,7 @@ from sklearn.metrics import accuracy_score, confusion_matrix, precision_recall_f
 from torch import nn
 from transformers import AutoModelForSequenceClassification, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from danlu.data.cells import left, right, widest
 from danlu.data.columns import Labelled, labelled
 from danlu.data.encode import Encoded, encode
 from danlu.data.pack import Packed
@@ -149,11 +150,12 @@ class Scores:
 
     def text(self) -> str:
         """For the terminal, with the classes and the confusion matrix."""
-        width = max(len(name) for name in self.per_class)
+        corner = "truth / answer"
+        width = widest((corner, *self.per_class))
         lines = [metrics_line(self), "", *per_class_table(self.per_class)]
-        lines += ["", f"  {'truth / answer':<{width}} " + " ".join(f"{name[:7]:>7}" for name in self.per_class)]
+        lines += ["", f"  {left(corner, width)} " + " ".join(right(name, 7) for name in self.per_class)]
         for name, counts in zip(self.per_class, self.confusion, strict=True):
-            lines.append(f"  {name:<{width}} " + " ".join(f"{count or '.':>7}" for count in counts))
+            lines.append(f"  {left(name, width)} " + " ".join(f"{count or '.':>7}" for count in counts))
         return "\n".join(lines)
 
 

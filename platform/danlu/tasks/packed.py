@@ -263,6 +263,17 @@ def first_position(model: PreTrainedModel) -> int:
     return 0 if padding is None else padding + 1
 
 
+def num_positions(model: PreTrainedModel) -> int | None:
+    """Tokens of the longest row that the model's table of positions has room for; None if it computes positions instead."""
+    rooms = [
+        # RoBERTa and its kin begin behind the padding token's row, BART's behind two.
+        module.num_embeddings - getattr(module, "offset", 0) - (0 if module.padding_idx is None else module.padding_idx + 1)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Embedding) and name.rpartition(".")[2] in ("position_embeddings", "wpe", "embed_positions")
+    ]
+    return min(rooms, default=None)
+
+
 def _first_tokens(stack: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
     """Turn the last layer's [1, tokens, hidden] into [rows, 1, hidden], so that 'the first token' is each row's own."""
     cu_seqlens = kwargs.get("cu_seqlens")

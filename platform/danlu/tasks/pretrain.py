@@ -18,10 +18,11 @@ from danlu.data.encode import Encoded, encode
 from danlu.data.pack import Packed
 from danlu.data.report import data_report
 from danlu.data.split import random_split
-from danlu.errors import DataError
+from danlu.errors import DataError, ModelError
 from danlu.spec.data import Data
 from danlu.spec.task import Pretrain
 from danlu.tasks.loading import load_model, load_shapes
+from danlu.tasks.packed import layer_stack
 from danlu.tasks.packed_decoder import PackedDecoder
 from danlu.tasks.rows import Split, Splits, read_given, read_splits
 
@@ -104,7 +105,14 @@ def build_model(
 
 def skeleton(folder: str | Path, num_labels: int = 0) -> PreTrainedModel:
     """The model `build_model` builds, with shapes and no weights."""
-    return load_shapes(AutoModelForCausalLM, folder, "causal language model")
+    model = load_shapes(AutoModelForCausalLM, folder, "causal language model")
+    if layer_stack(model) is not None:
+        raise ModelError(
+            f"{folder} is an encoder, {type(model).__name__}: each token sees those behind it, so there is nothing to foretell",
+            where="model.model_name_or_path",
+            fix="a causal language model; or task: {kind: pretrain, objective: {kind: masked}}",
+        )
+    return model
 
 
 def head_parameters(model: PreTrainedModel) -> set[str]:

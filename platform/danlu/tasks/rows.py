@@ -8,6 +8,7 @@ from typing import Protocol
 
 import numpy as np
 
+from danlu.data.cells import left, widest
 from danlu.data.columns import Labelled
 from danlu.data.conversations import Conversation
 from danlu.data.encode import Encoded
@@ -108,8 +109,8 @@ def metrics_line(scores: Scored) -> str:
 
 def per_class_table(per_class: Mapping[str, Mapping[str, float]]) -> list[str]:
     """Precision, recall, F1 and support of each class, as lines."""
-    width = max(map(len, per_class), default=0)
+    width = widest(per_class)
     lines = [f"  {'':<{width}} precision    recall        f1   rows"]
     for name, row in per_class.items():
-        lines.append(f"  {name:<{width}} {row['precision']:>9.4f} {row['recall']:>9.4f} {row['f1']:>9.4f} {int(row['support']):>6}")
+        lines.append(f"  {left(name, width)} {row['precision']:>9.4f} {row['recall']:>9.4f} {row['f1']:>9.4f} {int(row['support']):>6}")
     return lines

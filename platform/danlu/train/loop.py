@@ -17,7 +17,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from danlu.data.pack import Batches, Packed, by_length, pack_rows
-from danlu.errors import DivergedError
+from danlu.errors import DivergedError, ModelError
 from danlu.spec.parallel import Ddp, DeepSpeed, Pipeline, Tensor
 from danlu.spec.task import LOWER_IS_BETTER
 from danlu.spec.train import TrainJob
@@ -26,7 +26,7 @@ from danlu.tasks.task import TaskFile, relative_to_start, task_file
 from danlu.train.checkpoint import Checkpoints, Progress, after_eval, improved
 from danlu.train.ema import Ema, EmaState
 from danlu.train.exchange import Exchange
-from danlu.train.model import Trainee, build, export
+from danlu.train.model import Trainee, build, export, not_finite
 from danlu.train.optim import learning_rate_at, param_groups
 from danlu.train.phases import Phases, device_name, flops_per_token, peak_flops
 from danlu.train.precision import SMALLEST, LossScale, LossScaleState, compute_dtype
@@ -123,7 +123,7 @@ def train(job: TrainJob, data: Splits, folder: Path, tokenizer: PreTrainedTokeni
         phases.end("wait")
         skipped = loss_scale is not None and not math.isfinite(grad_norm)
         if not (skipped and loss_scale is not None and loss_scale.scale >= SMALLEST):
-            _check_finite(mean_loss, grad_norm, step, checkpoints)
+            _check_finite(mean_loss, grad_norm, step, checkpoints, folder)
 
         tokens = batches.num_tokens(step)
         progress = replace(progress, step=step + 1, tokens_total=progress.tokens_total + tokens)
@@ -272,8 +272,12 @@ def _out_of_patience(job: TrainJob, progress: Progress) -> bool:
     return patience is not None and progress.evals_without_best >= patience
 
 
-def _check_finite(loss: float, grad_norm: float, step: int, checkpoints: Checkpoints) -> None:
+def _check_finite(loss: float, grad_norm: float, step: int, checkpoints: Checkpoints, folder: Path) -> None:
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+        if step == 0 and (name := not_finite(folder)) is not None:
+            raise ModelError(
+                f"{name} in {folder} holds values that are no numbers", where="model.model_name_or_path", fix="copy or download it again"
+            )
         kept = checkpoints.steps()
         raise DivergedError(
             f"the loss of step {step + 1} is {loss} and its gradient norm {grad_norm}: training has diverged",

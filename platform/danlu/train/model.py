@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from safetensors import safe_open
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from danlu.artifact.trainable import HEADS, is_embedding, new_parameters, num_layers, trained_names
@@ -40,6 +41,16 @@ class Trainee:
     write: Write
     lr_scales: Mapping[str, float] = field(default_factory=dict)
     allocator: RankAllocator | None = None
+
+
+def not_finite(folder: Path) -> str | None:
+    """A tensor among a folder's safetensors that holds NaN or infinity; None if there is none."""
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, "pt") as weights:
+            for name in weights.keys():  # noqa: SIM118
+                if not bool(torch.isfinite(weights.get_tensor(name)).all()):
+                    return str(name)
+    return None
 
 
 def build(job: TrainJob, folder: Path, label_names: list[str], *, dtype: torch.dtype = torch.float32, num_steps: int = 0) -> Trainee:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
 import pytest
 
 from danlu.artifact.runs import RECORDS, STATUS, RunFolder, latest_run, open_run, run_numbers
-from danlu.errors import StorageError
+from danlu.errors import ResourceError, StorageError
 
 
 @pytest.fixture(params=["file", "memory"])
@@ -161,3 +163,23 @@ def test_an_object_store_has_every_record_that_is_no_step_at_once(tmp_path: Path
     run.record({"kind": "eval", "step": 3, "metrics": {}})
     lines = (run.read(RECORDS) or "").splitlines()
     assert [json.loads(line)["kind"] for line in lines] == ["step", "step", "step", "eval"]
+
+
+def test_no_two_processes_write_one_run_and_a_dead_one_stands_in_nobodys_way(tmp_path: Path) -> None:
+    hold = (
+        "import sys, time; from danlu.artifact.runs import open_run\n"
+        "with open_run(sys.argv[1], 'topics', 'digest').held():\n"
+        "    print('held', flush=True); time.sleep(600)"
+    )
+    run = open_run(str(tmp_path), "topics", "digest")
+    with subprocess.Popen([sys.executable, "-c", hold, str(tmp_path)], stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(ResourceError, match="trains it already") as raised, run.held():
+            pass
+        assert "--fresh" in raised.value.fix
+        other.kill()
+    with run.held():
+        pass
+    with open_run(f"memory://{tmp_path.name}", "topics", "digest").held():
+        pass

@@ -7,6 +7,7 @@ import io
 import json
 import sys
 import time
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,14 @@ PLAIN = FRAME[~FRAME["text"].str.contains('\n|\t|"')].reset_index(drop=True)
 def write(path: Path, content: str | bytes) -> str:
     path.write_bytes(content.encode() if isinstance(content, str) else content)
     return str(path)
+
+
+def zipped(*names: str) -> bytes:
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        for name in names:
+            archive.writestr(name, "text,label\na,b\n")
+    return file.getvalue()
 
 
 def as_dict(frame: pandas.DataFrame) -> dict[str, list[Any]]:
@@ -154,7 +163,7 @@ def test_a_tab_file_with_a_single_header_row_loses_no_row(tmp_path: Path) -> Non
     assert read(path) == as_dict(pandas.read_csv(path, sep="\t"))
 
 
-@pytest.mark.parametrize("compression", ["gz", "bz2", "xz"])
+@pytest.mark.parametrize("compression", ["gz", "bz2", "xz", "zip"])
 def test_compressed_files_are_read_as_their_contents(tmp_path: Path, compression: str) -> None:
     FRAME.to_csv(tmp_path / f"rows.csv.{compression}", index=False)
     PLAIN.to_csv(tmp_path / f"rows.tsv.{compression}", index=False, sep="\t", quoting=3)
@@ -247,6 +256,8 @@ def test_a_missing_file_is_named_with_its_near_ones(tmp_path: Path) -> None:
     error = refusal(str(tmp_path / "trian.csv"))
     assert str(tmp_path / "trian.csv") in error.problem
     assert error.fix == f"did you mean {tmp_path / 'train.csv'}?"
+    (tmp_path / "round.csv").symlink_to(tmp_path / "round.csv")
+    assert "round.csv is a link to" in refusal(str(tmp_path / "round.csv")).problem
     assert "no file matches" in refusal(str(tmp_path / "*.parquet"), where="data.dev").problem
     assert refusal(str(tmp_path)).fix.endswith("/*.jsonl")
 
@@ -258,14 +269,14 @@ def test_a_missing_file_is_named_with_its_near_ones(tmp_path: Path) -> None:
         ("a.csv", " \n\n", "a.csv is empty", "header"),
         ("a.csv", b"\xef\xbb\xbf", "a.csv is empty", "header"),
         ("a.csv", "text,label\n", "a header but no rows", "at least one row"),
-        ("a.json", "[]", "no rows", "at least one row"),
+        ("a.json", "[]", "a.json has no rows", "at least one row"),
         ("a.tab", "text\tlabel\nstring\tdiscrete\nmeta\tclass\n", "a header but no rows", "at least one row"),
         ("a.csv", "text,label\na,b\nc,d,e\n", "a.csv, line 3: 3 cells, but the header has 2", "quote"),
         ("a.csv", 'text,label\n"two\nlines",b\nc\n', "a.csv, line 4: 1 cells, but the header has 2", "quote"),
         ("a.csv", 'text,label\na,b\n"open,c\nd,e\nf,g\n', "a.csv, line 3: 1 cells, but the header has 2", "quote"),
         ("a.tsv", "text\tlabel\nc\n", "a.tsv, line 2: 1 cells", "jsonl"),
         ("a.csv", "text,text\na,b\n", "'text' stands twice", "own name"),
-        ("a.jsonl", '{"text": "a"}\n{"text": \n', "a.jsonl, line 2: not JSON", ""),
+        ("a.jsonl", '{"text": "a"}\n{"text": \n', "a.jsonl, line 2: not JSON", "drop_broken"),
         ("a.jsonl", '{"text": "a"}\n["b"]\n', "a.jsonl, line 2: an object is needed, not list", '{"text"'),
         ("a.json", '[{"text": "a"},\n {"text" "b"}]', "line 2", "jsonl"),
         ("a.json", '{"text": ["a"], "label": []}', "different lengths: {'text': 1, 'label': 0}", ""),
@@ -277,6 +288,11 @@ def test_a_missing_file_is_named_with_its_near_ones(tmp_path: Path) -> None:
         ("a.arrow", "text,label\na,b\n", "not a whole Arrow file or stream", "again"),
         ("a.csv.gz", gzip.compress(b"text,label\n" + b"a,b\n" * 99, mtime=0)[:30], "a.csv.gz cannot be read", "again"),
         ("a.csv.gz", b"text,label\na,b\n", "a.csv.gz cannot be read", ""),
+        ("a.csv.zip", b"text,label\na,b\n", "a.csv.zip cannot be read", "again"),
+        ("a.csv.zip", zipped("a.csv", "b.csv"), "holds 2 files, not one: a.csv, b.csv", "unzip"),
+        ("a.jsonl", gzip.compress(b'{"text": "a"}\n', mtime=0), "a.jsonl is packed with gzip", ".gz"),
+        ("a.xlsx", zipped("sheet1.xml", "sheet2.xml"), "a.xlsx is packed with zip", "csv"),
+        ("a.json.zst", b"\x28\xb5\x2f\xfd and more", "packed with zstd", "unzstd"),
         ("a.bin", "no separators", "cannot be told", "data.format"),
         ("a.csv", b"text,label\na,b\nc,d \n" + "中,g\n".encode("gb18030"), "a.csv, line 4: byte 0xd6", "iconv -f GB18030 -t UTF-8"),
         ("a.csv", b"text,label\ncaf\xe9 au lait,b\n", "a.csv, line 2: byte 0xe9", "iconv -f LATIN1 -t UTF-8"),

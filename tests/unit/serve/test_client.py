@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import random
+import socket
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -15,7 +17,7 @@ from typer.testing import CliRunner, Result
 
 from danlu.cli import app
 from danlu.client.load import Load, bodies, measure
-from danlu.errors import RequestError, ResourceError, SpecError
+from danlu.errors import RequestError, ResourceError, SpecError, StorageError
 from danlu.metrics import catalog
 from danlu.serve.engines.echo import EchoTextEngine
 from danlu.serve.gateway import Gateway
@@ -75,6 +77,33 @@ def test_a_chat_with_nobody_says_where_it_looked() -> None:
     result = invoke("chat", "http://127.0.0.1:9/v1", stdin="hello\n")
     assert isinstance(result.exception, ResourceError)
     assert "nobody answers at http://127.0.0.1:9" in str(result.exception)
+
+
+@pytest.mark.parametrize("command", [["chat"], ["bench", "serve"]])
+def test_what_is_no_url_is_said_to_be_none(command: list[str]) -> None:
+    for text in ("localhost:8000", "http://", "ftp://127.0.0.1:8000/x"):
+        result = invoke(*command, *(["--url"] if command == ["chat"] else []), text, stdin="hello\n")
+        assert isinstance(result.exception, SpecError), (text, result.exception)
+        assert f"{text!r} is no URL of a service" in str(result.exception)
+
+
+def test_a_service_that_goes_away_in_an_answer_is_said() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def answer() -> None:
+            for text in (b'{"data": [{"id": "a"}]}', b"data: half"):
+                connection, _ = server.accept()
+                with connection:
+                    connection.recv(65536)
+                    head = b"HTTP/1.1 200 OK\r\nconnection: close\r\ncontent-length: %d\r\n\r\n"
+                    connection.sendall(head % (len(text) + (0 if text.startswith(b"{") else 100)) + text)
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        result = invoke("chat", f"http://127.0.0.1:{server.getsockname()[1]}", stdin="hello\n")
+        thread.join()
+    assert isinstance(result.exception, ResourceError), result.exception
+    assert "broke" in str(result.exception)
 
 
 def test_an_unknown_model_is_said_with_those_that_there_are(url: str) -> None:
@@ -156,6 +185,8 @@ def test_two_loads_ask_the_same_and_no_two_requests_do() -> None:
 
 
 def test_bench_writes_its_report_as_json_and_as_a_page(url: str, tmp_path: Path) -> None:
+    result = invoke("bench", "serve", f"{url}/v1", "--output", "/proc/nosuch/load.json")
+    assert isinstance(result.exception, StorageError)  # before anything is measured
     sets = ["--requests", "5", "--concurrency", "2", "--max-tokens", "4", "--output", str(tmp_path / "out" / "load.json")]
     result = invoke("bench", "serve", f"{url}/v1", *sets, OPENAI_API_KEY="dk-secret")
     assert result.exit_code == 0, (result.output, result.exception)

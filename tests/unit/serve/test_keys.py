@@ -10,6 +10,7 @@ import re
 import stat
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -229,3 +230,10 @@ def timed(ring: KeyRing, secret: str) -> float:
     for _ in range(100):
         ring.find(secret)
     return (time.perf_counter() - began) / 100
+
+
+def test_of_keys_that_are_made_at_once_none_is_lost(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        secrets = list(pool.map(lambda i: create_key(tmp_path / "keys.json", f"key-{i}"), range(24)))
+    ring = KeyRing(tmp_path / "keys.json")
+    assert sorted(key.name for secret in secrets if (key := ring.find(secret))) == sorted(f"key-{i}" for i in range(24))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import json
 import threading
 import time
@@ -15,12 +16,15 @@ import httpx
 import openai
 import pytest
 from openai import OpenAI
+from transformers import PreTrainedTokenizerBase
 
 from danlu.errors import RequestError
 from danlu.metrics import catalog
 from danlu.serve.engines.echo import EchoTextEngine
 from danlu.serve.gateway import Gateway
 from danlu.serve.generation import Delta, Generation
+from danlu.serve.openai.chat import ChatRequest, UserMessage
+from danlu.serve.openai.sampling import generations, sampling
 from danlu.spec.serve import EchoText, Limits
 
 Served = Callable[..., AbstractContextManager[str]]
@@ -155,6 +159,36 @@ def test_a_response_format_or_a_guide_shapes_the_answer(client: OpenAI) -> None:
     assert content(extra_body={"guided_choice": ["yes", "no"]}) == "yes"
     with pytest.raises(openai.BadRequestError, match="cannot both hold"):
         content(response_format=formatted, extra_body={"guided_choice": ["yes"]})
+
+
+def test_a_template_takes_variables_and_no_arguments_of_its_rendering(client: OpenAI) -> None:
+    def ask(**arguments: Any) -> str | None:
+        return (
+            client.chat.completions.create(model="echo", messages=say("a"), extra_body={"chat_template_kwargs": arguments})
+            .choices[0]
+            .message.content
+        )
+
+    assert ask(enable_thinking=False, documents=[]) == "a"
+    for name in set(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters) - {"self", "documents", "kwargs"}:
+        with pytest.raises(openai.BadRequestError, match=f"chat_template_kwargs.{name}. is not a variable"):
+            ask(**{name: "{{ 1 }}"})
+
+
+def test_any_64_bit_seed_is_taken_as_openai_takes_it(client: OpenAI) -> None:
+    for seed in (-5, 0, 2**63 - 1, -(2**63)):
+        assert len(client.chat.completions.create(model="echo", messages=say("a"), seed=seed, n=2).choices) == 2
+        how = generations(
+            [(1,)],
+            3,
+            "a",
+            sampling(ChatRequest(messages=[UserMessage(role="user", content="a")], seed=seed), max_tokens=1, logprobs=None),
+            None,
+            None,
+        )
+        seeds = [one.sampling.seed for one in how]
+        assert all(made is not None and 0 <= made < 2**63 for made in seeds)
+        assert len(set(seeds)) == 3
 
 
 def test_logprobs_are_in_openais_two_forms(client: OpenAI) -> None:

@@ -15,6 +15,7 @@ from danlu.artifact.bundle import BundleMeta, Lineage, write_bundle
 from danlu.artifact.store import Store
 from danlu.errors import ModelError, RequestError, ResourceError
 from danlu.serve.engines.torch.engine import TorchEngine
+from danlu.serve.engines.torch.lora import read_adapter
 from danlu.serve.generation import Generation, Sampling
 from danlu.spec.serve import Torch
 from danlu.spec.task import Pretrain
@@ -119,6 +120,17 @@ def test_an_adapter_of_the_store_is_loaded_by_its_alias(folders: dict[str, Path]
             await made.load_adapter("third", "qv@worst")
 
     with_engine(TorchEngine(spec, storage=str(tmp_path / "runs")), body)
+
+
+def test_an_adapter_is_not_put_on_top_of_what_is_merged_into_its_base(folders: dict[str, Path], tmp_path: Path) -> None:
+    lineage = Lineage(spec={}, spec_digest="", data_digests={}, code_version="", library_versions={}, seed=0, created="")
+    meta = BundleMeta(name="qv", task=Pretrain(), labels=[], max_length=64, precision="fp32", probes=[], lineage=lineage, weights="adapter")
+    shutil.copytree(folders["qv"], tmp_path / "bundle/model")
+    served = write_bundle(tmp_path / "bundle", meta.model_copy(update={"base_model": str(folders["base"])}))
+    assert read_adapter(str(served.path), "qv", "runs").weights
+    with pytest.raises(ModelError, match="has qv merged into that") as raised:
+        read_adapter(str(served.path), "qv", "runs", served)
+    assert f"engine.model_name_or_path: {folders['base']}" in raised.value.fix
 
 
 def test_an_adapter_that_cannot_be_served_says_why_and_nobody_notices(folders: dict[str, Path], tmp_path: Path) -> None:

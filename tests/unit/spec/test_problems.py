@@ -70,6 +70,7 @@ PROBLEMS = {
     "a number with underscores": ("max_steps: 1_000", "'1_000': a whole number is needed", "try: 1000"),
     "a whole number with an exponent": ("max_steps: 1e3", "max_steps (line 5): 1e3: a whole number is needed", "try: 1000"),
     "half a number": ("global_batch_size: 31.5", "global_batch_size (line 5): 31.5: a whole number is needed", ""),
+    "a seed that torch does not take": ("seed: 9223372036854775808", "seed (line 5): 9223372036854775808: it should be less than", ""),
     "a truth for a number": ("seed: true", "seed (line 5): true: a whole number is needed", ""),
     "a truth for a choice of numbers": ("workers: {gpus_per_worker: true}", "true: a whole number is needed", ""),
     "a number for a text": ("storage: 010", "storage (line 5): 010: a text is needed", 'in quotes: "010"'),
@@ -225,6 +226,11 @@ def test_a_bad_name_comes_back_as_one_that_works() -> None:
         assert "lower-case letters, digits and dashes are needed" in said
         assert parse(TrainJob, JOB, [f"name={said.rpartition('try: ')[2]}"])
     assert "try:" not in refusal(JOB, "name=丹炉")
+
+
+def test_what_is_not_finite_is_no_number_to_try() -> None:
+    for text in ("nan", "inf", "-inf"):
+        assert refusal(JOB, f"optim.learning_rate={text}").endswith(f"'{text}': a number is needed")
 
 
 def test_a_mapping_with_one_needed_field_says_how_to_write_it() -> None:

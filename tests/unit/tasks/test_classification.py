@@ -12,11 +12,13 @@ import pandas
 import pytest
 import torch
 from conftest import make_rows, split_of
+from rich.cells import cell_len
 from safetensors.torch import load_file, save_file
 from sklearn import metrics
 from torch import nn
 from transformers import AutoModelForSequenceClassification
 
+from danlu.data.cells import right
 from danlu.data.pack import pack_rows
 from danlu.errors import DataError, ModelError
 from danlu.spec.data import Data
@@ -276,3 +278,12 @@ def test_a_predictor_never_drops_out(tiny_model: Path) -> None:
     model = build_model(tiny_model, NAMES, dropout=0.5).train()
     predictor = Predictor(PackedClassifier(model), load_tokenizer(tiny_model), NAMES, max_length=16)
     assert predictor.predict(texts(5)) == predictor.predict(texts(5))
+
+
+def test_tables_stand_straight_in_a_terminal_also_where_a_character_takes_two_cells() -> None:
+    names = ["好评", "neutral", "é"]
+    found = scores(np.eye(3, dtype=np.float32), split_of(np.arange(3)), names, Classification())
+    lines = found.text().splitlines()
+    for table in (lines[2:6], lines[7:11]):
+        assert len({cell_len(line) for line in table}) == 1, table
+    assert cell_len(right("中立的一般评价", 7)) == 7

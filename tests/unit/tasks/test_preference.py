@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from language import CAPITALS, preferences, write_chat_model, write_rows
+from language import CAPITALS, preferences, talks, write_chat_model, write_rows
 from pydantic import ValidationError
 from transformers import AutoModelForCausalLM
 
 from danlu import sdk
+from danlu.compress.load import load_model
 from danlu.data.pack import pack_rows
-from danlu.errors import DataError
+from danlu.errors import DataError, ModelError
 from danlu.spec.data import Data
 from danlu.spec.task import Dpo, Ipo, Kto, Orpo, Preference
 from danlu.spec.train import TrainJob
@@ -172,6 +173,61 @@ def test_it_learns_to_prefer_and_its_rewards_are_relative_to_the_start_model(tun
         assert found["reward_accuracy"] == pytest.approx(np.mean(np.asarray(margins) > 0))
     answer = sdk.predict(trained.reference, [f"What is the capital of {next(iter(CAPITALS))}?"], storage=job.storage)[0]
     assert answer.to_dict()["tokens"] >= 1
+
+
+def answers(model: Path, folder: Path, **overrides: Any) -> TrainJob:
+    """The job of a chat model, in the storage of `job_of`."""
+    data = {"train": write_rows(folder / "talks.jsonl", talks(16)), "cache_dir": str(folder / "cache")}
+    return job_of(model, folder, **{"name": "answers", "task": {"kind": "chat"}, "data": data, "max_steps": 3} | overrides)
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        found: torch.Tensor = model.eval()(torch.arange(4, 30)[None]).logits
+    return found
+
+
+@pytest.mark.parametrize("tuning", ["full", "lora", "qlora"])
+def test_preferences_go_on_from_a_bundle_as_it_answers_and_say_whose_it_was(tuning: str, model: Path, tmp_path: Path) -> None:
+    tuned = {"kind": tuning} | ({} if tuning == "full" else {"r": 4})
+    before = sdk.train(answers(model, tmp_path, tuning=tuned))
+    job = job_of(Path("answers@latest"), tmp_path, tuning={"kind": "lora", "r": 4}, max_steps=2)
+    trained = sdk.train(job)
+    lineage = trained.bundle.meta.lineage
+    assert lineage.parent == before.bundle.meta.digest
+    start = Path(lineage.spec["model"]["model_name_or_path"])
+    assert trained.bundle.meta.base_model == str(start)
+    torch.testing.assert_close(
+        logits(AutoModelForCausalLM.from_pretrained(start, dtype=torch.float32)), logits(load_model(before.bundle)), rtol=0, atol=1e-4
+    )
+    assert load_tokenizer(start).chat_template == load_tokenizer(model).chat_template
+    first = next(record for record in trained.run.records() if record["kind"] == "step")
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-4)
+    if tuning == "lora":
+        assert sdk.train(answers(model, tmp_path, tuning=tuned, seed=3)).reference == "answers@v2"
+        again, _ = sdk.evaluate(trained.reference, storage=job.storage)
+        assert again.scores.metrics() == trained.evaluations["test"].scores.metrics(), "what the alias means now is something else"
+
+
+def test_what_cannot_be_trained_on_is_refused_before_anything_starts(model: Path, tmp_path: Path) -> None:
+    prompted = sdk.train(answers(model, tmp_path, tuning={"kind": "prompt", "num_virtual_tokens": 2}, max_steps=1))
+
+    def refusal(name: str, **more: Any) -> ModelError:
+        job = job_of(Path(name), tmp_path)
+        with pytest.raises(ModelError) as raised:
+            sdk.prepare(job.model_copy(update={"model": job.model.model_copy(update=more)}))
+        return raised.value
+
+    assert "stands beside the weights" in refusal(prompted.reference).problem
+    assert refusal("answer@latest").fix == "did you mean answers?"
+    assert "answers@ one of: v1, latest, production" in refusal("answers@v7").fix
+    assert refusal(prompted.reference, revision="main").where == "model.revision"
+    smaller = sdk.quantize(
+        answers(model, tmp_path, compress={"quantization": {"kind": "int8"}, "max_quality_drop": 1, "min_speedup": 0.001}),
+        sdk.train(answers(model, tmp_path, max_steps=1)).bundle,
+    )
+    assert smaller.reference is not None
+    assert "cannot be trained further" in refusal(smaller.reference).problem
 
 
 def test_a_resumed_run_is_still_relative_to_the_start(model: Path, tmp_path: Path) -> None:

@@ -116,3 +116,9 @@ def test_what_it_cannot_do_is_refused_before_anything_starts(
 ) -> None:
     with pytest.raises(ValidationError, match=r"which takes: int8, int4|not a metric of task.kind=pretrain"):
         job_of(tiny_decoder, topic_files, tmp_path, **field)
+
+
+def test_an_encoder_which_sees_what_it_should_foretell_is_refused(tiny_model: Path, topic_files: dict[str, str], tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="is an encoder, BertLMHeadModel: each token sees those behind it") as raised:
+        sdk.prepare(job_of(tiny_model, topic_files, tmp_path))
+    assert "masked" in raised.value.fix

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, TaskType, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from danlu.data.pack import Batches, pack_rows
-from danlu.errors import DanluError, SpecError
+from danlu.errors import DanluError, ModelError, SpecError
 from danlu.spec.train import TrainJob
 from danlu.tasks import classification
 from danlu.tasks.rows import Splits
@@ -136,6 +138,17 @@ def test_divergence_is_said_instead_of_trained_on(setting: Setting) -> None:
         setting.run(
             setting.job(optim={"learning_rate": 1e30, "max_grad_norm": None, "schedule": {"kind": "constant", "warmup_ratio": 0.0}})
         )
+
+
+def test_weights_that_are_no_numbers_are_told_apart_from_a_rate_too_high(setting: Setting, tmp_path: Path) -> None:
+    broken = shutil.copytree(setting.model, tmp_path / "broken")
+    weights = load_file(broken / "model.safetensors")
+    name = next(name for name in weights if name.endswith("query.weight"))
+    weights[name][0, 0] = float("nan")
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    setting.model = broken
+    with pytest.raises(ModelError, match=f"{name} in {broken} holds values that are no numbers"):
+        setting.run(setting.job())
 
 
 def test_lora_gives_the_losses_of_peft_by_hand(setting: Setting) -> None:

@@ -94,6 +94,15 @@ class NamedTool(Wire):
     function: NamedFunction
 
 
+OF_THE_RENDERING = {
+    "conversation", "messages", "tools", "chat_template", "add_generation_prompt", "continue_final_message", "tokenize", "padding",
+    "truncation", "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs",
+    "sanitize_control_tokens",
+}  # fmt: skip
+"""Arguments of transformers' `apply_chat_template` that are no variables of a template. A client's own template would be a program that
+runs in the replica (CVE-2025-62426)."""
+
+
 class ChatRequest(SamplingFields):
     """The body of a chat completion."""
 
@@ -128,6 +137,12 @@ def parse_chat(body: bytes) -> ChatRequest:
     check_stream_options(request)
     if request.top_logprobs is not None and not request.logprobs:
         raise RequestError("`top_logprobs` needs `logprobs`", param="top_logprobs", fix="logprobs: true")
+    if reserved := sorted(OF_THE_RENDERING & set(request.chat_template_kwargs or ())):
+        raise RequestError(
+            f"`chat_template_kwargs.{reserved[0]}` is not a variable of a template, and not a client's to set",
+            param="chat_template_kwargs",
+            fix="leave it out",
+        )
     names = [tool.function.name for tool in request.tools or ()]
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise RequestError(f"two tools are named {twice!r}", param="tools", fix="a name of its own for each")

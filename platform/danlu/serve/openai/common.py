@@ -35,6 +35,7 @@ INSTEAD = {
     "best_of": "n, and choose",
     "suffix": "the prompt alone",
     "prediction": "leave it out",
+    "reasoning_effort": 'chat_template_kwargs, with what the model\'s template knows: {"enable_thinking": false}',
     "web_search_options": "a tool of your own",
     "structured_outputs": "guided_json, guided_regex or guided_choice",
 }

@@ -15,6 +15,8 @@ from danlu.serve.openai.common import Wire
 
 Schema = dict[str, Any]
 Text = Annotated[str, Field(min_length=1)]
+NUM_SEEDS = 2**63
+"""OpenAI's clients may send a negative seed; engines count them from zero."""
 
 
 class StreamOptions(Wire):
@@ -117,7 +119,7 @@ def sampling(request: SamplingFields, *, max_tokens: int | None, logprobs: int |
         top_p=default.top_p if request.top_p is None else request.top_p,
         top_k=max(request.top_k or 0, 0),
         min_p=request.min_p or 0.0,
-        seed=request.seed,
+        seed=None if request.seed is None else request.seed % NUM_SEEDS,
         presence_penalty=request.presence_penalty or 0.0,
         frequency_penalty=request.frequency_penalty or 0.0,
         repetition_penalty=default.repetition_penalty if request.repetition_penalty is None else request.repetition_penalty,
@@ -158,7 +160,7 @@ def generations(
         Generation(
             request_id=f"{request_id}-{i * n + j}",
             prompt=prompt,
-            sampling=how if how.seed is None or not j else replace(how, seed=how.seed + j),
+            sampling=how if how.seed is None or not j else replace(how, seed=(how.seed + j) % NUM_SEEDS),
             adapter=adapter,
             guide=guide,
         )

@@ -96,7 +96,7 @@ class TorchEngine:
 
     async def load_adapter(self, name: str, source: str) -> None:
         self.check_health()
-        adapter = await asyncio.to_thread(read_adapter, source, name, self.storage)
+        adapter = await asyncio.to_thread(read_adapter, source, name, self.storage, self.bundle)
         await self._on_engine(lambda: self._install(name, adapter))
 
     async def unload_adapter(self, name: str) -> None:
@@ -212,7 +212,7 @@ class TorchEngine:
             num_speculative_tokens=self.spec.num_speculative_tokens,
         )
         for name, source in self.spec.adapters.items():
-            self._install(name, read_adapter(source, name, self.storage))
+            self._install(name, read_adapter(source, name, self.storage, self.bundle))
 
     def _serve(self) -> None:
         while self._wait_for_work():

@@ -10,6 +10,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from danlu.artifact.bundle import Bundle
 from danlu.errors import ModelError, ResourceError
 from danlu.serve.adapters import WEIGHTS, adapter_folder, no_adapter
 from danlu.serve.engines.torch.sequence import Key
@@ -137,10 +138,10 @@ class Adapters:
             linear.lora = LoraSite(down.to(self.device, self.dtype), up.to(self.device, self.dtype), tuple(owners), self.mask)
 
 
-def read_adapter(source: str, name: str, storage: str) -> Adapter:
+def read_adapter(source: str, name: str, storage: str, served: Bundle | None = None) -> Adapter:
     """A LoRA adapter of a PEFT folder or a bundle: a folder, a URI, or a `name@alias` of the storage. ModelError names what cannot be
-    served beside others."""
-    folder, config = adapter_folder(source, name, storage)
+    served beside others, or beside what is merged into the bundle that is `served`."""
+    folder, config = adapter_folder(source, name, storage, served)
     try:
         tensors = load_file(folder / WEIGHTS)
     except (OSError, ValueError, SafetensorError) as error:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from danlu.artifact.bundle import Bundle
 from danlu.errors import ModelError
 from danlu.serve.adapters import adapter_folder
 
 
-def servable_folder(source: str, name: str, storage: str, *, max_lora_rank: int) -> Path:
+def servable_folder(source: str, name: str, storage: str, served: Bundle | None, *, max_lora_rank: int) -> Path:
     """Where an adapter lies (see `adapter_folder`); ModelError also if vLLM has no room for its rank."""
-    folder, config = adapter_folder(source, name, storage)
+    folder, config = adapter_folder(source, name, storage, served)
     rank = max([int(config["r"]), *(int(value) for value in (config.get("rank_pattern") or {}).values())])
     if rank > max_lora_rank:
         raise ModelError(

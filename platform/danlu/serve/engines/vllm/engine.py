@@ -115,7 +115,8 @@ class VllmEngine:
             raise ModelError(f"the adapter {name!r} is loaded already", where=name, fix="unload it first, or another name")
         self.loading.add(name)
         try:
-            folder = await asyncio.to_thread(servable_folder, source, name, self.storage, max_lora_rank=self.spec.max_lora_rank)
+            rank = self.spec.max_lora_rank
+            folder = await asyncio.to_thread(servable_folder, source, name, self.storage, self.bundle, max_lora_rank=rank)
             try:
                 await self._ask("POST", "/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(folder)}, timeout_s=None)
             except DanluError as error:
