@@ -19,6 +19,9 @@ LONGEST = 1024
 """Rows up to here keep their attention weights for the backward: on a CPU that is two to three times as fast as PyTorch's, which makes
 them again, but takes memory by the square of the length."""
 
+STEP = 16
+"""Shapes of a row's matrices are multiples of it."""
+
 
 def packed_attention(
     module: nn.Module,
@@ -98,6 +101,9 @@ class _KeptAttention(torch.autograd.Function):
 
     Inside, tensors are [key heads, tokens x query heads of a key head, dim]: query heads that share a key head are more rows of one
     product, which also sums their gradients; and a row's part of each is one that oneDNN takes, and fills, without a copy.
+
+    oneDNN makes a kernel for each new shape, which takes longer than running it: so a row's part ends at a multiple of STEP tokens. What
+    of it is the next row's has weights of 0, and gets zeros, until that row's own turn.
     """
 
     @staticmethod
@@ -117,15 +123,20 @@ class _KeptAttention(torch.autograd.Function):
         nothing, kept = q.new_empty(1), []
         for length, q_row, k_row, v_row, out_row in _each(lengths, (q, k, v, out)):
             scores = torch.baddbmm(nothing, q_row, k_row.transpose(1, 2), beta=0, alpha=scaling)
+            rounded = scores.shape[2]
             if causal:  # masked_fill_ takes eight times as long
-                scores.view(heads, length, groups, length).add_(_added_mask(window, scores.dtype)[:length, None, :length])
+                mask = _added_mask(window, scores.dtype)[:rounded, None, :rounded]
+                scores.view(heads, rounded, groups, rounded).add_(mask)
+            else:
+                scores[..., length:] = -torch.inf
             # In bf16 PyTorch's softmax is slow where rows do not fill whole vectors.
             weights = scores.softmax(-1, dtype=torch.float32).to(scores.dtype)
+            weights[:, length * groups :] = 0.0
             torch.bmm(weights, v_row, out=out_row)
             kept.append(weights)
         ctx.save_for_backward(q, k, v, *kept)
         ctx.lengths, ctx.scaling = lengths, scaling
-        return _by_token(out, query.shape[2])
+        return _by_token(out, query.shape[2], groups)
 
     @staticmethod
     @once_differentiable
@@ -141,25 +152,36 @@ class _KeptAttention(torch.autograd.Function):
             of_scores = torch._softmax_backward_data(of_weights, weights, -1, weights.dtype)
             torch.baddbmm(nothing, of_scores, k_row, beta=0, alpha=ctx.scaling, out=of_q_row)
             torch.baddbmm(nothing, of_scores.transpose(1, 2), q_row, beta=0, alpha=ctx.scaling, out=of_k_row)
-        found = (_by_token(tensor, k.shape[1]).transpose(1, 2) for tensor in (of_q, of_k, of_v))
+        tokens, groups = gradient.shape[1], q.shape[1] // k.shape[1]
+        found = (_by_token(tensor, tokens, its).transpose(1, 2) for tensor, its in ((of_q, groups), (of_k, 1), (of_v, 1)))
         return *found, None, None, None, None
 
 
 def _by_head(tensor: torch.Tensor, heads: int) -> torch.Tensor:
-    """[1, tokens, heads x groups, dim] -> [heads, tokens x groups, dim], laid out anew."""
-    return tensor[0].unflatten(1, (heads, -1)).transpose(0, 1).reshape(heads, -1, tensor.shape[-1])
+    """[1, tokens, heads x groups, dim] -> [heads, (tokens + STEP - 1) x groups, dim], zeros at the end."""
+    _, tokens, _, dim = tensor.shape
+    by_head = tensor.view(tokens, heads, -1, dim).transpose(0, 1)
+    laid_out = tensor.new_empty(heads, tokens + STEP - 1, *by_head.shape[2:])
+    laid_out[:, :tokens] = by_head
+    laid_out[:, tokens:] = 0.0
+    return laid_out.flatten(1, 2)
 
 
-def _by_token(tensor: torch.Tensor, tokens: int) -> torch.Tensor:
-    """[heads, tokens x groups, dim] -> [1, tokens, heads x groups, dim], laid out anew."""
-    return tensor.unflatten(1, (tokens, -1)).transpose(0, 1).reshape(1, tokens, -1, tensor.shape[-1])
+def _by_token(tensor: torch.Tensor, tokens: int, groups: int) -> torch.Tensor:
+    """What `_by_head` gives -> [1, tokens, heads x groups, dim]."""
+    heads, _, dim = tensor.shape
+    return tensor.view(heads, -1, groups, dim)[:, :tokens].transpose(0, 1).reshape(1, tokens, heads * groups, dim)
 
 
 def _each(lengths: list[int], tensors: tuple[torch.Tensor, ...]) -> Iterator[tuple[Any, ...]]:
-    """Each row's length and its parts of tensors that are by head."""
-    tokens = sum(lengths)
-    parts = [torch.split(tensor, [tensor.shape[1] // tokens * length for length in lengths], dim=1) for tensor in tensors]
-    return zip(lengths, *parts, strict=True)
+    """Each row's length and its parts of tensors that `_by_head` made."""
+    whole, start = sum(lengths) + STEP - 1, 0
+    groups = [tensor.shape[1] // whole for tensor in tensors]
+    for length in lengths:
+        rounded = -(-length // STEP) * STEP
+        parts = (tensor.narrow(1, start * its, rounded * its) for tensor, its in zip(tensors, groups, strict=True))
+        yield length, *parts
+        start += length
 
 
 AttentionInterface.register(ATTENTION, packed_attention)

@@ -129,7 +129,6 @@ def test_attention_and_its_gradients_are_those_of_one_masked_softmax(
     causal: bool, window: int | None, key_heads: int, longest: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(packed_attention, "LONGEST", longest)  # longer rows take PyTorch's own
-    packed_attention._added_mask.cache_clear()
     draw = torch.Generator().manual_seed(0)
     offsets = torch.tensor([0, 5, 8, 11, 20, 21])
     tokens, place = int(offsets[-1]), torch.arange(int(offsets[-1]))
