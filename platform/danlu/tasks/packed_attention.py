@@ -48,10 +48,10 @@ def packed_attention(
         # What autocast would do to each piece.
         query, key, value = (tensor.to(torch.get_autocast_dtype(query.device.type)) for tensor in (query, key, value))
     learns = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
-    if learns and query.device.type == "cpu" and not dropout and max(lengths) <= LONGEST:
+    if learns and query.device.type == "cpu" and max(lengths) <= LONGEST:
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-        out: torch.Tensor = _KeptAttention.apply(query, key, value, lengths, scaling, causal, window)  # type: ignore[no-untyped-call]
-        return out, None
+        kept = _KeptAttention.apply(query, key, value, lengths, scaling, causal, window, dropout)  # type: ignore[no-untyped-call]
+        return kept, None
     if (groups := query.shape[1] // key.shape[1]) > 1:
         # enable_gqa does the same and is four times slower in bf16 on CPU.
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
@@ -116,11 +116,14 @@ class _KeptAttention(torch.autograd.Function):
         scaling: float,
         causal: bool,
         window: int | None,
+        dropout: float,
     ) -> torch.Tensor:
         heads, groups = key.shape[1], query.shape[1] // key.shape[1]
         q, k, v = (_by_head(tensor.transpose(1, 2), heads) for tensor in (query, key, value))
         out = q.new_empty(*q.shape[:2], v.shape[-1])
-        nothing, kept = q.new_empty(1), []
+        nothing = q.new_empty(1)
+        kept: list[torch.Tensor] = []
+        factors: list[torch.Tensor] = []
         for length, q_row, k_row, v_row, out_row in _each(lengths, (q, k, v, out)):
             scores = torch.baddbmm(nothing, q_row, k_row.transpose(1, 2), beta=0, alpha=scaling)
             rounded = scores.shape[2]
@@ -132,9 +135,12 @@ class _KeptAttention(torch.autograd.Function):
             # In bf16 PyTorch's softmax is slow where rows do not fill whole vectors.
             weights = scores.softmax(-1, dtype=torch.float32).to(scores.dtype)
             weights[:, length * groups :] = 0.0
-            torch.bmm(weights, v_row, out=out_row)
             kept.append(weights)
-        ctx.save_for_backward(q, k, v, *kept)
+            if dropout:
+                factors.append(torch.empty_like(weights).bernoulli_(1 - dropout).div_(1 - dropout))
+                weights = weights * factors[-1]
+            torch.bmm(weights, v_row, out=out_row)
+        ctx.save_for_backward(q, k, v, *kept, *factors)
         ctx.lengths, ctx.scaling = lengths, scaling
         return _by_token(out, query.shape[2], groups)
 
@@ -142,19 +148,22 @@ class _KeptAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         q, k, v, *kept = ctx.saved_tensors
+        kept, factors = kept[: len(ctx.lengths)], kept[len(ctx.lengths) :] or [None] * len(ctx.lengths)
         of_out = _by_head(gradient, len(k))
         of_q, of_k, of_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         nothing = q.new_empty(1)
         rows = _each(ctx.lengths, (q, k, v, of_out, of_q, of_k, of_v))
-        for (_, q_row, k_row, v_row, of_out_row, of_q_row, of_k_row, of_v_row), weights in zip(rows, kept, strict=True):
-            torch.bmm(weights.transpose(1, 2), of_out_row, out=of_v_row)
+        for (_, q_row, k_row, v_row, of_out_row, of_q_row, of_k_row, of_v_row), weights, factor in zip(rows, kept, factors, strict=True):
             of_weights = torch.bmm(of_out_row, v_row.transpose(1, 2))
+            dropped = weights if factor is None else weights * factor
+            of_weights = of_weights if factor is None else of_weights.mul_(factor)
+            torch.bmm(dropped.transpose(1, 2), of_out_row, out=of_v_row)
             of_scores = torch._softmax_backward_data(of_weights, weights, -1, weights.dtype)
             torch.baddbmm(nothing, of_scores, k_row, beta=0, alpha=ctx.scaling, out=of_q_row)
             torch.baddbmm(nothing, of_scores.transpose(1, 2), q_row, beta=0, alpha=ctx.scaling, out=of_k_row)
         tokens, groups = gradient.shape[1], q.shape[1] // k.shape[1]
         found = (_by_token(tensor, tokens, its).transpose(1, 2) for tensor, its in ((of_q, groups), (of_k, 1), (of_v, 1)))
-        return *found, None, None, None, None
+        return *found, None, None, None, None, None
 
 
 def _by_head(tensor: torch.Tensor, heads: int) -> torch.Tensor:

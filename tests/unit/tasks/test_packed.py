@@ -148,17 +148,39 @@ def test_attention_and_its_gradients_are_those_of_one_masked_softmax(
         torch.testing.assert_close(found, theirs, rtol=1e-4, atol=1e-5)
 
 
-def test_attention_in_bf16_is_as_near_to_float32_as_pytorchs_own() -> None:
+def test_dropped_attention_weights_are_dropped_in_the_backward_too() -> None:
+    draw = torch.Generator().manual_seed(0)
+    offsets, weigh = torch.tensor([0, 5, 12]), torch.randn(1, 12, 2, 12, generator=draw)
+    inputs = [torch.randn(1, 12, heads, 12, generator=draw).transpose(1, 2).requires_grad_() for heads in (2, 1, 1)]
+
+    def dropped(value: torch.Tensor) -> torch.Tensor:
+        torch.manual_seed(5)
+        return packed_attention.packed_attention(Layer(True), *inputs[:2], value, None, cu_seqlens=offsets, dropout=0.4)[0]
+
+    out, weights = dropped(inputs[2]), dropped(torch.eye(12)[None, None]).transpose(1, 2)
+    place = torch.arange(12)
+    seen = ((place < 5)[:, None] == (place < 5)) & (place[:, None] >= place)
+    whole = (inputs[0] @ inputs[1].transpose(2, 3) / 12**0.5).masked_fill(~seen, -torch.inf).softmax(-1)
+    factors = torch.where(seen, weights / whole, 0.0).detach()
+    assert {round(float(factor), 3) for factor in factors[:, :, seen].flatten()} == {0.0, 1.667}
+    expected = (whole * factors @ inputs[2]).transpose(1, 2)
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-6)
+    for found, theirs in zip(torch.autograd.grad(out, inputs, weigh), torch.autograd.grad(expected, inputs, weigh), strict=True):
+        torch.testing.assert_close(found, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_attention_in_bf16_is_as_near_to_float32_as_pytorchs_own(monkeypatch: pytest.MonkeyPatch) -> None:
     draw = torch.Generator().manual_seed(0)
     exact = [torch.randn(1, 70, heads, 16, generator=draw).transpose(1, 2).requires_grad_() for heads in (4, 2, 2)]
     offsets, weigh = torch.tensor([0, 40, 70]), torch.randn(1, 70, 4, 16, generator=draw)
 
-    def found(dtype: torch.dtype, dropout: float = 0.0) -> list[torch.Tensor]:
+    def found(dtype: torch.dtype) -> list[torch.Tensor]:
         rounded = [tensor.to(dtype) for tensor in exact]
-        out, _ = packed_attention.packed_attention(Layer(True), *rounded, None, cu_seqlens=offsets, dropout=dropout)
+        out, _ = packed_attention.packed_attention(Layer(True), *rounded, None, cu_seqlens=offsets)
         return [out, *torch.autograd.grad(out, exact, weigh.to(dtype))]
 
     ours = found(torch.bfloat16)
-    theirs = found(torch.bfloat16, dropout=1e-12)  # with dropout it is PyTorch's
+    monkeypatch.setattr(packed_attention, "LONGEST", 0)
+    theirs = found(torch.bfloat16)
     for mine, other, one in zip(ours, theirs, found(torch.float32), strict=True):
         assert (mine.float() - one).norm() <= 1.3 * (other.float() - one).norm() + 1e-6
