@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import nn
 from transformers import AttentionInterface
 
-from danlu.tasks.packed import packed_attention
+from danlu.tasks.packed_attention import packed_attention
 
 ATTENTION = "danlu_context"
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -10,78 +9,16 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import PreTrainedModel
 
 from danlu.data.pack import Packed
 from danlu.errors import ModelError
+from danlu.tasks.packed_attention import ATTENTION
 
 log = logging.getLogger(__name__)
 
-ATTENTION = "danlu_packed"
-
 Answers = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """What a model makes of input_ids [tokens], position_ids [tokens] and cu_seqlens [rows + 1]."""
-
-
-def packed_attention(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    *,
-    cu_seqlens: torch.Tensor,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    **_: Any,
-) -> tuple[torch.Tensor, None]:
-    """Attention within each row only. query, key, value: [1, heads, tokens, head_dim]; returns [1, tokens, heads, head_dim].
-
-    Rows of one length that stand next to each other go through one call, so sorted batches take few calls. Causal where the module
-    is; fewer key than query heads are shared out over them.
-    """
-    causal = bool(getattr(module, "is_causal", False))
-    if torch.is_autocast_enabled(query.device.type):
-        # What autocast would do to each piece.
-        query, key, value = (tensor.to(torch.get_autocast_dtype(query.device.type)) for tensor in (query, key, value))
-    if (groups := query.shape[1] // key.shape[1]) > 1:
-        # enable_gqa does the same and is four times slower in bf16 on CPU.
-        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    runs = _runs(cu_seqlens.tolist())
-    pieces = []
-    # Split, not sliced: the backward of a slice fills zeros as large as the whole batch, once for each run.
-    parts = zip(*(torch.split(tensor, [tokens for tokens, _ in runs], dim=2) for tensor in (query, key, value)), strict=True)
-    for (tokens, rows), part in zip(runs, parts, strict=True):
-        q, k, v = (_rows(tensor, rows) for tensor in part)
-        length = q.shape[2]
-        if causal and sliding_window is not None and length > sliding_window:
-            distance = torch.arange(length, device=q.device)[:, None] - torch.arange(length, device=q.device)
-            window = (distance >= 0) & (distance < sliding_window)
-            out = scaled_dot_product_attention(q, k, v, attn_mask=window, dropout_p=dropout, scale=scaling)
-        else:
-            out = scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scaling, is_causal=causal)
-        pieces.append(out.transpose(1, 2).reshape(1, tokens, *out.shape[1::2]))
-    return torch.cat(pieces, dim=1) if len(pieces) > 1 else pieces[0], None
-
-
-def _rows(tensor: torch.Tensor, rows: int) -> torch.Tensor:
-    """[1, heads, rows * length, dim] -> [rows, heads, length, dim], without a copy."""
-    if rows == 1:
-        return tensor
-    _, heads, tokens, dim = tensor.shape
-    return tensor.view(heads, rows, tokens // rows, dim).transpose(0, 1)
-
-
-def _runs(cu: list[int]) -> list[tuple[int, int]]:
-    """(tokens, rows) of each run of neighbours of one length."""
-    lengths = (stop - start for start, stop in itertools.pairwise(cu))
-    counted = ((length, len(list(its))) for length, its in itertools.groupby(lengths))
-    return [(length * rows, rows) for length, rows in counted]
-
-
-AttentionInterface.register(ATTENTION, packed_attention)
 
 
 class PackedModel(nn.Module):

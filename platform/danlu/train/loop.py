@@ -26,6 +26,7 @@ from danlu.tasks.task import TaskFile, relative_to_start, task_file
 from danlu.train.checkpoint import Checkpoints, Progress, after_eval, improved
 from danlu.train.ema import Ema, EmaState
 from danlu.train.exchange import Exchange
+from danlu.train.memory import kept_memory
 from danlu.train.model import Trainee, build, export, not_finite
 from danlu.train.optim import learning_rate_at, param_groups
 from danlu.train.phases import Phases, device_name, flops_per_token, peak_flops
@@ -51,6 +52,7 @@ def num_steps(job: TrainJob, num_rows: int) -> int:
     return job.max_steps or max(1, math.ceil(job.num_train_epochs * num_rows / job.global_batch_size))
 
 
+@kept_memory()
 def train(job: TrainJob, data: Splits, folder: Path, tokenizer: PreTrainedTokenizerBase, run: Run, run_uri: str) -> Outcome:
     """Train to the last step, going on from the last whole checkpoint if there is one. `folder` holds the pretrained model."""
     steps = num_steps(job, len(data.train.encoded))

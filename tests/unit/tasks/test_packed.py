@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from danlu.data.pack import Packed, by_length, pack
+from danlu.tasks import packed_attention
 from danlu.tasks.packed import PackedClassifier
 
 SMALL = {
@@ -112,3 +113,74 @@ def test_groups_by_length_hold_every_row_once_within_the_token_limit() -> None:
     groups = by_length(lengths, 100)
     assert sorted(int(i) for group in groups for i in group) == list(range(200))
     assert all(lengths[group].sum() <= 100 or len(group) == 1 for group in groups)
+
+
+class Layer(torch.nn.Module):
+    """What attention looks at of the module that calls it."""
+
+    def __init__(self, is_causal: bool) -> None:
+        super().__init__()
+        self.is_causal = is_causal
+
+
+@pytest.mark.parametrize("longest", [packed_attention.LONGEST, 8])
+@pytest.mark.parametrize(("causal", "window", "key_heads"), [(False, None, 4), (True, None, 2), (True, 4, 1)])
+def test_attention_and_its_gradients_are_those_of_one_masked_softmax(
+    causal: bool, window: int | None, key_heads: int, longest: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packed_attention, "LONGEST", longest)  # longer rows take PyTorch's own
+    draw = torch.Generator().manual_seed(0)
+    offsets = torch.tensor([0, 5, 8, 11, 20, 21])
+    tokens, place = int(offsets[-1]), torch.arange(int(offsets[-1]))
+    inputs = [torch.randn(1, tokens, heads, 16, generator=draw).transpose(1, 2).requires_grad_() for heads in (4, key_heads, key_heads)]
+    weigh = torch.randn(1, tokens, 4, 16, generator=draw)
+
+    row, distance = torch.bucketize(place, offsets[1:], right=True), place[:, None] - place
+    seen = (row[:, None] == row) & ((distance >= 0) if causal else True) & ((distance < window) if window else True)
+    query, key, value = inputs[0], *(tensor.repeat_interleave(4 // key_heads, dim=1) for tensor in inputs[1:])
+    expected = ((query @ key.transpose(2, 3) * 0.4).masked_fill(~seen, -torch.inf).softmax(-1) @ value).transpose(1, 2)
+    gradients = torch.autograd.grad(expected, inputs, weigh)
+
+    out, _ = packed_attention.packed_attention(Layer(causal), *inputs, None, cu_seqlens=offsets, scaling=0.4, sliding_window=window)
+    assert ("_KeptAttention" in out.grad_fn.name()) == (longest > 8)
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-6)
+    for found, theirs in zip(torch.autograd.grad(out, inputs, weigh), gradients, strict=True):
+        torch.testing.assert_close(found, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_dropped_attention_weights_are_dropped_in_the_backward_too() -> None:
+    draw = torch.Generator().manual_seed(0)
+    offsets, weigh = torch.tensor([0, 5, 12]), torch.randn(1, 12, 2, 12, generator=draw)
+    inputs = [torch.randn(1, 12, heads, 12, generator=draw).transpose(1, 2).requires_grad_() for heads in (2, 1, 1)]
+
+    def dropped(value: torch.Tensor) -> torch.Tensor:
+        torch.manual_seed(5)
+        return packed_attention.packed_attention(Layer(True), *inputs[:2], value, None, cu_seqlens=offsets, dropout=0.4)[0]
+
+    out, weights = dropped(inputs[2]), dropped(torch.eye(12)[None, None]).transpose(1, 2)
+    place = torch.arange(12)
+    seen = ((place < 5)[:, None] == (place < 5)) & (place[:, None] >= place)
+    whole = (inputs[0] @ inputs[1].transpose(2, 3) / 12**0.5).masked_fill(~seen, -torch.inf).softmax(-1)
+    factors = torch.where(seen, weights / whole, 0.0).detach()
+    assert {round(float(factor), 3) for factor in factors[:, :, seen].flatten()} == {0.0, 1.667}
+    expected = (whole * factors @ inputs[2]).transpose(1, 2)
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-6)
+    for found, theirs in zip(torch.autograd.grad(out, inputs, weigh), torch.autograd.grad(expected, inputs, weigh), strict=True):
+        torch.testing.assert_close(found, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_attention_in_bf16_is_as_near_to_float32_as_pytorchs_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    draw = torch.Generator().manual_seed(0)
+    exact = [torch.randn(1, 70, heads, 16, generator=draw).transpose(1, 2).requires_grad_() for heads in (4, 2, 2)]
+    offsets, weigh = torch.tensor([0, 40, 70]), torch.randn(1, 70, 4, 16, generator=draw)
+
+    def found(dtype: torch.dtype) -> list[torch.Tensor]:
+        rounded = [tensor.to(dtype) for tensor in exact]
+        out, _ = packed_attention.packed_attention(Layer(True), *rounded, None, cu_seqlens=offsets)
+        return [out, *torch.autograd.grad(out, exact, weigh.to(dtype))]
+
+    ours = found(torch.bfloat16)
+    monkeypatch.setattr(packed_attention, "LONGEST", 0)
+    theirs = found(torch.bfloat16)
+    for mine, other, one in zip(ours, theirs, found(torch.float32), strict=True):
+        assert (mine.float() - one).norm() <= 1.3 * (other.float() - one).norm() + 1e-6
