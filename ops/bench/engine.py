@@ -4,9 +4,10 @@ A Qwen3-shaped model of 95M random parameters in bf16 (fp32 where the CPU does n
 engine with its compiled kernels and without, in process and over HTTP (the gateway on uvicorn, one process; every answer streamed to a
 client in another). Against `model.generate` on one padded batch of the same prompts, and at one stream against the memory: a token reads
 every weight once, so the bound is the measured read bandwidth over the weights' bytes. Weights of 8 and 4 bits against those, and what
-they cost a model that has learned something (`perplexity.py`). Then what LoRA adapters cost (four and the base,
-in a batch of 16), what guessing ahead saves or costs, and what a cached prefix saves. Each contestant is a process of its own that takes
-all cores.
+they cost a model that has learned something (`perplexity.py`). Then what LoRA adapters cost (four and the base, in a batch of 16), what
+guessing ahead saves or costs, by prompt lookup and by a draft model (of a pair made for it: 246M parameters in 36 layers, the draft is the
+first two, and the others change its answers seldom or often), and what a cached prefix saves. Each contestant is a process of its own that
+takes all cores.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ from typing import Any
 
 from harness import DATA, Row, compare, cores, finish, interleave, options, say
 from perplexity import perplexities
-from shape import write_qwen3
+from shape import write_pair, write_qwen3
+
+from danlu.metrics.catalog import SERVE_DRAFTED, SERVE_DRAFTED_RIGHT
 
 VOCABULARY = 25_600
 PROMPT_TOKENS = 32
@@ -34,6 +37,8 @@ STREAMS = {1: 128, 4: 96, 16: 96, 64: 64}
 QUICK = {1: 8, 4: 4}
 LORA = {"q, v": ("q_proj", "v_proj"), "all linears": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")}
 ADAPTERS = 4
+UPPER = (0.02, 0.05)
+"""Of the pairs of model and draft: how much the layers that the draft lacks add."""
 
 
 def write_model(folder: Path, *, quick: bool) -> None:
@@ -43,7 +48,13 @@ def write_model(folder: Path, *, quick: bool) -> None:
     words = {f"w{i}": i for i in range(VOCABULARY)}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="w0", unk_token="w0", eos_token="w1").save_pretrained(folder)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="w0", unk_token="w0", eos_token="w1")
+    fast.save_pretrained(folder)
+    for upper in UPPER:
+        pair = folder / f"pair {upper}"
+        write_pair(pair, vocab_size=VOCABULARY, eos_token_id=1, dtype=dtype(), upper=upper, quick=quick)
+        for one in (pair, pair / "draft"):
+            fast.save_pretrained(one)
     model = write_qwen3(folder, vocab_size=VOCABULARY, eos_token_id=1, dtype=dtype(), quick=quick)
     for name, modules in LORA.items():
         for number in range(ADAPTERS):
@@ -223,6 +234,30 @@ def with_guesses(folder: Path, streams: dict[int, int], seed: int) -> dict[str, 
     return found
 
 
+def with_drafts(folder: Path, streams: dict[int, int], seed: int) -> dict[str, float]:
+    """Tokens per second of 1 and 4 streams, with a draft model or without guesses, and how many of its guesses were right."""
+    found: dict[str, float] = {}
+
+    async def life(pair: Path, guesses: int) -> None:
+        more = {"draft_model": str(pair / "draft")} if guesses else {}
+        engine = make_engine(pair, num_speculative_tokens=guesses, **more)
+        await engine.start()
+        await asyncio.gather(*(ask(engine, prompt, 8) for prompt in prompts(4, seed + 1000)))
+        for number in (1, 4):
+            before, began = dict(engine.stats()), time.perf_counter()
+            made = await asyncio.gather(*(ask(engine, prompt, streams[number]) for prompt in prompts(number, seed + number)))
+            found[f"{pair.name}, {number}: {guesses}"] = sum(made) / (time.perf_counter() - began)
+            if guesses:
+                right, all_ = (engine.stats()[one] - before[one] for one in (SERVE_DRAFTED_RIGHT, SERVE_DRAFTED))
+                found[f"{pair.name}, {number}: right"] = right / max(1, all_)
+        await engine.stop()
+
+    for upper in UPPER:
+        for guesses in (0, 4) if seed % 2 else (4, 0):
+            asyncio.run(life(folder / f"pair {upper}", guesses))
+    return found
+
+
 def hugging_face(folder: Path, streams: dict[int, int], seed: int) -> dict[str, float]:
     """model.generate, one batch: prompts of one length, so no padding either."""
     import torch
@@ -268,6 +303,7 @@ CONTESTANTS: dict[str, Callable[[Path, dict[int, int], int], dict[str, float]]] 
     "adapters": with_adapters,
     "prefix": with_prefix,
     "guesses": with_guesses,
+    "drafts": with_drafts,
 }
 
 
@@ -304,6 +340,11 @@ def rows(found: dict[str, list[dict[str, float]]], streams: dict[int, int]) -> l
     for text in ("repeating", "random"):
         without, guessing = ([one[f"{text}: {number}"] for one in found["guesses"]] for number in (0, 4))
         made.append(compare(f"guessing ahead, 1 stream, {text} text", "tokens/s", guessing, without, "no guesses"))
+    for upper in UPPER:
+        for number in (1, 4):
+            at = {what: [one[f"pair {upper}, {number}: {what}"] for one in found["drafts"]] for what in ("0", "4", "right")}
+            metric = f"a draft model, {statistics.median(at['right']):.0%} of its guesses right, {number} streams"
+            made.append(compare(metric, "tokens/s", at["4"], at["0"], "no guesses"))
     cached, fresh = ([one[what] for one in found["prefix"]] for what in ("cached", "fresh"))
     made.append(compare(f"first token, {PREFIX_TOKENS} tokens cached", "ms", cached, fresh, "none cached", less_is_better=True))
     return made

@@ -8,6 +8,28 @@ from typing import Any
 
 def write_qwen3(folder: Path, *, vocab_size: int, eos_token_id: int | None, dtype: Any, quick: bool) -> Any:
     """Its config and weights, 2 layers of 12 if `quick`; without an end token it never ends by itself. Returns the model."""
+    model = qwen3(2 if quick else 12, vocab_size, eos_token_id).to(dtype)
+    model.save_pretrained(folder)
+    return model
+
+
+def write_pair(folder: Path, *, vocab_size: int, eos_token_id: int, dtype: Any, upper: float, quick: bool) -> None:
+    """A model of 36 layers (4 if `quick`), and in folder/draft its first two, which say what it says where the upper ones change little:
+    their outputs are scaled by `upper`. Heads of their own, as a head that is the embeddings repeats itself."""
+    import torch
+
+    large = qwen3(4 if quick else 36, vocab_size, eos_token_id, tie_word_embeddings=False)
+    with torch.no_grad():
+        for layer in large.model.layers[2:]:
+            layer.self_attn.o_proj.weight *= upper
+            layer.mlp.down_proj.weight *= upper
+    small = qwen3(2, vocab_size, eos_token_id, tie_word_embeddings=False)
+    small.load_state_dict(large.state_dict(), strict=False)
+    large.to(dtype).save_pretrained(folder)
+    small.to(dtype).save_pretrained(folder / "draft")
+
+
+def qwen3(layers: int, vocab_size: int, eos_token_id: int | None, **more: Any) -> Any:
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
@@ -15,16 +37,14 @@ def write_qwen3(folder: Path, *, vocab_size: int, eos_token_id: int | None, dtyp
     config = Qwen3Config(
         vocab_size=vocab_size,
         hidden_size=768,
-        num_hidden_layers=2 if quick else 12,
+        num_hidden_layers=layers,
         num_attention_heads=12,
         num_key_value_heads=4,
         head_dim=64,
         intermediate_size=2048,
         max_position_embeddings=1024,
-        tie_word_embeddings=True,
         pad_token_id=0,
         eos_token_id=eos_token_id,
+        **{"tie_word_embeddings": True} | more,
     )
-    model = Qwen3ForCausalLM(config).to(dtype)
-    model.save_pretrained(folder)
-    return model
+    return Qwen3ForCausalLM(config)

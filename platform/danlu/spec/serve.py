@@ -108,6 +108,10 @@ class Torch(Spec):
     """Tokens that are guessed ahead where a text repeats itself (prompt lookup), and only while few sequences run and the guesses are
     right. What is answered does not change; 0 guesses nothing."""
 
+    draft_model: Annotated[str, Field(min_length=1)] | None = None
+    """A smaller model of the same vocabulary that makes these guesses instead: a folder, a hub id, a storage URI or
+    `pkg://package/folder`. Its keys and values take their part of `kv_cache_memory_gb`."""
+
     kernels: Literal["auto", "off"] = "auto"
     """On CPU, small kernels for the Llama family that are compiled once for the machine (g++, some seconds) and kept in
     TORCH_EXTENSIONS_DIR or the user's cache. Without a compiler, or with `off`, PyTorch's operations give the same answers, more slowly."""
@@ -128,6 +132,8 @@ class Torch(Spec):
             raise ValueError("kernels=off has no effect on a GPU, where there are none; leave it out")
         if self.revision is not None and self.model_name_or_path is None:
             raise ValueError("revision has no effect without model_name_or_path; leave it out")
+        if self.draft_model is not None and not self.num_speculative_tokens:
+            raise ValueError("draft_model has no effect with num_speculative_tokens=0, which guesses nothing; leave one of them out")
         return self
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from lm import FAMILIES, ask, engine, greedy, ids_of, prompts, reference, text_of, with_engine, write_family
+from lm import FAMILIES, ask, engine, greedy, ids_of, prompts, reference, text_of, with_engine, write_adapter, write_family
 from transformers import AutoTokenizer
 
 from danlu.artifact.bundle import BundleMeta, Lineage, Probe, write_bundle
@@ -362,3 +362,80 @@ def test_guessing_ahead_saves_steps_and_changes_no_answer(qwen3: Path) -> None:
         assert [token.logprob for token in told[0]] == pytest.approx([token.logprob for token in told[1]], abs=1e-4)
     assert (right, more_right >= 20) == (0, True)
     assert steps - more_right <= fewer_steps <= steps - 20, "two answers at once share the steps that they save"
+
+
+@pytest.fixture(scope="module")
+def drafts(qwen3: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """By how often the model agrees with them."""
+    near = write_family(tmp_path_factory.mktemp("near"), "qwen3")
+    model = reference(qwen3)
+    torch.manual_seed(2)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.03 * parameter.std() * torch.randn_like(parameter)
+    model.save_pretrained(near)
+    other = write_family(tmp_path_factory.mktemp("other"), "gpt2", n_layer=1, initializer_range=0.5)
+    return {"always": qwen3, "often": near, "seldom": other}
+
+
+@pytest.mark.parametrize(
+    ("often", "least", "most", "steps_left"), [("always", 1.0, 1.0, 0.9), ("often", 0.4, 0.95, 0.95), ("seldom", 0.0, 0.3, 1.1)]
+)
+def test_a_draft_model_changes_no_answer_and_a_good_one_saves_steps(
+    often: str, least: float, most: float, steps_left: float, qwen3: Path, drafts: dict[str, Path], tmp_path: Path
+) -> None:
+    lora = write_adapter(qwen3, tmp_path / "lora", seed=5, target_modules=["q_proj", "down_proj"])
+    prefix = prompts(1, 80)[0]
+    asked = [*prompts(5, 60), (*prefix, 9, 8), (*prefix, 7)]  # the last two begin alike
+
+    async def body(made: TorchEngine) -> tuple[list[list[int]], list[list[int]], float, float, int]:
+        forward, steps = made.runner.forward, 0
+
+        def counted(batch: Batch, cache: Cache) -> torch.Tensor:
+            nonlocal steps
+            steps += 1
+            return forward(batch, cache)
+
+        object.__setattr__(made.runner, "forward", counted)
+        gone = made.generate(Generation("gone", asked[0], GREEDY))  # someone who leaves: others get the slot
+        await anext(gone)
+        await gone.aclose()
+        plain = await asyncio.gather(*(ask(made, prompt, GREEDY) for prompt in asked))
+        right, guessed = made.stats()[catalog.SERVE_DRAFTED_RIGHT], made.stats()[catalog.SERVE_DRAFTED]
+        sampled = Sampling(max_tokens=30, temperature=0.8, seed=3, ignore_eos=True)
+        drawn = [await ask(made, prompt, sampled) for prompt in asked[:2]]
+        drawn += await asyncio.gather(ask(made, asked[0], GREEDY), ask(made, asked[1], GREEDY, adapter="lora"))
+        return [ids_of(one) for one in plain], [ids_of(one) for one in drawn], guessed, right, steps
+
+    crowded = {"max_num_seqs": 3, "max_num_batched_tokens": 24, "prefill_chunk_tokens": 16, "adapters": {"lora": str(lora)}}
+    _, drawn, _, _, steps = with_engine(engine(qwen3, num_speculative_tokens=0, **crowded), body)
+    made = engine(qwen3, draft_model=str(drafts[often]), **crowded)
+    answers, drawn_with, guessed, right, fewer_steps = with_engine(made, body)
+    model = reference(qwen3)
+    assert answers == [greedy(model, prompt, 24) for prompt in asked]
+    assert drawn_with == drawn
+    assert least <= right / guessed <= most
+    assert fewer_steps <= steps_left * steps
+
+
+def test_a_draft_has_its_part_of_the_caches_memory_and_the_models_tokens(qwen3: Path, drafts: dict[str, Path], tmp_path: Path) -> None:
+    async def sizes(made: TorchEngine) -> list[int]:
+        caches = [made.cache, *([] if made.runner.draft is None else [made.runner.draft.cache])]
+        assert len({cache.num_slots for cache in caches}) == 1
+        bytes_ = sum(one.nbytes for cache in caches for layer in cache.layers.values() for one in layer)
+        assert bytes_ <= 2e-3 * 2**30
+        return [made.cache.num_slots, bytes_]
+
+    (alone, _), (beside, _) = (
+        with_engine(engine(qwen3, kv_cache_memory_gb=2e-3, **more), sizes) for more in ({}, {"draft_model": str(drafts["seldom"])})
+    )
+    assert 1 <= beside < alone
+    other = write_family(tmp_path / "other", "qwen3")
+    tokenizer = AutoTokenizer.from_pretrained(other)
+    tokenizer.add_tokens(["wheat"])
+    tokenizer.save_pretrained(other)
+    with pytest.raises(ModelError, match=f"{other} has other tokens than {qwen3}, .* 'wheat' is 320 there and none here"):
+        asyncio.run(engine(qwen3, draft_model=str(other)).start())
+    short = write_family(tmp_path / "short", "qwen3", max_position_embeddings=64)
+    with pytest.raises(ModelError, match="cannot guess: max_model_len=128 is more than the 64 positions"):
+        asyncio.run(engine(qwen3, draft_model=str(short)).start())

@@ -218,6 +218,10 @@ GOOD: dict[str, tuple[type[Spec], Document]] = {
             },
         },
     ),
+    "a draft model": (
+        Service,
+        SERVICE | {"engine": {"kind": "torch", "num_speculative_tokens": 5, "draft_model": "org/small"}},
+    ),
     "an engine by its tag alone": (Service, SERVICE | {"engine": {"kind": "encoder"}}),
     "the default variant, said": (TrainJob, JOB | {"tuning": {"kind": "full"}, "parallel": {"kind": "ddp"}}),
     "a frozen full": (TrainJob, JOB | {"tuning": {"kind": "full", "freeze_embeddings": True}}),
@@ -633,6 +637,10 @@ SPANNING = {
     "engine.quantization=int8 would serve other weights than the bundle's": (
         Service,
         {"name": "w", "bundle": "w@v1", "engine": {"kind": "torch", "quantization": "int8"}},
+    ),
+    "draft_model has no effect with num_speculative_tokens=0": (
+        Service,
+        {"name": "w", "bundle": "w@v1", "engine": {"kind": "torch", "draft_model": "m", "num_speculative_tokens": 0}},
     ),
     "puts a prompt in front of a text": (TrainJob, JOB | {"task": {"kind": "multiple_choice"}, "tuning": {"kind": "prefix"}}),
     "with task.objective.kind=masked does not take": (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -48,9 +48,9 @@ class Cache:
                 values[one.target, :, : one.length] = values[one.source, :, : one.length]
 
 
-def num_slots(shapes: Mapping[int, LayerShape], max_model_len: int, budget_bytes: float, dtype: torch.dtype, *, max_num_seqs: int) -> int:
+def num_slots(shapes: Collection[LayerShape], max_model_len: int, budget_bytes: float, dtype: torch.dtype, *, max_num_seqs: int) -> int:
     """As many slots as the budget holds, `max_num_seqs` at most; ResourceError if it does not hold one."""
-    per_token = sum(shape.elements_per_token for shape in shapes.values()) * dtype.itemsize
+    per_token = sum(shape.elements_per_token for shape in shapes) * dtype.itemsize
     found = int(budget_bytes // (per_token * max_model_len))
     if found < 1:
         fits = int(budget_bytes // per_token)

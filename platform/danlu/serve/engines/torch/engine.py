@@ -18,20 +18,19 @@ from danlu.metrics import catalog
 from danlu.metrics.catalog import Metric
 from danlu.serve.engines.torch.attention import make_batch, num_wanted
 from danlu.serve.engines.torch.command import Command
+from danlu.serve.engines.torch.draft import look_up
 from danlu.serve.engines.torch.lora import Adapter, read_adapter
 from danlu.serve.engines.torch.requests import Reader
 from danlu.serve.engines.torch.runner import Runner, make_runner
-from danlu.serve.engines.torch.sampler import Chooser, Chosen, choose, logprobs
+from danlu.serve.engines.torch.sampler import Chooser, Chosen, choose
 from danlu.serve.engines.torch.scheduler import Piece, Scheduler
 from danlu.serve.engines.torch.sequence import Key, Sequence, Stream, deliver, joined
 from danlu.serve.engines.torch.slots import Slots
-from danlu.serve.generation import Delta, FinishReason, Generation, Prompt, TokenLogprob, Usage
+from danlu.serve.engines.torch.told import prompt_logprobs, told
+from danlu.serve.generation import Delta, FinishReason, Generation, Prompt, Usage
 from danlu.spec.serve import Torch
 
 log = logging.getLogger(__name__)
-
-LOGIT_ROWS = 64
-"""Rows of a prompt's log probabilities that are made at a time: each is as long as the vocabulary."""
 
 Outbox = list[tuple[Stream | None, Delta | Exception]]
 
@@ -210,6 +209,7 @@ class TorchEngine:
             max_num_batched_tokens=self.spec.max_num_batched_tokens,
             prefill_chunk_tokens=self.spec.prefill_chunk_tokens,
             num_speculative_tokens=self.spec.num_speculative_tokens,
+            guess=look_up if runner.draft is None else runner.draft.guess,
         )
         for name, source in self.spec.adapters.items():
             self._install(name, read_adapter(source, name, self.storage, self.bundle))
@@ -277,6 +277,8 @@ class TorchEngine:
         self.step_began = time.monotonic()
         plan = self.scheduler.plan()
         self.cache.copy(plan.copies)
+        if self.runner.draft is not None:
+            self.runner.draft.copy(plan.copies)
         self.runner.adapters.begin([(piece.sequence.key, piece.num_tokens) for piece in plan.pieces])
         logits = self.runner.forward(make_batch(plan.pieces, device=self.runner.device), self.cache)
         outbox = self._after(plan.pieces, logits)
@@ -292,7 +294,7 @@ class TorchEngine:
             sequence, rows = piece.sequence, num_wanted(piece)
             sequence.num_computed = piece.stop
             if rows and piece.start < sequence.prompt_length and sequence.generation.sampling.prompt_logprobs:
-                sequence.prompt_logprobs += self._prompt_logprobs(piece, logits[row : row + rows])
+                sequence.prompt_logprobs += prompt_logprobs(self.reader, piece, logits[row : row + rows])
             row += rows
             if piece.is_last and sequence.max_tokens == 0:
                 self.scheduler.remove(sequence)
@@ -353,26 +355,9 @@ class TorchEngine:
             piece += text.finish()
             usage = Usage(sequence.prompt_length, sequence.num_cached, sequence.num_made)
             self.scheduler.remove(sequence)
-        told = (self._told(chosen),) if chosen.logprob is not None else ()
+        probable = (told(self.reader, chosen),) if chosen.logprob is not None else ()
         read, begun = (tuple(sequence.prompt_logprobs), sequence.begun) if is_first else ((), None)
-        return Delta(piece, (chosen.token_id,), told, read, finish, usage, begun)
-
-    def _prompt_logprobs(self, piece: Piece, logits: torch.Tensor) -> list[TokenLogprob]:
-        """Of the prompt's tokens behind those of a piece: logits at a position speak of the next one."""
-        sequence = piece.sequence
-        found = [TokenLogprob(sequence.tokens[0], self.reader.token_text(sequence.tokens[0]), None)] if piece.start == 0 else []
-        following = sequence.tokens[piece.start + 1 : min(piece.stop + 1, sequence.prompt_length)]
-        number = sequence.generation.sampling.logprobs or 0
-        for start in range(0, len(following), LOGIT_ROWS):
-            ids = following[start : start + LOGIT_ROWS]
-            raw = logits[start : start + len(ids)].log_softmax(-1)
-            found += [self._told(one) for one in logprobs(raw, ids, [number] * len(ids))]
-        return found
-
-    def _told(self, chosen: Chosen) -> TokenLogprob:
-        name = self.reader.token_text
-        top = tuple((token_id, name(token_id), logprob) for token_id, logprob in chosen.top)
-        return TokenLogprob(chosen.token_id, name(chosen.token_id), chosen.logprob, top)
+        return Delta(piece, (chosen.token_id,), probable, read, finish, usage, begun)
 
     def _end(self, failure: BaseException | None) -> None:
         """Take no more; whoever still waits gets an error."""

@@ -69,6 +69,26 @@ def load(spec: Torch, bundle: Bundle | None) -> Loaded:
     return Loaded(model, tokenizer, sorted(ends), _max_model_len(spec, model))
 
 
+def load_draft(spec: Torch, target: Loaded) -> Loaded:
+    """The model that guesses for another one, as exact and as long as that; ModelError unless they have the same tokens."""
+    assert spec.draft_model is not None
+    same = {"dtype": "fp32" if target.model.dtype == torch.float32 else "bf16", "max_model_len": target.max_model_len}
+    try:
+        draft = load(spec.model_copy(update={"model_name_or_path": spec.draft_model, "revision": None, "quantization": None, **same}), None)
+    except ModelError as error:
+        raise ModelError(f"{spec.draft_model} cannot guess: {error.problem}", where="engine.draft_model", fix=error.fix) from error
+    ours, theirs = target.tokenizer.get_vocab(), draft.tokenizer.get_vocab()
+    if ours != theirs:
+        token = next(one for one in (ours | theirs) if ours.get(one) != theirs.get(one))
+        raise ModelError(
+            f"{spec.draft_model} has other tokens than {spec.model_name_or_path or 'the bundle'}, for which it is to guess: {token!r} is "
+            f"{theirs.get(token, 'none')} there and {ours.get(token, 'none')} here",
+            where="engine.draft_model",
+            fix="a smaller model with the same tokenizer, or leave it out",
+        )
+    return draft
+
+
 def _dtype(wanted: str, device: torch.device) -> torch.dtype:
     if wanted == "auto":
         wanted = "bf16" if has_native_bf16(device) else "fp32"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -13,12 +14,13 @@ from danlu.artifact.bundle import Bundle, BundleMeta, Probe
 from danlu.compress.weight_only import WeightOnlyLinear
 from danlu.errors import ModelError, QualityError
 from danlu.serve.engines.torch.attention import make_batch
-from danlu.serve.engines.torch.cache import Cache, num_slots
+from danlu.serve.engines.torch.cache import Cache, LayerShape, num_slots
+from danlu.serve.engines.torch.draft_model import DraftModel
 from danlu.serve.engines.torch.forward import Forward, HuggingFaceForward, check_answers, own_logits, trial_row
 from danlu.serve.engines.torch.fused import FusedForward, can_be_fused
 from danlu.serve.engines.torch.kernels import Kernels, KernelsUnavailable, load_kernels, need_kernels
 from danlu.serve.engines.torch.linear import exchange_linears
-from danlu.serve.engines.torch.load import Loaded, load
+from danlu.serve.engines.torch.load import Loaded, load, load_draft
 from danlu.serve.engines.torch.lora import Adapters
 from danlu.serve.engines.torch.requests import Reader
 from danlu.serve.engines.torch.scheduler import Piece
@@ -43,29 +45,54 @@ class Runner:
     adapters: Adapters
     device: torch.device
     tier: Tier
+    draft: DraftModel | None = None
 
 
 def make_runner(spec: Torch, bundle: Bundle | None) -> Runner:
     """Load, check that packed and cached answers are the model's own, and that a bundle's probes come out as its evaluation had them."""
     loaded = load(spec, bundle)
+    if spec.draft_model is None:
+        runner, loaded = _fastest(spec, loaded, lambda: load(spec, bundle), ())
+    else:
+        draft = load_draft(spec, loaded)
+        shapes, beside = _shapes(loaded.model), _shapes(draft.model)
+        runner, loaded = _fastest(spec, loaded, lambda: load(spec, bundle), beside)
+        slots = {"max_num_seqs": runner.cache.num_slots}  # the budget holds as many of the two models' once more
+        guessing, draft = _fastest(spec.model_copy(update=slots), draft, lambda: load_draft(spec, loaded), shapes)
+        tokens = {"vocab_size": draft.vocab_size, "num_target_tokens": loaded.vocab_size}
+        by = DraftModel(guessing.forward, guessing.cache, guessing.device, **tokens, chunk=spec.prefill_chunk_tokens)
+        runner = replace(runner, draft=by)
+    if bundle is not None:
+        check_probes(runner, loaded, bundle, spec.max_num_batched_tokens)
+    return runner
+
+
+def _fastest(spec: Torch, loaded: Loaded, again: Callable[[], Loaded], beside: Collection[LayerShape]) -> tuple[Runner, Loaded]:
+    """By the fastest of the ways whose answers are the model's own, and the model as it was loaded for that. `beside`: what else the
+    cache's budget holds of each token."""
     kernels = _kernels(spec, loaded.model)
     tiers: list[Tier] = ["the model's own classes"]
     if can_be_fused(loaded.model):
         tiers = ["fused PyTorch", *tiers] if kernels is None else ["compiled kernels", "fused PyTorch", *tiers]
     for tier in tiers:
         try:
-            runner = _assemble(spec, loaded, tier, kernels)
+            runner = _assemble(spec, loaded, tier, kernels, beside)
         except ModelError as error:
             if tier == tiers[-1]:
                 raise
             log.warning("not by %s, which gives other answers (%s): this model is answered more slowly", tier, error.problem)
-            loaded = load(spec, bundle)  # they have taken the other one's weights
+            loaded = again()  # they have taken the other one's weights
         else:
             break
     log.info("a step is run by %s", f"{tier} for {kernels.vectors}" if kernels is not None and tier == "compiled kernels" else tier)
-    if bundle is not None:
-        check_probes(runner, loaded, bundle, spec.max_num_batched_tokens)
-    return runner
+    return runner, loaded
+
+
+def _shapes(model: PreTrainedModel) -> Collection[LayerShape]:
+    """Of a model that stays as it is."""
+    found = HuggingFaceForward(model).shapes().values()
+    model.set_attn_implementation("eager")
+    return found
 
 
 def _kernels(spec: Torch, model: PreTrainedModel) -> Kernels | None:
@@ -80,7 +107,7 @@ def _kernels(spec: Torch, model: PreTrainedModel) -> Kernels | None:
         return None
 
 
-def _assemble(spec: Torch, loaded: Loaded, tier: Tier, kernels: Kernels | None) -> Runner:
+def _assemble(spec: Torch, loaded: Loaded, tier: Tier, kernels: Kernels | None, beside: Collection[LayerShape]) -> Runner:
     """ModelError if its answers are not the model's own."""
     model = loaded.model
     ids = trial_row(model)[: loaded.max_model_len]
@@ -93,7 +120,8 @@ def _assemble(spec: Torch, loaded: Loaded, tier: Tier, kernels: Kernels | None) 
         linears = fused.linears
     else:
         linears = exchange_linears(model, model.get_output_embeddings())
-    slots = num_slots(shapes, loaded.max_model_len, spec.kv_cache_memory_gb * 2**30, model.dtype, max_num_seqs=spec.max_num_seqs)
+    kept, budget = [*shapes.values(), *beside], spec.kv_cache_memory_gb * 2**30
+    slots = num_slots(kept, loaded.max_model_len, budget, model.dtype, max_num_seqs=spec.max_num_seqs)
     cache = Cache(shapes, slots, loaded.max_model_len, dtype=model.dtype, device=model.device)
     check_answers(forward, reference, ids, cache, model)
     reader = Reader(loaded.tokenizer, loaded.vocab_size, loaded.max_model_len, loaded.end_ids)

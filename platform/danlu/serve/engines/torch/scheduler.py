@@ -6,6 +6,7 @@ import time
 from collections import deque
 from dataclasses import dataclass, replace
 
+from danlu.serve.engines.torch.draft import Guess, look_up
 from danlu.serve.engines.torch.sequence import Sequence
 from danlu.serve.engines.torch.slots import Copy, Slots
 
@@ -50,11 +51,19 @@ class Scheduler:
     budget goes to prompts in the order they came. A slot is as long as the longest sequence, so whoever got one can finish: nobody is
     ever put back, and nobody overtakes."""
 
-    def __init__(self, slots: Slots, *, max_num_batched_tokens: int, prefill_chunk_tokens: int, num_speculative_tokens: int = 0) -> None:
+    def __init__(
+        self,
+        slots: Slots,
+        *,
+        max_num_batched_tokens: int,
+        prefill_chunk_tokens: int,
+        num_speculative_tokens: int = 0,
+        guess: Guess = look_up,
+    ) -> None:
         assert max_num_batched_tokens > slots.num_slots, "each running sequence must find room for its token, and a prompt for one of its"
         self.slots = slots
         self.max_num_batched_tokens, self.prefill_chunk_tokens = max_num_batched_tokens, prefill_chunk_tokens
-        self.num_speculative_tokens = num_speculative_tokens
+        self.num_speculative_tokens, self.guess = num_speculative_tokens, guess
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
 
@@ -99,13 +108,11 @@ class Scheduler:
         most = min(room, self.num_speculative_tokens)
         if most < 1:
             return pieces
-        found = [replace(piece, draft=self._draft(piece.sequence, most)) for piece in pieces]
-        return sorted(found, key=lambda piece: bool(piece.draft))
-
-    def _draft(self, sequence: Sequence, most: int) -> tuple[int, ...]:
         # The last token of an answer needs no guess behind it, and its slot may have no room for one.
-        most = min(most, sequence.max_tokens - sequence.num_made - 1)
-        return tuple(sequence.drafter.guess(sequence.tokens, most)) if sequence.is_decoding else ()
+        left = [piece.sequence.max_tokens - piece.sequence.num_made - 1 if piece.sequence.is_decoding else 0 for piece in pieces]
+        drafts = self.guess([(piece.sequence, min(most, rest)) for piece, rest in zip(pieces, left, strict=True)])
+        found = [replace(piece, draft=tuple(draft)) for piece, draft in zip(pieces, drafts, strict=True)]
+        return sorted(found, key=lambda piece: bool(piece.draft))
 
     @property
     def is_idle(self) -> bool:
