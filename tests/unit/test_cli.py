@@ -103,9 +103,7 @@ def test_every_command_has_help_that_says_what_it_is_for() -> None:
         assert found, f"{command} is not listed"
         assert found[1].endswith("."), "the list shows whole sentences"
         assert not found[1].endswith("..."), f"{command}'s first sentence does not fit a line"
-        assert not re.search(r"^  [a-z]+ +[A-Z].*\.\.\.$", result.output, re.MULTILINE), (
-            f"nor do all of its commands: {result.output}"
-        )
+        assert not re.search(r"^  [a-z]+ +[A-Z].*\.\.\.$", result.output, re.MULTILINE), f"nor do all of its commands: {result.output}"
 
 
 def test_the_version_is_the_packages() -> None:

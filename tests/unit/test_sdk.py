@@ -224,23 +224,27 @@ def test_a_walk_that_was_stopped_behind_its_training_goes_on_with_what_was_train
     job = make_job(max_steps=4)
     data = job.data.model_copy(update={"train": str(shutil.copy(str(job.data.train), tmp_path / "train.csv"))})
     job = job.model_copy(update={"data": data})
-    assert trained_before(sdk.prepare(job)) is None, "no run yet"
-    trained = sdk.train(job)
-    found = trained_before(sdk.prepare(job.model_copy(update={"max_failures": 3})))
+
+    def before(job: TrainJob) -> sdk.Trained | None:
+        return trained_before(sdk.prepare(job, calibrate=False))
+
+    assert before(job) is None, "no run yet"
+    trained = sdk.train(job, prepared=sdk.prepare(job, calibrate=False))
+    found = before(job.model_copy(update={"max_failures": 3}))
     assert found is not None
     assert (found.reference, found.run.uri, found.outcome) == (trained.reference, trained.run.uri, trained.outcome)
     assert {name: one.scores.metrics() for name, one in found.evaluations.items()} == {
         name: one.scores.metrics() for name, one in trained.evaluations.items()
     }
-    assert trained_before(sdk.prepare(job.model_copy(update={"seed": 5}))) is None, "another job"
+    assert before(job.model_copy(update={"seed": 5})) is None, "another job"
     rows = Path(str(job.data.train))
     text = rows.read_text()
     rows.write_text(text + text.splitlines()[-1] + "\n")
-    assert trained_before(sdk.prepare(job)) is None, "other rows"
+    assert before(job) is None, "other rows"
     rows.write_text(text)
     walked(found)
     assert found.run.status()["bundle"] == trained.reference
-    assert trained_before(sdk.prepare(job)) is None, "all was done"
+    assert before(job) is None, "all was done"
 
 
 def test_after_a_failure_the_same_command_goes_on(make_job: MakeJob) -> None:

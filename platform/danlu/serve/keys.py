@@ -107,7 +107,7 @@ def _alone(change: Callable[Concatenate[Path, P], T]) -> Callable[Concatenate[Pa
     """Of two that change a file at once the second waits: it would write the first one's key, or its revocation, away."""
 
     @wraps(change)
-    def changed(path: Path, *arguments: P.args, **named: P.kwargs) -> T:
+    def changed(path: Path, /, *arguments: P.args, **named: P.kwargs) -> T:
         try:
             lock = os.open(path.parent, os.O_RDONLY)  # the file itself is replaced
         except OSError:  # it is not there yet, or the change says why not

@@ -380,7 +380,7 @@ def test_a_queued_job_is_cancelled_by_deletion_since_suspending_is_the_queues(ap
 def test_delete_deletes(api: Any, submitted: client.Kube) -> None:
     assert "what it stored stays" in danlu("jobs", "delete", "topics").output
     assert api.get("rayjobs", "topics") is None
-    assert danlu("jobs", "list").output == ""
+    assert danlu("jobs", "list").stdout == ""
 
 
 # Services.
@@ -410,7 +410,7 @@ def test_a_service_is_deployed_scaled_and_rolled_back(api: Any, service_file: st
     assert isinstance(result.exception, SpecError)
     assert "min_replicas=9 is more than max_replicas=5" in str(result.exception)
     assert danlu("services", "delete", "echo").exit_code == 0
-    assert danlu("services", "list").output == ""
+    assert danlu("services", "list").stdout == ""
 
 
 def test_a_service_that_was_deployed_once_has_nothing_to_go_back_to(api: Any, service_file: str) -> None:
