@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
+from danlu.artifact.uris import filesystem_of
 from danlu.errors import StorageError
 
 SPEC, RECORDS, STATUS, REPORT, SCORES = "spec.yaml", "records.jsonl", "status.json", "report.html", "scores.json"
@@ -31,7 +31,7 @@ class RunFolder:
 
     def write(self, name: str, text: str) -> str:
         """Write a small file whole; its URI."""
-        filesystem, path = fsspec.core.url_to_fs(self.uri)
+        filesystem, path = filesystem_of(self.uri)
         try:
             filesystem.makedirs(path, exist_ok=True)
             if not isinstance(filesystem, LocalFileSystem):
@@ -49,13 +49,13 @@ class RunFolder:
 
     def read(self, name: str) -> str | None:
         """A small file's text, or None."""
-        filesystem, path = fsspec.core.url_to_fs(self.uri)
+        filesystem, path = filesystem_of(self.uri)
         file = f"{path}/{name}"
         return filesystem.cat_file(file).decode() if filesystem.exists(file) else None
 
     def record(self, values: Mapping[str, Any]) -> None:
         """Append a line to the run's records. Object stores cannot append: there the file is written anew every few seconds."""
-        filesystem, path = fsspec.core.url_to_fs(self.uri)
+        filesystem, path = filesystem_of(self.uri)
         line = json.dumps({"time": time.time(), **values})
         if isinstance(filesystem, LocalFileSystem):
             try:
@@ -119,7 +119,7 @@ def latest_run(storage: str, name: str) -> RunFolder | None:
 
 def run_numbers(storage: str, name: str) -> list[int]:
     """Numbers of a job's runs, ascending."""
-    filesystem, path = fsspec.core.url_to_fs(f"{storage.rstrip('/')}/runs/{name}")
+    filesystem, path = filesystem_of(f"{storage.rstrip('/')}/runs/{name}")
     try:
         folders = filesystem.ls(path, detail=False)
     except FileNotFoundError:
@@ -140,4 +140,6 @@ def _json_lines(text: str) -> Iterator[dict[str, Any]]:
 
 
 def _cannot_write(uri: str, error: OSError) -> StorageError:
+    if isinstance(error, StorageError):  # an object store's says it better
+        return error
     return StorageError(f"cannot write: {error}", where=uri, fix="free some space or set storage: to a place that can be written")

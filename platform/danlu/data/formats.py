@@ -16,8 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import fsspec
-
+from danlu.artifact.uris import OTHER_SCHEMES, ObjectStoreError, filesystem_of, open_file
 from danlu.data import arrow
 from danlu.data.json_text import HALF_CHARACTER, half_character, line_of_item
 from danlu.data.nested import c3_rows, conll, is_c3, is_squad, looks_tagged, squad_rows
@@ -89,7 +88,7 @@ def _paths(source: str, where: str) -> list[str]:
     if "://" not in source:
         source = str(Path(source).expanduser())
     try:
-        filesystem, path = fsspec.core.url_to_fs(source)
+        filesystem, path = filesystem_of(source)
         prefix = source.partition("://")[0] + "://" if "://" in source else ""
         if any(mark in source for mark in "*?[") and not filesystem.exists(path):
             found = sorted(file for file in filesystem.glob(path) if filesystem.isfile(file))
@@ -101,7 +100,7 @@ def _paths(source: str, where: str) -> list[str]:
         if not filesystem.exists(path):
             raise _missing(source, where)
     except (ImportError, ValueError) as error:
-        raise DataError(f"{source}: {error}", where=where, fix="pip install 'danlu[s3]' or 'danlu[gcs]' for object stores") from error
+        raise DataError(f"{source}: {error}", where=where, fix=OTHER_SCHEMES) from error
     return [source]
 
 
@@ -116,8 +115,10 @@ def _missing(source: str, where: str) -> DataError:
 
 def _file(path: str, format: str, max_rows: int | None, where: str) -> Rows:
     try:
-        with fsspec.open(path, "rb", compression="infer") as file:
+        with open_file(path) as file:
             raw: bytes = file.read()
+    except ObjectStoreError:
+        raise
     except UNREADABLE as error:
         raise DataError(f"{path} cannot be read: {error}", where=where, fix="check its permissions, or copy it again") from error
     if not raw.removeprefix(codecs.BOM_UTF8).strip():

@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import fsspec
-
+from danlu.artifact.uris import ObjectStoreError, open_file
 from danlu.data import arrow, formats
 from danlu.data.row import Broken, Row, decoded, sound
 from danlu.errors import DataError
@@ -80,7 +79,9 @@ def stream(source: Source, *, where: str = "data.train") -> Iterator[Row | Broke
 
 def _opened(path: str, where: str) -> Any:
     try:
-        return fsspec.open(path, "rb", compression="infer").open()
+        return open_file(path)
+    except ObjectStoreError:
+        raise
     except (OSError, EOFError) as error:
         raise DataError(f"{path} cannot be read: {error}", where=where, fix="check its permissions, or copy it again") from error
 
@@ -88,6 +89,8 @@ def _opened(path: str, where: str) -> Any:
 def _read(file: Any, size: int, path: str, where: str) -> bytes:
     try:
         data: bytes = file.read(size)
+    except ObjectStoreError:
+        raise
     except formats.UNREADABLE as error:
         raise DataError(f"{path} cannot be read: {error}", where=where, fix="check its permissions, or copy it again") from error
     return data
