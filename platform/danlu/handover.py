@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from danlu.artifact.bundle import Bundle, BundleMeta, Lineage, Probe, canonical_json, read_bundle, text_digest, write_bundle
 from danlu.artifact.runs import RunFolder, latest_run
 from danlu.artifact.store import Store
+from danlu.artifact.uris import filesystem_of
 from danlu.errors import ModelError, StorageError
 from danlu.spec.task import LOWER_IS_BETTER, Classification, EncoderTask, Pretrain, is_decoders
 from danlu.spec.train import TrainJob
@@ -169,9 +170,7 @@ def _write_generation_defaults(prepared: Prepared, folder: Path) -> None:
 
 
 def _fetch(uri: str, target: Path) -> None:
-    import fsspec
-
-    filesystem, path = fsspec.core.url_to_fs(uri)
+    filesystem, path = filesystem_of(uri)
     try:
         filesystem.get(f"{path}/", f"{target}/", recursive=True)
     except OSError as error:

@@ -12,12 +12,12 @@ from pathlib import PurePosixPath
 from types import SimpleNamespace
 from typing import Any, cast
 
-import fsspec
 import psutil
 
 from danlu import sdk
 from danlu.artifact.run_logs import LOGS, kept_lines, kept_logs
 from danlu.artifact.runs import RECORDS, REPORT, SCORES, SPEC, RunFolder, latest_run
+from danlu.artifact.uris import filesystem_of
 from danlu.errors import ClusterError
 from danlu.k8s.status import ENDED, JobStatus, State
 from danlu.metrics.training import spent
@@ -36,7 +36,7 @@ def connect(storage: str) -> str:
 
 def jobs(at: str) -> list[JobStatus]:
     """The latest run of every job under the storage."""
-    filesystem, path = fsspec.core.url_to_fs(f"{at}/runs")
+    filesystem, path = filesystem_of(f"{at}/runs")
     names = [PurePosixPath(folder).name for folder in filesystem.ls(path, detail=False)] if filesystem.exists(path) else []
     return [_status(at, name, run) for name in sorted(names) if (run := latest_run(at, name)) is not None]
 
@@ -115,7 +115,7 @@ def delete(at: str, name: str) -> str:
     """Delete a job's runs. Its bundles stay."""
     if (found := _status(at, name, _run(at, name))).state not in ENDED:
         raise ClusterError(f"{name} is {found.state}", where="jobs delete", fix=f"danlu jobs cancel {name} --on local --storage {at}")
-    filesystem, path = fsspec.core.url_to_fs(f"{at}/runs/{name}")
+    filesystem, path = filesystem_of(f"{at}/runs/{name}")
     filesystem.rm(path, recursive=True)
     return f"the runs of {name} are deleted; its bundles stay"
 

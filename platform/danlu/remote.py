@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import yaml
 
 from danlu import traces
-from danlu.errors import ClusterError, SpecError
+from danlu.errors import ClusterError, DanluError, SpecError
 from danlu.k8s.manifests import render
 from danlu.k8s.pods import KIND, NAME, Object
 from danlu.k8s.rayjob import SPEC_FILE, config_map, config_map_name, ray_job
 from danlu.k8s.rayservice import ray_service, upgrade
-from danlu.k8s.status import ENDED, JobStatus, ServiceStatus, job_status, service_status
+from danlu.k8s.status import ENDED, JobStatus, ServiceStatus, job_status, queue_of, service_status
 from danlu.spec.files import dump, parse
 from danlu.spec.serve import Service
 from danlu.spec.train import TrainJob
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
 SPEC, PREVIOUS = "danlu.ai/spec", "danlu.ai/previous-spec"
 """Annotations of a RayService: the spec it was deployed from, and the one before it."""
 LOG_TAIL = 200
+CONFLICTS = 20
+"""How often a job may change between a look at it and its change."""
 
 
 def check_reachable(job: TrainJob) -> None:
@@ -53,6 +57,7 @@ def submit(kube: Kube, job: TrainJob, *, dry_run: bool = False) -> None:
 
     check_reachable(job)
     order = ray_job(job)
+    kube = _where(kube, order)
     if trace := traces.to_environment(traces.carrier()):
         # The trace goes on in the job's driver, which Ray starts with this environment.
         order["spec"]["runtimeEnvYAML"] = yaml.safe_dump({"env_vars": trace})
@@ -129,7 +134,7 @@ def cancel(kube: Kube, name: str) -> str:
     """End a job's pods; what there is to say. It is suspended where KubeRay can do that, so that `resume` goes on with it."""
     from danlu.k8s import client
 
-    while True:
+    for _ in range(CONFLICTS):
         job = _job(kube, name)
         found = job_status(job)
         if found.state in ENDED:
@@ -145,6 +150,7 @@ def cancel(kube: Kube, name: str) -> str:
                 continue
             raise
         return f"{name} is cancelled; danlu jobs resume {name} goes on from its last checkpoint"
+    raise ClusterError(f"{name} changes all the time", where="jobs cancel", fix=f"danlu jobs show {name} says what it does; try again")
 
 
 def resume(kube: Kube, name: str) -> str:
@@ -176,6 +182,8 @@ def deploy(kube: Kube, service: Service, *, dry_run: bool = False) -> str:
     """Make or change a service; how it is brought there. The spec before is kept beside it, for `rollback`."""
     from danlu.k8s import client
 
+    one = ray_service(service)
+    kube = _where(kube, one)
     before = client.get(kube, "RayService", service.name)
     last = (before or {}).get("metadata", {}).get("annotations", {}).get(SPEC)
     notes = {SPEC: dump(service)}
@@ -183,12 +191,27 @@ def deploy(kube: Kube, service: Service, *, dry_run: bool = False) -> str:
         notes[PREVIOUS] = last
     elif before is not None and PREVIOUS in before["metadata"].get("annotations", {}):
         notes[PREVIOUS] = before["metadata"]["annotations"][PREVIOUS]
-    one = ray_service(service)
-    one["metadata"] = {**one["metadata"], "annotations": notes}
-    client.apply(kube, one, dry_run=dry_run)
+    asked = {**one, "metadata": {**one["metadata"], "annotations": notes}}
+    client.apply(kube, asked, dry_run=dry_run)
     if before is None:
         return "new: it answers once its pods are up"
-    return "as it was" if last == notes[SPEC] else upgrade(ray_service(parse(Service, last)) if last else before, ray_service(service))
+    if last == notes[SPEC]:
+        return "as it was"
+    was = before if last is None else _rendered(last)
+    return upgrade(was, one) if was else "changed: KubeRay finds out how, since the spec before is another Danlu's"
+
+
+def _rendered(spec: str) -> Object | None:
+    """The RayService of a spec that was deployed; None if this Danlu cannot read it."""
+    try:
+        return ray_service(parse(Service, spec))
+    except DanluError:
+        return None
+
+
+def _where(kube: Kube, one: Object) -> Kube:
+    """The connection in the namespace of an object."""
+    return replace(kube, namespace=one["metadata"].get("namespace") or kube.namespace)
 
 
 def services(kube: Kube) -> list[ServiceStatus]:
@@ -203,7 +226,8 @@ def service(kube: Kube, name: str) -> ServiceStatus:
     from danlu.k8s import client
 
     one = _service(kube, name)
-    return service_status(one, client.find(kube, "Pod", {NAME: name}), client.find(kube, "Event"))
+    workloads = client.find(kube, "Workload") if queue_of(one) else []
+    return service_status(one, client.find(kube, "Pod", {NAME: name}), client.find(kube, "Event"), workloads)
 
 
 def scale(kube: Kube, name: str, *, min_replicas: int | None, max_replicas: int | None) -> Service:
@@ -255,7 +279,8 @@ def _explained(kube: Kube, job: Object) -> JobStatus:
     log: list[str] = []
     if found.state == "failed":
         for pod in _submitters(kube, name)[-1:]:
-            log = list(client.pod_log(kube, pod["metadata"]["name"], tail=LOG_TAIL))
+            with suppress(ClusterError):  # its node may be gone; the state is known without
+                log = list(client.pod_log(kube, pod["metadata"]["name"], tail=LOG_TAIL))
     workloads = client.find(kube, "Workload") if found.state == "queued" else []
     events = client.find(kube, "Event") if found.state == "starting" else []
     return job_status(job, pods, events, workloads, log)

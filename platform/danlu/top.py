@@ -8,13 +8,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-import fsspec
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Group, RenderableType
 from rich.table import Table
 
 from danlu.artifact.runs import RECORDS, RunFolder, latest_run
+from danlu.artifact.uris import filesystem_of
 from danlu.metrics import catalog as c
 from danlu.metrics.rules import RAY_TARGETS
 
@@ -57,7 +57,7 @@ class Served:
 
 def jobs(storage: str, now: float) -> list[Job]:
     """The latest run of every job under a storage URI, those that run first."""
-    filesystem, path = fsspec.core.url_to_fs(f"{storage.rstrip('/')}/runs")
+    filesystem, path = filesystem_of(f"{storage.rstrip('/')}/runs")
     names = [PurePosixPath(folder).name for folder in filesystem.ls(path, detail=False)] if filesystem.exists(path) else []
     found = [_job(name, run, now) for name in names if (run := latest_run(storage, name)) is not None]
     return sorted(found, key=lambda job: (job.state not in ("running", "silent"), job.silent_s))
@@ -153,7 +153,7 @@ def _job(name: str, run: RunFolder, now: float) -> Job:
 
 
 def _tail(run: RunFolder) -> str:
-    filesystem, path = fsspec.core.url_to_fs(run.uri)
+    filesystem, path = filesystem_of(run.uri)
     file = f"{path}/{RECORDS}"
     return filesystem.tail(file, TAIL_BYTES).decode(errors="replace") if filesystem.exists(file) else ""
 

@@ -15,10 +15,10 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
 from danlu.artifact.runs import RunFolder
+from danlu.artifact.uris import filesystem_of
 from danlu.errors import SpecError
 from danlu.spec.files import dump
 from danlu.spec.train import TrainJob
@@ -60,7 +60,7 @@ def numbers(record: Mapping[str, Any]) -> dict[str, float]:
 
 def chosen(job: TrainJob) -> list[str]:
     """The job's trackers. Unset: TensorBoard where it is installed and the storage is a local folder. SpecError for what cannot be had."""
-    local = isinstance(url_to_fs(job.storage)[0], LocalFileSystem)
+    local = isinstance(filesystem_of(job.storage)[0], LocalFileSystem)
     if job.trackers is None:
         return ["tensorboard"] if local and _installed("tensorboard") else []
     for number, name in enumerate(job.trackers):
@@ -129,7 +129,7 @@ def _installed(name: str) -> bool:
 
 
 def _open(name: str, job: TrainJob, run: RunFolder) -> Tracker:
-    folder = Path(url_to_fs(run.uri)[1])
+    folder = Path(filesystem_of(run.uri)[1])
     match name:
         case "tensorboard":
             return _TensorBoard(job, folder)

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from danlu import traces
+from danlu.errors import SpecError
+from danlu.spec.cluster import JobCluster, ServiceCluster
 from danlu.spec.files import load, parse, read, which
 from danlu.spec.serve import Service
 from danlu.spec.train import TrainJob
@@ -33,13 +35,13 @@ def submit(
         from danlu import remote
         from danlu.k8s.client import connect
 
-        kube = connect(context, namespace or (job.cluster.namespace if job.cluster else None))
+        kube = connect(context, _namespace(namespace, job.cluster))
         if dry_run:
             _show_taken(kube.context, remote.dry_run(kube, job))
             return
         with traces.span("submit", {"danlu.train_job": job.name}, kind="client"):
             remote.submit(kube, job)
-        where, options = f"{kube.context}, namespace {kube.namespace}", ""
+        where, options = f"{kube.context}, namespace {kube.namespace}", _to_it(context, _namespace(namespace, job.cluster))
     else:
         from danlu import on_ray
 
@@ -66,12 +68,12 @@ def deploy(
         from danlu import remote
         from danlu.k8s.client import connect
 
-        kube = connect(context, namespace or (service.cluster.namespace if service.cluster else None))
+        kube = connect(context, _namespace(namespace, service.cluster))
         if dry_run:
             _show_taken(kube.context, remote.dry_run(kube, service))
             return
         show(f"  {remote.deploy(kube, service)}")
-        where, options = f"{kube.context}, namespace {kube.namespace}", ""
+        where, options = f"{kube.context}, namespace {kube.namespace}", _to_it(context, _namespace(namespace, service.cluster))
     else:
         from danlu import on_ray
 
@@ -79,6 +81,24 @@ def deploy(
         where, options = f"{on}, {service.http.host}:{service.http.port} of every node", f" --on {on}"
     show(f"{service.name} is deployed to {where}")
     show(f"  danlu services show {service.name}{options}    says whether it answers; scale, rollback, delete are there too")
+
+
+def _namespace(asked: str | None, cluster: JobCluster | ServiceCluster | None) -> str | None:
+    """Where it goes; SpecError if the command and the spec say two places."""
+    said = cluster.namespace if cluster else None
+    if asked is not None and said is not None and asked != said:
+        raise SpecError(
+            f"--namespace {asked} is not the spec's cluster.namespace={said}",
+            where="--namespace",
+            fix=f"leave it out, or --set cluster.namespace={asked}",
+        )
+    return asked or said
+
+
+def _to_it(context: str | None, namespace: str | None) -> str:
+    """What the next command needs to find it."""
+    options = {"context": context, "namespace": namespace}
+    return "".join(f" --{name} {value}" for name, value in options.items() if value)
 
 
 def _show_taken(context: str, names: Sequence[str]) -> None:

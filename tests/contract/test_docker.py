@@ -74,7 +74,15 @@ def test_an_older_builder_can_build_it() -> None:
 def test_what_is_installed_is_pinned() -> None:
     installs = re.findall(r"pip install .*", DOCKERFILE.read_text())
     assert installs
-    assert all("-c constraints.txt" in line for line in installs)
+    assert all("-c constraints.txt" in line or "--no-deps" in line for line in installs)
+
+
+def test_an_edit_of_the_code_leaves_the_layer_of_its_libraries_as_it_is() -> None:
+    for name in ("cpu", "gpu"):
+        found = stages()
+        assert "COPY platform" not in found["base"] + found["builder"] + found[f"libraries-{name}"]
+        copied = re.findall(r"^COPY --from=(\S+)", found[name], re.MULTILINE)
+        assert copied == [f"libraries-{name}", f"build-{name}"]
 
 
 def test_what_is_copied_is_sent_to_the_builder() -> None:

@@ -36,6 +36,7 @@ MAY_IMPORT = {
     "danlu.spec.schema": set(),
     "danlu.metrics.catalog": set(),
     "danlu.artifact.bundle": set(),
+    "danlu.artifact.uris": set(),
     "danlu.artifact.store": set(),
     "danlu.artifact.runs": set(),
     "danlu.artifact.pretrained": set(),

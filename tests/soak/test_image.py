@@ -6,6 +6,7 @@ is tagged as the Dockerfile's base does, and $TORCH_INDEX names another index fo
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -13,6 +14,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+
+from danlu import __version__
 
 ROOT = Path(__file__).parents[2]
 BASE = "python:3.11-slim-bookworm"
@@ -80,3 +83,22 @@ def test_it_trains_and_stores_a_bundle(image: str, tiny_model: Path, topic_files
     done = in_a_pod(image, "danlu", "train", "/job/job.yaml", mounts=(f"{work}:/job",))
     assert done.returncode == 0, done.stdout + done.stderr
     assert "stored as topics@v1" in done.stdout
+
+
+def test_its_list_of_parts_has_every_package_that_python_finds_in_it(image: str, tmp_path: Path) -> None:
+    tag = f"danlu-test:{__version__}-cpu"
+    assert docker("tag", image, tag).returncode == 0
+    command = ["make", "-f", "ops/docker/Makefile", "sbom", "IMAGE=danlu-test", "RUN_FLAGS=--network=host", f"OUT={tmp_path}"]
+    made = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    docker("rmi", tag)
+    if "No matching distribution found for cyclonedx-bom" in made.stderr:
+        pytest.skip("no package index has cyclonedx-bom")
+    assert made.returncode == 0, made.stderr
+    parts = json.loads((tmp_path / "cpu.cdx.json").read_text())
+    assert parts["bomFormat"] == "CycloneDX"
+    listed = {one["name"].lower().replace("_", "-"): one["version"] for one in parts["components"]}
+    found = json.loads(in_a_pod(image, "python", "-m", "pip", "list", "--format=json").stdout)
+    there = {one["name"].lower().replace("_", "-"): one["version"] for one in found}
+    assert {"torch", "ray", "danlu", "pyarrow", "gcsfs"} <= there.keys()
+    assert {name: version for name, version in there.items() if listed.get(name) != version} == {}
+    assert "\nopenssl\t" in (tmp_path / "cpu.debian.txt").read_text()

@@ -387,10 +387,18 @@ def test_a_disk_that_fills_up_after_training_costs_no_training(make_job: MakeJob
     assert (trained.run.number, trained.reference) == (1, "topics@v1")
 
 
-def test_a_storage_uri_does_as_well_as_a_folder(make_job: MakeJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", ["memory", "s3"])
+def test_a_storage_uri_does_as_well_as_a_folder(
+    kind: str, make_job: MakeJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
     monkeypatch.chdir(tmp_path)
-    job = make_job(storage=f"memory://{tmp_path.name}", max_steps=4)
-    trained = sdk.train(job)
+    storage = str(request.getfixturevalue("s3_uri")) if kind == "s3" else f"memory://{tmp_path.name}"
+    job = make_job(storage=storage, max_steps=4, checkpoint={"save_steps": 2})
+    with pytest.raises(Killed):
+        sdk.train(job, listener=dies_at(3))
+    heard: list[Record] = []
+    trained = sdk.train(job, listener=heard.append)
+    assert min(record.step for record in heard if isinstance(record, StepRecord)) == 3
     assert trained.run.status()["state"] == "finished"
     again, _ = sdk.evaluate("topics@production", storage=job.storage)
     assert again.scores == trained.evaluations["test"].scores

@@ -12,48 +12,48 @@ here; what it leaves out is filled in from _spec.tpl, which is generated.
 
 {{- define "danlu.labels" -}}
 danlu.ai/kind: {{ .kind }}
-danlu.ai/name: {{ .name }}
+danlu.ai/name: {{ .name | quote }}
 {{- end }}
 
 {{- define "danlu.metadata" -}}
 {{- $c := .cluster -}}
-name: {{ .objectName | default .name }}
-namespace: {{ $c.namespace | default .release.Namespace }}
+name: {{ .objectName | default .name | quote }}
+namespace: {{ $c.namespace | default .release.Namespace | quote }}
 labels:
   {{- include "danlu.labels" . | nindent 2 }}
   {{- with $c.scheduler }}
   {{- if eq .kind "kueue" }}
-  kueue.x-k8s.io/queue-name: {{ .queue }}
+  kueue.x-k8s.io/queue-name: {{ .queue | quote }}
   {{- else if eq .kind "volcano" }}
   ray.io/scheduler-name: volcano
   {{- with .queue }}
-  volcano.sh/queue-name: {{ . }}
+  volcano.sh/queue-name: {{ . | quote }}
   {{- end }}
   {{- with $c.priority_class }}
-  ray.io/priority-class-name: {{ . }}
+  ray.io/priority-class-name: {{ . | quote }}
   {{- end }}
   {{- else if eq .kind "yunikorn" }}
   ray.io/gang-scheduling-enabled: "true"
-  yunikorn.apache.org/app-id: {{ $.name }}
-  yunikorn.apache.org/queue: {{ .queue }}
+  yunikorn.apache.org/app-id: {{ $.name | quote }}
+  yunikorn.apache.org/queue: {{ .queue | quote }}
   {{- else if eq .kind "kai" }}
-  kai.scheduler/queue: {{ .queue }}
+  kai.scheduler/queue: {{ .queue | quote }}
   {{- end }}
   {{- end }}
 {{- end }}
 
 {{- define "danlu.identity" -}}
 {{- with .service_account }}
-serviceAccountName: {{ . }}
+serviceAccountName: {{ . | quote }}
 {{- end }}
 {{- with .image_pull_secrets }}
 imagePullSecrets:
   {{- range . }}
-  - name: {{ . }}
+  - name: {{ . | quote }}
   {{- end }}
 {{- end }}
 {{- with .priority_class }}
-priorityClassName: {{ . }}
+priorityClassName: {{ . | quote }}
 {{- end }}
 securityContext:
   runAsNonRoot: true
@@ -75,20 +75,20 @@ securityContext:
 {{- define "danlu.scratchMounts" -}}
 {{- $facts := include "danlu.facts" . | fromJson }}
 {{- range $facts.writable }}
-- {name: {{ .name }}, mountPath: {{ .path }}}
+- {name: {{ .name | quote }}, mountPath: {{ .path }}}
 {{- end }}
 {{- end }}
 
 {{- define "danlu.scratchVolumes" -}}
 {{- $facts := include "danlu.facts" . | fromJson }}
 {{- range $facts.writable }}
-- {name: {{ .name }}, emptyDir: {}}
+- {name: {{ .name | quote }}, emptyDir: {}}
 {{- end }}
 {{- end }}
 
 {{- define "danlu.tolerations" -}}
 {{- range .cluster.tolerations }}
-- key: {{ .key }}
+- key: {{ .key | quote }}
   {{- if kindIs "string" .value }}
   operator: Equal
   value: {{ .value | quote }}
@@ -104,7 +104,7 @@ securityContext:
 {{- end }}
 {{- with .spot }}
 {{- if .taint }}
-- {key: {{ .label }}, operator: Equal, value: {{ .value | quote }}, effect: NoSchedule}
+- {key: {{ .label | quote }}, operator: Equal, value: {{ .value | quote }}, effect: NoSchedule}
 {{- end }}
 {{- end }}
 {{- end }}
@@ -146,16 +146,16 @@ spec:
       env:
         {{- $plain := include "danlu.filled" (list $facts.ray_env (ternary $facts.tls_env dict (not (empty $c.tls))) .env $c.env) | fromJson }}
         {{- range $key := keys $plain | sortAlpha }}
-        - {name: {{ $key }}, value: {{ index $plain $key | quote }}}
+        - {name: {{ $key | quote }}, value: {{ index $plain $key | quote }}}
         {{- end }}
         {{- range $c.secret_env }}
-        - name: {{ .name }}
-          valueFrom: {secretKeyRef: {name: {{ .secret }}, key: {{ .key | quote }}}}
+        - name: {{ .name | quote }}
+          valueFrom: {secretKeyRef: {name: {{ .secret | quote }}, key: {{ .key | quote }}}}
         {{- end }}
       ports:
         {{- range $facts.head_ports }}
         {{- if or (not $worker) (has .name (list "serve" "metrics")) }}
-        - {name: {{ .name }}, containerPort: {{ .port }}}
+        - {name: {{ .name | quote }}, containerPort: {{ .port }}}
         {{- end }}
         {{- end }}
       {{- if and $worker .leave }}
@@ -198,7 +198,7 @@ spec:
   {{- with $nodes }}
   nodeSelector:
     {{- range $key, $value := . }}
-    {{ $key }}: {{ $value | quote }}
+    {{ $key | quote }}: {{ $value | quote }}
     {{- end }}
   {{- end }}
   {{- with include "danlu.tolerations" (dict "cluster" $c "gpus" .gpus "spot" (ternary $spot dict $worker)) }}
@@ -209,40 +209,40 @@ spec:
   affinity:
     podAffinity:
       requiredDuringSchedulingIgnoredDuringExecution:
-        - labelSelector: {matchLabels: {danlu.ai/name: {{ .name }}, ray.io/node-type: worker}}
-          topologyKey: {{ $c.same_topology }}
+        - labelSelector: {matchLabels: {danlu.ai/name: {{ .name | quote }}, ray.io/node-type: worker}}
+          topologyKey: {{ $c.same_topology | quote }}
   {{- else if and (not $worker) $spot }}
   affinity:
     nodeAffinity:
       requiredDuringSchedulingIgnoredDuringExecution:
         nodeSelectorTerms:
           - matchExpressions:
-              - {key: {{ $spot.label }}, operator: NotIn, values: [{{ $spot.value | quote }}]}
+              - {key: {{ $spot.label | quote }}, operator: NotIn, values: [{{ $spot.value | quote }}]}
   {{- end }}
   {{- if and $worker $c.spread_over }}
   topologySpreadConstraints:
     - maxSkew: 1
-      topologyKey: {{ $c.spread_over }}
+      topologyKey: {{ $c.spread_over | quote }}
       whenUnsatisfiable: ScheduleAnyway
-      labelSelector: {matchLabels: {danlu.ai/name: {{ .name }}, ray.io/node-type: worker}}
+      labelSelector: {matchLabels: {danlu.ai/name: {{ .name | quote }}, ray.io/node-type: worker}}
   {{- end }}
   volumes:
     {{- include "danlu.scratchVolumes" . | nindent 4 }}
     {{- with .configMap }}
-    - {name: spec, configMap: {name: {{ . }}}}
+    - {name: spec, configMap: {name: {{ . | quote }}}}
     {{- end }}
     {{- with $c.tls }}
-    - {name: ca, secret: {secretName: {{ .ca_secret }}}}
+    - {name: ca, secret: {secretName: {{ .ca_secret | quote }}}}
     - {name: tls, emptyDir: {medium: Memory}}
     {{- end }}
     {{- with $c.shared_memory }}
     - {name: shared-mem, emptyDir: {medium: Memory, sizeLimit: {{ . }}}}
     {{- end }}
     {{- range $i, $volume := $c.volumes }}
-    - {name: volume-{{ $i }}, persistentVolumeClaim: {claimName: {{ .claim }}}}
+    - {name: volume-{{ $i }}, persistentVolumeClaim: {claimName: {{ .claim | quote }}}}
     {{- end }}
     {{- range $i, $volume := $c.secret_volumes }}
-    - {name: secret-{{ $i }}, secret: {secretName: {{ .secret }}}}
+    - {name: secret-{{ $i }}, secret: {secretName: {{ .secret | quote }}}}
     {{- end }}
 {{- end }}
 
@@ -262,7 +262,7 @@ autoscalerOptions:
   {{- if .cluster.tls }}
   env:
     {{- range $key := keys $facts.tls_env | sortAlpha }}
-    - {name: {{ $key }}, value: {{ index $facts.tls_env $key | quote }}}
+    - {name: {{ $key | quote }}, value: {{ index $facts.tls_env $key | quote }}}
     {{- end }}
   volumeMounts:
     - {name: tls, mountPath: /etc/ray-tls, readOnly: true}

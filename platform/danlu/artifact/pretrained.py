@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path, PurePosixPath
 
+from danlu.artifact.uris import ObjectStoreError, filesystem_of
 from danlu.errors import ModelError
 from danlu.spec.model import Model
 
@@ -142,13 +143,11 @@ def _hub_folder(model: Model) -> Path:
 
 
 def _downloaded(uri: str, cache_dir: Path) -> Path:
-    import fsspec
-
     target = cache_dir / sha256(uri.encode()).hexdigest()[:16]
     if (target / "config.json").exists():
         return target
     try:
-        filesystem, path = fsspec.core.url_to_fs(uri)
+        filesystem, path = filesystem_of(uri)
         if not filesystem.isdir(path):
             raise ModelError(f"{uri!r} does not exist or is no folder", where=FIELD)
         cache_dir.mkdir(parents=True, exist_ok=True)
@@ -161,6 +160,8 @@ def _downloaded(uri: str, cache_dir: Path) -> Path:
                 filesystem.get_file(file, str(local))
             _check_download(whole, uri)
             _move_unless_there(whole, target)
+    except ObjectStoreError:
+        raise
     except (ImportError, ValueError, OSError) as error:
         raise ModelError(f"{uri!r} could not be read: {error}", where=FIELD) from error
     return target

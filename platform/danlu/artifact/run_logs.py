@@ -12,9 +12,8 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import PurePosixPath
 
-import fsspec
-
 from danlu.artifact.runs import RunFolder
+from danlu.artifact.uris import filesystem_of
 from danlu.errors import StorageError
 
 LOGS = "logs"
@@ -61,7 +60,7 @@ def written(limit_bytes: int) -> str:
 
 def kept_logs(run_uri: str) -> list[str]:
     """Names of the logs that a run has, the oldest first."""
-    filesystem, path = fsspec.core.url_to_fs(f"{run_uri}/{LOGS}")
+    filesystem, path = filesystem_of(f"{run_uri}/{LOGS}")
     try:
         names = [PurePosixPath(file).name for file in filesystem.ls(path, detail=False)]
     except FileNotFoundError:

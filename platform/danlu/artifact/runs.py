@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
+from danlu.artifact.uris import filesystem_of
 from danlu.errors import ResourceError, StorageError
 
 log = logging.getLogger(__name__)
@@ -37,7 +37,7 @@ class RunFolder:
 
     def write(self, name: str, text: str) -> str:
         """Write a small file whole; its URI."""
-        filesystem, path = fsspec.core.url_to_fs(self.uri)
+        filesystem, path = filesystem_of(self.uri)
         try:
             filesystem.makedirs(path, exist_ok=True)
             if not isinstance(filesystem, LocalFileSystem):
@@ -59,7 +59,7 @@ class RunFolder:
 
         A file is locked, which ends with the process, whatever ends it. Object stores have no such thing.
         """
-        filesystem, path = fsspec.core.url_to_fs(self.uri)
+        filesystem, path = filesystem_of(self.uri)
         if not isinstance(filesystem, LocalFileSystem):
             yield
             return
@@ -77,7 +77,7 @@ class RunFolder:
 
     def is_held(self) -> bool:
         """Whether a process of this machine writes it now, by its lock."""
-        filesystem, path = fsspec.core.url_to_fs(self.uri)
+        filesystem, path = filesystem_of(self.uri)
         if not isinstance(filesystem, LocalFileSystem) or not os.path.exists(f"{path}/{_lock_name()}"):
             return False
         with open(f"{path}/{_lock_name()}", "rb") as file:
@@ -103,13 +103,13 @@ class RunFolder:
 
     def read(self, name: str) -> str | None:
         """A small file's text, or None."""
-        filesystem, path = fsspec.core.url_to_fs(self.uri)
+        filesystem, path = filesystem_of(self.uri)
         file = f"{path}/{name}"
         return filesystem.cat_file(file).decode() if filesystem.exists(file) else None
 
     def record(self, values: Mapping[str, Any]) -> None:
         """Append a line to the run's records. Object stores cannot append: there the file is written anew every few seconds."""
-        filesystem, path = fsspec.core.url_to_fs(self.uri)
+        filesystem, path = filesystem_of(self.uri)
         line = json.dumps({"time": time.time(), **values})
         if isinstance(filesystem, LocalFileSystem):
             try:
@@ -173,7 +173,7 @@ def latest_run(storage: str, name: str) -> RunFolder | None:
 
 def run_numbers(storage: str, name: str) -> list[int]:
     """Numbers of a job's runs, ascending."""
-    filesystem, path = fsspec.core.url_to_fs(f"{storage.rstrip('/')}/runs/{name}")
+    filesystem, path = filesystem_of(f"{storage.rstrip('/')}/runs/{name}")
     try:
         folders = filesystem.ls(path, detail=False)
     except FileNotFoundError:
@@ -198,4 +198,6 @@ def _json_lines(text: str) -> Iterator[dict[str, Any]]:
 
 
 def _cannot_write(uri: str, error: OSError) -> StorageError:
+    if isinstance(error, StorageError):  # an object store's says it better
+        return error
     return StorageError(f"cannot write: {error}", where=uri, fix="free some space or set storage: to a place that can be written")

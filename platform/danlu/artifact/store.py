@@ -19,6 +19,7 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from danlu.artifact.bundle import FILE, canonical_json, read_bundle, text_digest
+from danlu.artifact.uris import OTHER_SCHEMES, filesystem_of
 from danlu.errors import ModelError, StorageError
 
 VERSION = re.compile(r"^v(\d+)$")
@@ -41,7 +42,7 @@ class Store:
 
     def __init__(self, uri: str, *, cache_dir: str | Path = ".cache/danlu/bundles") -> None:
         self.uri, self.cache_dir = uri.rstrip("/"), Path(cache_dir)
-        self.filesystem, path = fsspec.core.url_to_fs(f"{self.uri}/bundles")
+        self.filesystem, path = filesystem_of(f"{self.uri}/bundles")
         self.root = PurePosixPath(path)
         self.is_local = isinstance(self.filesystem, LocalFileSystem)
 
@@ -99,7 +100,7 @@ class Store:
         if (folder / FILE).exists() or ("/" in reference and folder.exists()):
             return folder
         if "://" in reference:
-            filesystem, path = fsspec.core.url_to_fs(reference)
+            filesystem, path = filesystem_of(reference)
             return self._local(filesystem, PurePosixPath(path))
         name, _, which = reference.partition("@")
         versions = self.versions(name)
@@ -206,18 +207,20 @@ class Store:
 def ensure_writable(uri: str) -> None:
     """StorageError if nothing can be written under a storage URI."""
     try:
-        filesystem, path = fsspec.core.url_to_fs(uri)
+        filesystem, path = filesystem_of(uri)
         probe = f"{path.rstrip('/')}/.danlu-{uuid.uuid4().hex}"
         filesystem.makedirs(path, exist_ok=True)
         filesystem.pipe_file(probe, b"written to see whether it can be")
         filesystem.rm_file(probe)
     except (ImportError, ValueError) as error:
-        raise StorageError(f"{uri}: {error}", where="storage", fix="a folder, or pip install 'danlu[s3]' or 'danlu[gcs]'") from error
+        raise StorageError(f"{uri}: {error}", where="storage", fix=OTHER_SCHEMES) from error
     except OSError as error:
         raise _storage_error(uri, error) from error
 
 
 def _storage_error(uri: str, error: OSError) -> StorageError:
+    if isinstance(error, StorageError):  # an object store's says it better
+        return error
     fixes = {
         errno.ENOSPC: "free some space, or set storage: to another place",
         errno.EACCES: "a folder this user may write to",

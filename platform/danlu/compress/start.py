@@ -7,11 +7,10 @@ import shutil
 import tempfile
 from pathlib import Path
 
-import fsspec
-
 from danlu.artifact.bundle import FILE, Bundle, read_bundle
 from danlu.artifact.pretrained import FIELD
 from danlu.artifact.store import Store
+from danlu.artifact.uris import filesystem_of
 from danlu.errors import ModelError, StorageError
 from danlu.spec.train import TrainJob
 from danlu.spec.tuning import Adapter, Qlora, VirtualTokens
@@ -47,7 +46,7 @@ def started_from(model: str) -> str | None:
     """The digest of the bundle whose weights a model's folder or URI holds; None if they are no bundle's."""
     if model.startswith("pkg://"):
         return None
-    filesystem, path = fsspec.core.url_to_fs(model)
+    filesystem, path = filesystem_of(model)
     folder = path.rstrip("/")
     for file in (f"{folder}/{MERGED_FROM}", f"{folder.removesuffix('/model')}/{FILE}"):
         if filesystem.exists(file):
@@ -57,7 +56,7 @@ def started_from(model: str) -> str | None:
 
 def _merged(bundle: Bundle, uri: str) -> str:
     """Where an adapter's merged weights are, once they are: what they were merged from is written last."""
-    filesystem, path = fsspec.core.url_to_fs(uri)
+    filesystem, path = filesystem_of(uri)
     if filesystem.exists(f"{path}/{MERGED_FROM}"):
         return uri
     with tempfile.TemporaryDirectory(prefix="danlu-merged-") as temporary:

@@ -7,8 +7,7 @@ import zipfile
 import zlib
 from typing import Any
 
-import fsspec
-
+from danlu.artifact.uris import ObjectStoreError, filesystem_of, open_file
 from danlu.errors import DataError
 
 UNREADABLE = (OSError, EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile)
@@ -26,12 +25,15 @@ def opened(path: str, where: str) -> Any:
     """A file to read from. DataError if it cannot be opened, or is an archive of several files."""
     try:
         if path.endswith(".zip"):
-            with fsspec.open(path, "rb") as file:
+            filesystem, inside = filesystem_of(path)
+            with filesystem.open(inside, "rb") as file:
                 names = zipfile.ZipFile(file).namelist()
             if len(names) != 1:
                 told = f"{path} holds {len(names)} files, not one: {', '.join(names[:3])}"
                 raise DataError(told, where=where, fix="unzip it, and name the files that are meant")
-        return fsspec.open(path, "rb", compression="infer").open()
+        return open_file(path)
+    except ObjectStoreError:
+        raise
     except UNREADABLE as error:
         raise _unreadable(path, error, where) from error
 
@@ -40,6 +42,8 @@ def read(file: Any, size: int, path: str, where: str) -> bytes:
     """So many bytes of it, or all with -1."""
     try:
         data: bytes = file.read(size)
+    except ObjectStoreError:
+        raise
     except UNREADABLE as error:
         raise _unreadable(path, error, where) from error
     return data

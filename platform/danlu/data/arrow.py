@@ -10,8 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-import fsspec
-
+from danlu.artifact.uris import open_file
 from danlu.errors import DataError
 
 if TYPE_CHECKING:
@@ -48,7 +47,7 @@ def columns(raw: bytes, format: str, path: str, where: str) -> dict[str, list[An
 
 def rows(path: str, format: str, where: str) -> Iterator[dict[str, Any]]:
     """Rows one by one; a batch of the file, or of a parquet's row group, is in memory at once."""
-    with _refusing(format, path, where), fsspec.open(path, "rb", compression="infer") as file:
+    with _refusing(format, path, where), open_file(path) as file:
         schema, batches = _opened(file, format)
         labels = _label_names(schema)
         for batch in batches:

@@ -14,8 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import fsspec
-
+from danlu.artifact.uris import OTHER_SCHEMES, filesystem_of
 from danlu.data import arrow
 from danlu.data.archives import opened, read, refuse_packed
 from danlu.data.json_text import HALF_CHARACTER, half_character, line_of_item
@@ -87,7 +86,7 @@ def _paths(source: str, where: str) -> list[str]:
     if "://" not in source:
         source = str(Path(source).expanduser())
     try:
-        filesystem, path = fsspec.core.url_to_fs(source)
+        filesystem, path = filesystem_of(source)
         prefix = source.partition("://")[0] + "://" if "://" in source else ""
         if any(mark in source for mark in "*?[") and not filesystem.exists(path):
             found = sorted(file for file in filesystem.glob(path) if filesystem.isfile(file))
@@ -99,7 +98,7 @@ def _paths(source: str, where: str) -> list[str]:
         if not filesystem.exists(path):
             raise _missing(source, where)
     except (ImportError, ValueError) as error:
-        raise DataError(f"{source}: {error}", where=where, fix="pip install 'danlu[s3]' or 'danlu[gcs]' for object stores") from error
+        raise DataError(f"{source}: {error}", where=where, fix=OTHER_SCHEMES) from error
     return [source]
 
 

@@ -20,8 +20,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-import fsspec
-
+from danlu.artifact.uris import filesystem_of
 from danlu.data.clean import CHANGES, Cleaned, Step, Values, make_step
 from danlu.data.columns import as_label
 from danlu.data.near import Seen, database
@@ -100,7 +99,7 @@ def _absolute(path: str) -> str:
 def _state_of(source: Source) -> list[str]:
     if source.format == "hub":
         return []
-    filesystem, path = fsspec.core.url_to_fs(source.path)
+    filesystem, path = filesystem_of(source.path)
     info = filesystem.info(path)
     return [str(info.get(name)) for name in ("size", "mtime", "created", "etag", "ETag", "LastModified") if info.get(name) is not None]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -26,6 +27,10 @@ RETRY_MAX_S = 15.0
 TIMEOUT_S = 30.0
 WATCH_S = 300
 """The server ends a watch after so long; it is then begun anew."""
+OUTAGE_S = 600.0
+"""How long a watch that has begun waits for a server that does not answer: its own upgrade takes minutes."""
+NAME = re.compile(r"[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?")
+TOO_BUSY = (429, 500, 502, 503, 504)
 
 PATHS = {
     "RayJob": ("/apis/ray.io/v1", "rayjobs"),
@@ -34,7 +39,7 @@ PATHS = {
     "ConfigMap": ("/api/v1", "configmaps"),
     "Pod": ("/api/v1", "pods"),
     "Event": ("/api/v1", "events"),
-    "Workload": ("/apis/kueue.x-k8s.io/v1beta1", "workloads"),
+    "Workload": ("/apis/kueue.x-k8s.io/v1beta2", "workloads"),
 }
 MERGE = "application/merge-patch+json"
 APPLY = "application/apply-patch+yaml"
@@ -59,10 +64,15 @@ class Refused(ClusterError):
 
 def connect(context: str | None = None, namespace: str | None = None) -> Kube:
     """By the kubeconfig ($KUBECONFIG or ~/.kube/config), or inside a pod by its service account."""
+    if namespace is not None and not NAME.fullmatch(namespace):
+        raise ClusterError(f"{namespace!r} cannot be a namespace's name", where="--namespace", fix="lower-case letters, digits and dashes")
     try:
-        contexts, active = config.list_kube_config_contexts()
+        # As config.list_kube_config_contexts, which cannot do without a current one.
+        file = config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION
+        loader = config.kube_config._get_kube_config_loader(filename=file, active_context=context)
+        contexts, active = loader.list_contexts(), loader.current_context
     except ConfigException as error:
-        return _inside_a_pod(context, namespace, error)
+        return _without_a_context(context, namespace, error)
     by_name = {one["name"]: one for one in contexts}
     chosen = by_name.get(context or active["name"])
     if chosen is None:
@@ -72,6 +82,25 @@ def connect(context: str | None = None, namespace: str | None = None) -> Kube:
     except ConfigException as error:
         raise ClusterError(f"context {chosen['name']!r} cannot be used: {error}", where="kubeconfig") from error
     return Kube(ApiClient(loaded), namespace or chosen["context"].get("namespace") or "default", chosen["name"])
+
+
+def _without_a_context(context: str | None, namespace: str | None, error: Exception) -> Kube:
+    """What there is where the kubeconfig has no such context, or no current one, or is not there."""
+    names = sorted(one["name"] for one in _contexts())
+    if context is not None and names:
+        raise ClusterError(f"the kubeconfig has no context {context!r}", where="--context", fix=f"one of: {', '.join(names)}") from error
+    if names:
+        fix = f"--context, one of: {', '.join(names)}; or kubectl config use-context"
+        raise ClusterError("the kubeconfig names no current context", where="kubeconfig", fix=fix) from error
+    return _inside_a_pod(context, namespace, error)
+
+
+def _contexts() -> list[Object]:
+    try:
+        merged = config.kube_config.KubeConfigMerger(config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION).config
+        return list(merged.value.get("contexts") or []) if merged is not None else []
+    except (ConfigException, OSError):
+        return []
 
 
 def _inside_a_pod(context: str | None, namespace: str | None, error: Exception) -> Kube:
@@ -115,6 +144,8 @@ def patch(kube: Kube, kind: str, name: str, changes: Object) -> Object:
 
 def get(kube: Kube, kind: str, name: str) -> Object | None:
     """An object, or None; Refused where the cluster does not know the kind."""
+    if not NAME.fullmatch(name):  # in a path it would be another question
+        return None
     try:
         return _json(_call(kube, "GET", _path(kube, kind, kube.namespace, name)))
     except Refused as refused:
@@ -139,6 +170,8 @@ def find(kube: Kube, kind: str, labels: Mapping[str, str] | None = None, fields:
 
 def delete(kube: Kube, kind: str, name: str) -> bool:
     """Delete an object and what it owns; False if there was none."""
+    if not NAME.fullmatch(name):
+        return False
     try:
         _call(kube, "DELETE", _path(kube, kind, kube.namespace, name), {"propagationPolicy": "Background"})
     except Refused as refused:
@@ -151,9 +184,17 @@ def delete(kube: Kube, kind: str, name: str) -> bool:
 def watch(kube: Kube, kind: str, name: str, *, timeout_s: float | None = None) -> Iterator[Object | None]:
     """An object now and after each change, None once it is deleted. A connection that breaks is made again; ends after `timeout_s`."""
     ends = None if timeout_s is None else time.monotonic() + timeout_s
-    failures = 0
+    failures, answered = 0, -OUTAGE_S
     while ends is None or time.monotonic() < ends:
-        one = get(kube, kind, name)
+        try:
+            one = get(kube, kind, name)
+        except ClusterError as error:
+            if not _may_pass(error) or time.monotonic() - answered > OUTAGE_S:
+                raise
+            failures += 1
+            time.sleep(min(RETRY_MAX_S, RETRY_S * 2 ** min(failures, 5)))
+            continue
+        answered = time.monotonic()
         yield one
         if one is None:
             return
@@ -173,10 +214,19 @@ def watch(kube: Kube, kind: str, name: str, *, timeout_s: float | None = None) -
                 elif change["type"] == "DELETED" and change["object"]["metadata"]["name"] == name:
                     yield None
                     return
+        except ClusterError as error:
+            if not _may_pass(error):
+                raise
+            failures += 1
         except (urllib3.exceptions.HTTPError, OSError, ValueError):
             failures += 1
         # What was missed meanwhile is in the next `get`. Waits grow, so that a server that ends watches at once is not flooded.
         time.sleep(min(RETRY_MAX_S, RETRY_S * 2 ** min(failures, 5)))
+
+
+def _may_pass(error: ClusterError) -> bool:
+    """Whether it is the server's or the network's trouble, and not an answer."""
+    return not isinstance(error, Refused) or error.status in TOO_BUSY
 
 
 def pod_log(kube: Kube, pod: str, *, container: str | None = None, follow: bool = False, tail: int | None = None) -> Iterator[str]:
@@ -185,7 +235,18 @@ def pod_log(kube: Kube, pod: str, *, container: str | None = None, follow: bool 
     query |= {"container": container} if container else {}
     query |= {"tailLines": str(tail)} if tail is not None else {}
     path = f"{_path(kube, 'Pod', kube.namespace, pod)}/log"
-    yield from _lines(_call(kube, "GET", path, query, timeout=(TIMEOUT_S, None) if follow else TIMEOUT_S))
+    told = 0
+    while True:
+        try:
+            for number, line in enumerate(_lines(_call(kube, "GET", path, query, timeout=(TIMEOUT_S, None) if follow else TIMEOUT_S))):
+                if number >= told:
+                    told += 1
+                    yield line
+            return
+        except (urllib3.exceptions.HTTPError, OSError) as error:
+            if not follow:
+                raise ClusterError(f"the log of {pod} broke off: {_cause(error)}", where=f"context {kube.context}") from error
+            _pause(RETRY_S)  # and once more from the beginning: what has been told is left out
 
 
 def may(kube: Kube, verb: str, group: str, resource: str) -> bool:
@@ -239,7 +300,7 @@ def _call(
             return response.response
         refused = _refused(kube, method, path, response)
         # 429 was not done, by its meaning. After a 500 a create may have been: asking again then says 409, which is the truth.
-        if refused.status not in (429, 500, 502, 503, 504) or attempt == RETRIES:
+        if refused.status not in TOO_BUSY or attempt == RETRIES:
             raise refused
         asked = response.headers.get("Retry-After", "")
         _pause(float(asked) if asked.isdecimal() else wait)

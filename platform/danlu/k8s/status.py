@@ -69,14 +69,14 @@ def job_status(
         case "Complete" | "Failed" | "ValidationFailed":
             why, fix = _why_failed(found, pods, log)
             return JobStatus(name, "failed", why, fix, log=tuple(log[-LAST_LINES:]), **times)
-        case "Suspended" | "Suspending" if not _queue(job):
+        case "Suspended" | "Suspending" if not queue_of(job):
             return JobStatus(name, "cancelled", "it is suspended", f"danlu jobs resume {name}", **times)
         case "Retrying":
             return JobStatus(name, "retrying", f"attempt {found.get('failed', 0) + 1} of {job['spec'].get('backoffLimit', 0) + 1}", **times)
         case "Running" if found.get("jobStatus") == "RUNNING":
             return JobStatus(name, "running", _memory_kill(pods)[0], **times)
         case _ if job["spec"].get("suspend"):
-            if queue := _queue(job):
+            if queue := queue_of(job):
                 return JobStatus(name, "queued", _why_queued(queue, job, workloads), **times)
             return JobStatus(name, "cancelled", "it is suspended", f"danlu jobs resume {name}", **times)
         case _:
@@ -84,7 +84,9 @@ def job_status(
             return JobStatus(name, "starting", why, fix, **times)
 
 
-def service_status(service: Object, pods: Sequence[Object] = (), events: Sequence[Object] = ()) -> ServiceStatus:
+def service_status(
+    service: Object, pods: Sequence[Object] = (), events: Sequence[Object] = (), workloads: Sequence[Object] = ()
+) -> ServiceStatus:
     """A RayService's phase."""
     name, found = service["metadata"]["name"], service.get("status") or {}
     conditions = {one["type"]: one for one in found.get("conditions", [])}
@@ -103,6 +105,8 @@ def service_status(service: Object, pods: Sequence[Object] = (), events: Sequenc
         return ServiceStatus(name, "updating", why or "new pods take over when they are ready", fix, endpoints)
     if ready:
         return ServiceStatus(name, "running", endpoints=endpoints)
+    if (queue := queue_of(service)) and not pods:
+        return ServiceStatus(name, "starting", _why_queued(queue, service, workloads), endpoints=endpoints)
     why, fix = _why_starting(pods, events)
     return ServiceStatus(name, "starting", why, fix, endpoints)
 
@@ -118,7 +122,8 @@ def as_json(one: JobStatus | ServiceStatus) -> str:
     return json.dumps(asdict(one), ensure_ascii=False)
 
 
-def _queue(job: Object) -> str | None:
+def queue_of(job: Object) -> str | None:
+    """The Kueue queue of a job or a service."""
     queue: str | None = job["metadata"].get("labels", {}).get("kueue.x-k8s.io/queue-name")
     return queue
 

@@ -25,8 +25,11 @@ def _not_a_bool(value: object) -> object:
 Number = BeforeValidator(_not_a_bool)
 """Beside a Literal of numbers: Python's `True == 1` would let `true` pass for 1."""
 
-DNS_LABEL = r"^[a-z]([-a-z0-9]{0,46}[a-z0-9])?$"
-DNS_LABEL_RULE = "lower-case letters, digits and dashes are needed, a letter first, no dash last, 48 at most"
+DNS_LABEL = r"^[a-z]([-a-z0-9]{0,45}[a-z0-9])?$"
+"""47 characters are what KubeRay takes of a RayJob's or RayService's name: it makes longer ones of it."""
+DNS_LABEL_RULE = "lower-case letters, digits and dashes are needed, a letter first, no dash last, 47 at most"
+MEMORY = r"^[1-9][0-9]*(Mi|Gi|Ti)$"
+MEMORY_RULE = "a whole number of Mi, Gi or Ti is needed"
 
 DnsLabel = Annotated[str, Field(pattern=DNS_LABEL)]
 """A short DNS label: it also names the RayJob or RayService."""

@@ -6,12 +6,15 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from danlu.spec.base import NonNegativeInt, PositiveInt, Spec
+from danlu.spec.base import MEMORY, NonNegativeInt, PositiveInt, Spec
 
 KubeName = Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?$")]
 """The name of an object: a DNS subdomain."""
 LabelKey = Annotated[str, Field(pattern=r"^([a-z0-9]([-a-z0-9.]*[a-z0-9])?/)?[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?$")]
-Bytes = Annotated[str, Field(pattern=r"^[1-9][0-9]*(Mi|Gi|Ti)$")]
+LabelValue = Annotated[str, Field(pattern=r"^([A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?)?$")]
+QueueName = Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9.]{0,61}[a-z0-9])?$")]
+"""The name of a queue, which stands in a label: 63 at most."""
+Bytes = Annotated[str, Field(pattern=MEMORY)]
 """Memory as Kubernetes writes it: 512Mi, 64Gi."""
 AbsolutePath = Annotated[str, Field(pattern=r"^/[^:]*[^:/]$")]
 OWN_PATHS = ("/tmp", "/home/danlu", "/etc/danlu", "/etc/ray-ca", "/etc/ray-tls", "/dev/shm")
@@ -23,7 +26,7 @@ class Toleration(Spec):
     """A taint that the pods put up with."""
 
     key: LabelKey
-    value: str | None = None
+    value: LabelValue | None = None
     """Unset: whatever its value."""
     effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = None
     """Unset: every effect."""
@@ -57,35 +60,36 @@ class Head(Spec):
 
     cpus: PositiveInt = 2
     memory: Bytes = "8Gi"
-    node_selector: dict[str, str] = {}
+    node_selector: dict[str, LabelValue] = {}
 
 
 class Kueue(Spec):
-    """A Kueue LocalQueue: the job is made suspended, and Kueue starts all of it once there is quota."""
+    """A Kueue LocalQueue (Kueue 0.15 or newer; for services 0.17): all of it starts once there is quota. A service there has a fixed number
+    of pods: `min_replicas` and `max_replicas` alike."""
 
     kind: Literal["kueue"] = "kueue"
-    queue: KubeName
+    queue: QueueName
 
 
 class Volcano(Spec):
     """Gang scheduling by Volcano; KubeRay's operator runs with batchScheduler.name=volcano."""
 
     kind: Literal["volcano"] = "volcano"
-    queue: KubeName | None = None
+    queue: QueueName | None = None
 
 
 class Yunikorn(Spec):
     """Gang scheduling by Apache YuniKorn; KubeRay's operator runs with batchScheduler.name=yunikorn."""
 
     kind: Literal["yunikorn"] = "yunikorn"
-    queue: Annotated[str, Field(pattern=r"^root(\.[A-Za-z0-9_-]+)+$")]
+    queue: Annotated[str, Field(pattern=r"^root(\.[A-Za-z0-9_-]+)*\.[A-Za-z0-9_-]*[A-Za-z0-9]$", max_length=63)]
 
 
 class Kai(Spec):
     """Gang scheduling by NVIDIA's KAI; KubeRay's operator runs with batchScheduler.name=kai-scheduler."""
 
     kind: Literal["kai"] = "kai"
-    queue: KubeName
+    queue: QueueName
 
 
 class Tls(Spec):
@@ -113,9 +117,9 @@ class _Cluster(Spec):
     """Of one worker pod; its shared memory counts."""
     shared_memory: Bytes | None = None
     """/dev/shm of every pod, for Ray's object store and for NCCL; unset: what KubeRay gives, as much as the pod's memory."""
-    gpu_type: Annotated[str, Field(min_length=1)] | None = None
+    gpu_type: Annotated[LabelValue, Field(min_length=1)] | None = None
     """The workers' nodes' label nvidia.com/gpu.product: NVIDIA-A10G, NVIDIA-H100-80GB-HBM3. How many GPUs follows from the workers."""
-    node_selector: dict[str, str] = {}
+    node_selector: dict[str, LabelValue] = {}
     """Labels of the workers' nodes."""
     tolerations: list[Toleration] = []
     """Of every pod; workers with GPUs tolerate nvidia.com/gpu besides."""

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from danlu.errors import SpecError
-from danlu.spec.base import DNS_LABEL, DNS_LABEL_RULE
+from danlu.spec.base import DNS_LABEL, DNS_LABEL_RULE, MEMORY, MEMORY_RULE
 from danlu.spec.hints import HINTS
 
 Path = tuple[int | str, ...]
@@ -141,7 +141,8 @@ def _describe(written: _Written, path: Path, problems: Sequence[ErrorDetails]) -
     if _is_type(problems):
         nouns = [NEEDED.get(each["type"]) or str(each["ctx"]["expected"]) for each in problems]
         return where, f"{_shown(value, written.text(path))}: {' or '.join(nouns)} is needed", _as_intended(written, path, code, value)
-    return where, f"{_shown(value, written.text(path))}: {_rule(problem)}", _as_intended(written, path, code, value)
+    meant = _as_written(context["pattern"], value) if code == "string_pattern_mismatch" else _as_intended(written, path, code, value)
+    return where, f"{_shown(value, written.text(path))}: {_rule(problem)}", meant
 
 
 def _origin(written: _Written, path: Path) -> str:
@@ -153,10 +154,13 @@ def _origin(written: _Written, path: Path) -> str:
     return f" (line {line})" if line else ""
 
 
+RULES = {DNS_LABEL: DNS_LABEL_RULE, MEMORY: MEMORY_RULE}
+
+
 def _rule(problem: ErrorDetails) -> str:
     code, context = problem["type"], problem.get("ctx", {})
-    if code == "string_pattern_mismatch" and context["pattern"] == DNS_LABEL:
-        return DNS_LABEL_RULE
+    if code == "string_pattern_mismatch" and (rule := RULES.get(context["pattern"])):
+        return rule
     if code == "string_too_short":
         return "it should not be empty"
     if code == "too_short":
@@ -189,10 +193,22 @@ def _as_intended(written: _Written, path: Path, code: str, value: object) -> str
             model = written.model(path)
             required = [name for name, field in model.model_fields.items() if field.is_required()] if model else []
             return f"{path[-1]}: {{{required[0]}: {value}}}" if len(required) == 1 else ""
-        case "string_pattern_mismatch", str():
-            label = re.sub(r"[^a-z0-9]+", "-", value.lower()).lstrip("-0123456789")[:48].rstrip("-")
-            return label if re.match(DNS_LABEL, label) else ""
     return ""
+
+
+def _as_written(pattern: str, value: str) -> str:
+    """The nearest text that a pattern takes, or nothing."""
+    if pattern == MEMORY:
+        amount = re.fullmatch(r"([0-9.]+) ?([MGT])i?B?", value, re.IGNORECASE)
+        if amount is None or not _number(amount[1], whole=False, quoted=False):
+            return ""
+        number, unit = float(amount[1]), "MGT".index(amount[2].upper())
+        while not number.is_integer() and unit:
+            number, unit = number * 1024, unit - 1
+        return f"{int(number)}{'MGT'[unit]}i" if number >= 1 else ""
+    label = re.sub(r"[^a-z0-9]+", "-", value.lower()).lstrip("-0123456789")[:47].rstrip("-")
+    found = (re.sub(r"[^A-Za-z0-9._-]+", "-", value).strip("-._")[:63], label)
+    return next((text for text in found if text and re.fullmatch(pattern, text)), "")
 
 
 def _number(text: str, *, whole: bool, quoted: bool) -> str:

@@ -7,7 +7,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from danlu.spec.base import DnsLabel, NonNegativeInt, Number, PositiveFloat, PositiveInt, Spec
-from danlu.spec.cluster import ServiceCluster
+from danlu.spec.cluster import Kueue, ServiceCluster
 from danlu.spec.vllm import Vllm
 
 
@@ -245,6 +245,20 @@ class Service(Spec):
     def _gpu_type_has_gpus(self) -> Self:
         if self.cluster is not None and self.cluster.gpu_type is not None and not getattr(self.engine, "num_gpus", 0):
             raise ValueError(f"cluster.gpu_type={self.cluster.gpu_type} has no effect with engine.num_gpus=0; leave it out")
+        return self
+
+    @model_validator(mode="after")
+    def _a_queue_gives_a_fixed_number_of_pods(self) -> Self:
+        if self.cluster is not None and isinstance(self.cluster.scheduler, Kueue):
+            if self.cluster.upgrade.kind == "incremental":
+                raise ValueError("cluster.upgrade.kind=incremental needs Ray's autoscaler, which cluster.scheduler.kind=kueue turns off")
+            each, scaling = self.cluster.replicas_per_pod, self.autoscaling
+            low, high = -(-scaling.min_replicas // each), -(-scaling.max_replicas // each)
+            if low != high:
+                raise ValueError(
+                    f"with cluster.scheduler.kind=kueue a service has a fixed number of pods, and autoscaling asks for {low} to {high}; "
+                    "min_replicas and max_replicas alike"
+                )
         return self
 
     @model_validator(mode="after")

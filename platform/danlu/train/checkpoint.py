@@ -14,11 +14,11 @@ from hashlib import sha256
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import fsspec
 import torch
 from fsspec.implementations.local import LocalFileSystem
 from safetensors import SafetensorError
 
+from danlu.artifact.uris import filesystem_of
 from danlu.errors import CheckpointError, StorageError
 from danlu.train.run import EventRecord, Run
 from danlu.train.strategy import State
@@ -54,7 +54,7 @@ class Checkpoints:
 
     def __init__(self, run: Run, uri: str, *, shape: str, keep: int) -> None:
         self.run, self.shape, self.keep = run, shape, keep
-        self.filesystem, path = fsspec.core.url_to_fs(uri)
+        self.filesystem, path = filesystem_of(uri)
         self.root = PurePosixPath(path)
         self.is_local = isinstance(self.filesystem, LocalFileSystem)
 
@@ -216,11 +216,10 @@ class Checkpoints:
         with suppress(OSError):  # it may be out of reach
             kept = self.steps()
         before = f"the checkpoint of step {kept[0]} is whole and the same command goes on from it" if kept else "there is no earlier one"
-        return StorageError(
-            f"the checkpoint of step {step} could not be saved: {error or 'another worker failed to write its part'}; {before}",
-            where=str(self.root),
-            fix="free some space or set storage: to another place",
-        )
+        why, fix = error or "another worker failed to write its part", "free some space or set storage: to another place"
+        if isinstance(error, StorageError):  # an object store's
+            why, fix = error.problem, error.fix
+        return StorageError(f"the checkpoint of step {step} could not be saved: {why}; {before}", where=str(self.root), fix=fix)
 
 
 class _LocalCopy:

@@ -14,9 +14,15 @@ from danlu.artifact.runs import RECORDS, STATUS, RunFolder, latest_run, open_run
 from danlu.errors import ResourceError, StorageError
 
 
-@pytest.fixture(params=["file", "memory"])
+@pytest.fixture(params=["file", "memory", "s3"])
 def storage(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    return str(tmp_path / "runs") if request.param == "file" else f"memory://{tmp_path.name}"
+    match request.param:
+        case "file":
+            return str(tmp_path / "runs")
+        case "memory":
+            return f"memory://{tmp_path.name}"
+        case _:
+            return str(request.getfixturevalue("s3_uri"))
 
 
 def step(number: int, loss: float = 0.0) -> dict[str, object]:

@@ -27,9 +27,15 @@ def make(folder: Path, weights: bytes) -> Path:
     return folder
 
 
-@pytest.fixture(params=["file", "memory"])
+@pytest.fixture(params=["file", "memory", "s3"])
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
-    uri = str(tmp_path / "runs") if request.param == "file" else f"memory://{tmp_path.name}/runs"
+    match request.param:
+        case "file":
+            uri = str(tmp_path / "runs")
+        case "memory":
+            uri = f"memory://{tmp_path.name}/runs"
+        case _:
+            uri = request.getfixturevalue("s3_uri")
     return Store(uri, cache_dir=tmp_path / "cache")
 
 
@@ -191,7 +197,7 @@ def test_storage_that_cannot_be_written_is_said(tmp_path: Path) -> None:
             assert "folder" in raised.value.fix
     with pytest.raises(StorageError, match="nosuchscheme") as raised:
         ensure_writable("nosuchscheme://bucket/runs")
-    assert "danlu[s3]" in raised.value.fix
+    assert "s3://" in raised.value.fix
 
 
 def test_a_place_that_can_be_written_is_left_as_it_was(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ KINDS = {
     "configmaps": ("v1", "ConfigMap"),
     "pods": ("v1", "Pod"),
     "events": ("v1", "Event"),
-    "workloads": ("kueue.x-k8s.io/v1beta1", "Workload"),
+    "workloads": ("kueue.x-k8s.io/v1beta2", "Workload"),
 }
 
 

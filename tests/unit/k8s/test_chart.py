@@ -201,12 +201,12 @@ def test_what_is_asked_for_around_the_specs_is_there_and_nothing_else(tmp_path: 
         found = [one["kind"] for one in rendered(VALUES[name], tmp_path)]
         return {kind: found.count(kind) for kind in sorted(set(found))}
 
-    assert kinds("nothing") == {"NetworkPolicy": 2}
+    assert kinds("nothing") == {"NetworkPolicy": 3}
     assert kinds("no policies") == {"ConfigMap": 1, "Pod": 1, "RayJob": 1, "RayService": 1}
     assert kinds("everything of one team") == {
         "ConfigMap": 1,
         "LocalQueue": 1,
-        "NetworkPolicy": 4,
+        "NetworkPolicy": 5,
         "PersistentVolumeClaim": 1,
         "Pod": 1,
         "PodDisruptionBudget": 2,

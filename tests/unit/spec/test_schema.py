@@ -108,6 +108,7 @@ FULL_JOB: Document = {
         "http": {"host": "0.0.0.0", "port": 0, "haproxy": True},
         "cluster": {
             **PODS,
+            "scheduler": {"kind": "kai", "queue": "research"},
             "replicas_per_pod": 2,
             "spread_over": "kubernetes.io/hostname",
             "upgrade": {
@@ -454,7 +455,7 @@ GOOD: dict[str, tuple[type[Spec], Document]] = {
         TrainJob,
         JOB | {"max_steps": None, "compress": None, "serve": None, "optim": {"max_grad_norm": None}, "data": {"train": "a", "dev": None}},
     ),
-    "the longest name": (TrainJob, JOB | {"name": "a" + "-" * 46 + "9"}),
+    "the longest name": (TrainJob, JOB | {"name": "a" + "-" * 45 + "9"}),
     "the shortest name": (TrainJob, JOB | {"name": "a"}),
     "limits": (
         TrainJob,
@@ -471,7 +472,7 @@ GOOD: dict[str, tuple[type[Spec], Document]] = {
 BAD: dict[str, tuple[type[Spec], Document, str, object]] = {
     **{f"{path}={value!r}": (TrainJob, FULL_JOB, path, value) for path, values in {
         "kind": ["service", None, 1],
-        "name": ["", "A", "-a", "a-", "1a", "a_b", "a b", "a" * 49, None, 3],
+        "name": ["", "A", "-a", "a-", "1a", "a_b", "a b", "a" * 48, None, 3],
         "model": ["m", None, {}, {"max_length": 4}],
         "model.model_name_or_path": ["", None, 3, ["m"]],
         "model.max_length": [3, 0, -1, "64", 64.5, None, True],
@@ -670,6 +671,22 @@ SPANNING = {
         JOB | {"cluster": {"image": "i", "cleanup": {"kind": "rules", "workers_after_failure_s": 2, "head_after_failure_s": 1}}},
     ),
     "has no effect with engine.num_gpus=0": (Service, SERVICE | {"cluster": {"image": "i", "gpu_type": "NVIDIA-A10G"}}),
+    "a fixed number of pods": (
+        Service,
+        SERVICE | {"autoscaling": {"max_replicas": 2}, "cluster": {"image": "i", "scheduler": {"kind": "kueue", "queue": "q"}}},
+    ),
+    "incremental needs Ray's autoscaler": (
+        Service,
+        SERVICE
+        | {
+            "autoscaling": {"max_replicas": 2},
+            "cluster": {
+                "image": "i",
+                "scheduler": {"kind": "kueue", "queue": "q"},
+                "upgrade": {"kind": "incremental", "gateway_class": "g"},
+            },
+        },
+    ),
     "cluster.upgrade.kind=incremental moves replicas": (
         Service,
         SERVICE | {"cluster": {"image": "i", "upgrade": {"kind": "incremental", "gateway_class": "g"}}},

@@ -32,10 +32,16 @@ class Numbers:
         return {}
 
 
-@pytest.fixture(params=["folder", "memory"])
+@pytest.fixture(params=["folder", "memory", "s3"])
 def uri(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """A local folder, and an object store that cannot rename."""
-    return str(tmp_path / "checkpoints") if request.param == "folder" else f"memory://{tmp_path.name}/checkpoints"
+    """A local folder, and stores that cannot rename."""
+    match request.param:
+        case "folder":
+            return str(tmp_path / "checkpoints")
+        case "memory":
+            return f"memory://{tmp_path.name}/checkpoints"
+        case _:
+            return f"{request.getfixturevalue('s3_uri')}/checkpoints"
 
 
 def checkpoints(uri: str, run: LocalRun | None = None, shape: str = "ddp") -> Checkpoints:
