@@ -90,7 +90,7 @@ def test_a_product_with_integers_is_that_of_what_they_stand_for(bits: int, group
 def check_step(config: PretrainedConfig, dtype: torch.dtype, native: Kernels, quantization: Int8 | Int4 | None = None) -> None:
     """Prompts, then tokens and small pieces of several sequences in one batch, with a gap between their slots."""
     torch.manual_seed(2)
-    rounded = 4e-2 if quantization is None else 6e-2  # PyTorch rounds a product with integers before its scale and after
+    rounded = 5e-2 if quantization is None else 6e-2  # PyTorch rounds a product with integers before its scale and after
     forwards = {}
     for which in (native, None):
         torch.manual_seed(2)

@@ -66,7 +66,7 @@ class FusedForward:
         return [linear for one in self.layers for linear in (one.qkv, one.out, one.gate_up, one.down)]
 
     def __call__(self, batch: Batch, cache: Cache) -> torch.Tensor:
-        if self.native is not None and self.native.takes(batch):
+        if self.native is not None:
             return self.native(batch, cache)
         hidden = self.embedding[batch.input_ids]
         cos, sin = self.cos[batch.position_ids, None], self.sin[batch.position_ids, None]
