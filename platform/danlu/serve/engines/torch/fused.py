@@ -39,7 +39,7 @@ class Layer:
 
 class FusedForward:
     """Query, key and value in one product, gate and up in another, rotary angles looked up, residuals added in place. With the compiled
-    kernels they multiply, and make all of a step that is no long prompt's."""
+    kernels they make the whole step."""
 
     def __init__(self, model: PreTrainedModel, max_model_len: int, kernels: Kernels | None = None) -> None:
         config, backbone = model.config, model.model

@@ -149,13 +149,18 @@ class Team {
   public:
     explicit Team(std::atomic<int64_t>* taken) : taken_(taken) {}
 
-    // Nobody waits for the others at its end: for what the next phase does not read.
+    // run(unit), or run(unit, the one that this thread will probably run after it). Nobody waits for the others at its end: for what the
+    // next phase does not read.
     template <typename Run> void hand_out(int64_t units, Run run) {
         const int64_t threads = omp_get_num_threads();
         const int64_t grain = std::max<int64_t>(1, units / (threads * 8));
         std::atomic<int64_t>& taken = taken_[8 * phase_++];  // a cache line each
         for (int64_t start; (start = taken.fetch_add(grain, std::memory_order_relaxed)) < units;)
-            for (int64_t unit = start; unit < std::min(units, start + grain); ++unit) run(unit);
+            for (int64_t unit = start, end = std::min(units, start + grain); unit < end; ++unit)
+                if constexpr (std::is_invocable<Run, int64_t, int64_t>::value)
+                    run(unit, std::min(unit + 1 < end ? unit + 1 : start + threads * grain, units - 1));
+                else
+                    run(unit);
     }
 
     template <typename Run> void share(int64_t units, Run run) {
@@ -293,8 +298,14 @@ template <int R, typename T> inline void multiply_once(const T* x, int64_t strid
     multiply_floats<T, R>(x, stride, weights, sums);
 }
 
+// The panel that a thread multiplies after this one, which is fetched meanwhile: each of the tiles before fetches its share.
+struct Ahead {
+    const char* at = nullptr;
+    int64_t pace = 0;  // bytes for each STEP
+};
+
 // R rows by one panel. Few rows have few sums, and one addition waits for the last: several sets take turns.
-template <typename T, typename W, int R> void multiply_tile(const T* x, int64_t stride, const W* w, int64_t ins, float* out) {
+template <typename T, typename W, int R> void multiply_tile(const T* x, int64_t stride, const W* w, int64_t ins, float* out, Ahead ahead = {}) {
     constexpr int step = STEP<T, W>;
     constexpr int SETS = R <= 2 ? 4 : R <= 4 ? 2 : 1;
     constexpr int AHEAD = 4096 / sizeof(W);
@@ -306,6 +317,9 @@ template <typename T, typename W, int R> void multiply_tile(const T* x, int64_t 
             if (R <= 4)  // the weights come from memory, once
                 for (int line = 0; line < step * PANEL * int(sizeof(W)); line += 64)
                     __builtin_prefetch(reinterpret_cast<const char*>(at + AHEAD) + line, 0, 0);
+            else
+                for (int64_t line = 0; line < ahead.pace; line += 64) __builtin_prefetch(ahead.at + line, 0, 2);
+            ahead.at += ahead.pace;
             multiply_once<R>(x + k + set * step, stride, at, sums[set]);
         }
     for (; k < ins; k += step) multiply_once<R>(x + k, stride, w + k * PANEL, sums[0]);
@@ -377,7 +391,8 @@ template <int R = ROWS, typename Run> inline void with_rows(int64_t rows, Run ru
 }
 
 // One panel of up to ROWS rows.
-template <typename T> inline void multiply_rows(int64_t rows, const T* x, int64_t stride, const Weight& weight, int64_t panel, int64_t ins, float* sums) {
+template <typename T>
+inline void multiply_rows(int64_t rows, const T* x, int64_t stride, const Weight& weight, int64_t panel, int64_t ins, float* sums, Ahead ahead = {}) {
     const int64_t first = panel * ins * PANEL;
     with_rows(rows, [&](auto number) {
         constexpr int R = decltype(number)::value;
@@ -390,27 +405,36 @@ template <typename T> inline void multiply_rows(int64_t rows, const T* x, int64_
             const bf16* scales = static_cast<const bf16*>(weight.scales) + first / weight.group;
             multiply_tile<T, R>(x, stride, static_cast<const uint8_t*>(weight.values) + first / 2, scales, ins, weight.group, sums);
         } else {
-            multiply_tile<T, T, R>(x, stride, static_cast<const T*>(weight.values) + first, ins, sums);
+            multiply_tile<T, T, R>(x, stride, static_cast<const T*>(weight.values) + first, ins, sums, ahead);
         }
     });
 }
 
-// run(first row, number of rows) for tiles that are all about as high.
+constexpr int64_t FETCHING_TILES = 4;  // more compute for longer than a panel takes to come, and asking for it costs more than it saves
+
+// Of a panel that `tiles` tiles fetch, the share of one.
+template <typename T> inline Ahead share_of(const Weight& weight, int64_t panel, int64_t ins, int64_t tile, int64_t tiles) {
+    if (weight.bits || tiles > FETCHING_TILES) return {};
+    const int64_t pace = (STEP<T, T> * PANEL * int64_t(sizeof(T)) + tiles - 1) / tiles;
+    return {static_cast<const char*>(weight.values) + panel * ins * PANEL * int64_t(sizeof(T)) + tile * pace * (ins / STEP<T, T>), pace};
+}
+
+// run(first row, number of rows, tile, tiles) for tiles that are all about as high.
 template <typename Run> inline void each_tile(int64_t rows, Run run) {
     const int64_t tiles = (rows + ROWS - 1) / ROWS;
     for (int64_t tile = 0, row = 0, some; tile < tiles; ++tile, row += some) {
         some = (rows - row + tiles - tile - 1) / (tiles - tile);
-        run(row, some);
+        run(row, some, tile, tiles);
     }
 }
 
-// One panel of all rows, which lie `stride` apart; finish(row, column, number of columns, sums) does what the product is for.
+// One panel of all rows, which lie `stride` apart, while `next` is fetched; finish(row, column, number of columns, sums) does what the product is for.
 template <typename T, typename Finish>
-inline void multiply_panel(const T* x, int64_t stride, int64_t rows, const Weight& weight, int64_t panel, int64_t outs, int64_t ins, Finish finish) {
+inline void multiply_panel(const T* x, int64_t stride, int64_t rows, const Weight& weight, int64_t panel, int64_t next, int64_t outs, int64_t ins, Finish finish) {
     alignas(64) float sums[ROWS * PANEL];
     const int64_t columns = std::min<int64_t>(PANEL, outs - panel * PANEL);
-    each_tile(rows, [&](int64_t row, int64_t some) {
-        multiply_rows<T>(some, x + row * stride, stride, weight, panel, ins, sums);
+    each_tile(rows, [&](int64_t row, int64_t some, int64_t tile, int64_t tiles) {
+        multiply_rows<T>(some, x + row * stride, stride, weight, panel, ins, sums, share_of<T>(weight, next, ins, tile, tiles));
         for (int64_t r = 0; r < some; ++r) finish(row + r, panel * PANEL, columns, sums + r * PANEL);
     });
 }
@@ -450,9 +474,9 @@ template <typename T> void multiply(Team& team, const Linear& linear, const T* x
     const int64_t own = panels(linear.outs), rank = linear.mask ? linear.rank : 0;
     const int64_t stride = apart<T>(linear.ins);
     const T* mask = static_cast<const T*>(linear.mask);
-    team.share(own + panels(rank), [&](int64_t unit) {
+    team.share(own + panels(rank), [&](int64_t unit, int64_t next) {
         if (unit < own)
-            multiply_panel(x, stride, rows, linear.weight, unit, linear.outs, linear.ins, [&](int64_t row, int64_t first, int64_t n, const float* sums) {
+            multiply_panel(x, stride, rows, linear.weight, unit, std::min(next, own - 1), linear.outs, linear.ins, [&](int64_t row, int64_t first, int64_t n, const float* sums) {
                 T* to = y + row * linear.outs + first;
                 if (adds)
                     put<T, true>(sums, bias_of<T>(linear, first), n, to);
@@ -460,14 +484,14 @@ template <typename T> void multiply(Team& team, const Linear& linear, const T* x
                     put<T, false>(sums, bias_of<T>(linear, first), n, to);
             });
         else
-            multiply_panel(x, stride, rows, Weight{linear.down}, unit - own, rank, linear.ins, [&](int64_t row, int64_t first, int64_t n, const float* sums) {
+            multiply_panel(x, stride, rows, Weight{linear.down}, unit - own, 0, rank, linear.ins, [&](int64_t row, int64_t first, int64_t n, const float* sums) {
                 for (int64_t i = row * rank + first; i < row * rank + first + n; ++i)
                     scratch[i] = rounded<T>(to_float(rounded<T>(sums[i - row * rank - first])) * to_float(mask[i]));
             });
     });
     if (!rank) return;
     team.share(own, [&](int64_t unit) {
-        multiply_panel(scratch, rank, rows, Weight{linear.up}, unit, linear.outs, rank, [&](int64_t row, int64_t first, int64_t n, const float* sums) {
+        multiply_panel(scratch, rank, rows, Weight{linear.up}, unit, unit, linear.outs, rank, [&](int64_t row, int64_t first, int64_t n, const float* sums) {
             T* to = y + row * linear.outs + first;
             for (int64_t i = 0; i < n; ++i) to[i] = rounded<T>(to_float(to[i]) + sums[i]);
         });
@@ -521,13 +545,17 @@ template <typename T> T* multiply_gated(Team& team, const Linear& linear, T* x, 
         });
         return x;
     }
-    team.share(panels(size), [&](int64_t panel) {
+    team.share(panels(size), [&](int64_t panel, int64_t next) {
         alignas(64) float gates[ROWS * PANEL], ups[ROWS * PANEL];
         const auto made = [&](const float* sums, const T* bias) { return kept<T>(bias ? load(sums) + load(bias) : load(sums)); };
         const T *gate_bias = bias_of<T>(linear, panel * PANEL), *up_bias = bias_of<T>(linear, size + panel * PANEL);
-        each_tile(rows, [&](int64_t row, int64_t some) {
-            multiply_rows<T>(some, x + row * stride, stride, linear.weight, panel, linear.ins, gates);
-            multiply_rows<T>(some, x + row * stride, stride, linear.weight, panels(size) + panel, linear.ins, ups);
+        each_tile(rows, [&](int64_t row, int64_t some, int64_t tile, int64_t tiles) {
+            const auto multiplied = [&](int64_t first, float* sums) {
+                const Ahead ahead = share_of<T>(linear.weight, first + next, linear.ins, tile, tiles);
+                multiply_rows<T>(some, x + row * stride, stride, linear.weight, first + panel, linear.ins, sums, ahead);
+            };
+            multiplied(0, gates);
+            multiplied(panels(size), ups);
             for (int64_t r = 0; r < some; ++r)
                 for (int64_t i = 0; i < PANEL; i += LANES) {
                     const vec gate = made(gates + r * PANEL + i, gate_bias ? gate_bias + i : nullptr), up = made(ups + r * PANEL + i, up_bias ? up_bias + i : nullptr);
@@ -573,11 +601,9 @@ inline __m512 multiply_add(const bf16* a, const bf16* b, __m512 sum) {
 #endif
 #endif
 
-constexpr int64_t AHEAD = 32;  // keys, and values, that are fetched before they are read
-
 // Scores of `heads` queries and the keys [first, last): float [heads, last - first rounded up to KEYS].
 template <typename T>
-void score(const T* query, int64_t heads, const T* keys, int64_t first, int64_t last, int64_t dim, float scale, float* scores) {
+void score(const T* query, int64_t heads, const T* keys, const T* next, int64_t first, int64_t last, int64_t dim, float scale, float* scores) {
     const int64_t width = (last - first + KEYS - 1) / KEYS * KEYS;
 #ifdef __AVX512F__
     constexpr int64_t BITE = 64 / sizeof(T);
@@ -585,7 +611,7 @@ void score(const T* query, int64_t heads, const T* keys, int64_t first, int64_t 
         for (int64_t key = first; key < last; key += KEYS) {
             const T* rows[KEYS];
             for (int64_t i = 0; i < KEYS; ++i) rows[i] = keys + std::min(key + i, last - 1) * dim;
-            for (int64_t at = 0; at < KEYS * dim; at += BITE) __builtin_prefetch(keys + (key + AHEAD) * dim + at, 0, 3);
+            for (int64_t at = 0; at < KEYS * dim; at += BITE) __builtin_prefetch(next + key * dim + at, 0, 2);
             for (int64_t head = 0; head < heads; ++head) {
                 __m512 sums[KEYS] = {};
                 for (int64_t at = 0; at < dim; at += BITE)
@@ -602,10 +628,10 @@ void score(const T* query, int64_t heads, const T* keys, int64_t first, int64_t 
 
 // H heads' weighted sums of the values, LANES * V of their dimensions.
 template <typename T, int H, int V>
-inline void weigh(const float* weights, int64_t width, const T* values, int64_t number, int64_t dim, const float* scales, T* out) {
+inline void weigh(const float* weights, int64_t width, const T* values, const T* next, int64_t number, int64_t dim, const float* scales, T* out) {
     vec sums[H][V] = {};
     for (int64_t key = 0; key < number; ++key) {
-        for (int v = 0; v < V * LANES; v += 64 / sizeof(T)) __builtin_prefetch(values + (key + AHEAD) * dim + v, 0, 3);
+        for (int v = 0; v < V * LANES; v += 64 / sizeof(T)) __builtin_prefetch(next + key * dim + v, 0, 2);
         vec value[V];
         for (int v = 0; v < V; ++v) value[v] = load(values + key * dim + v * LANES);
         for (int head = 0; head < H; ++head)
@@ -617,21 +643,21 @@ inline void weigh(const float* weights, int64_t width, const T* values, int64_t 
 }
 
 template <typename T, int V>
-inline void weigh_heads(int64_t heads, const float* weights, int64_t width, const T* values, int64_t number, int64_t dim, const float* scales, T* out) {
+inline void weigh_heads(int64_t heads, const float* weights, int64_t width, const T* values, const T* next, int64_t number, int64_t dim, const float* scales, T* out) {
     int64_t head = 0;
-    for (; head + 4 <= heads; head += 4) weigh<T, 4, V>(weights + head * width, width, values, number, dim, scales + head, out + head * dim);
-    if (heads - head == 3) weigh<T, 3, V>(weights + head * width, width, values, number, dim, scales + head, out + head * dim);
-    if (heads - head == 2) weigh<T, 2, V>(weights + head * width, width, values, number, dim, scales + head, out + head * dim);
-    if (heads - head == 1) weigh<T, 1, V>(weights + head * width, width, values, number, dim, scales + head, out + head * dim);
+    for (; head + 4 <= heads; head += 4) weigh<T, 4, V>(weights + head * width, width, values, next, number, dim, scales + head, out + head * dim);
+    if (heads - head == 3) weigh<T, 3, V>(weights + head * width, width, values, next, number, dim, scales + head, out + head * dim);
+    if (heads - head == 2) weigh<T, 2, V>(weights + head * width, width, values, next, number, dim, scales + head, out + head * dim);
+    if (heads - head == 1) weigh<T, 1, V>(weights + head * width, width, values, next, number, dim, scales + head, out + head * dim);
 }
 
 // The query heads of one token that share a key-value head, over positions [first, last) of its slot. scores: room for heads * width floats,
 // and for one more float a head.
 template <typename T>
-void attend(const T* query, int64_t heads, const T* keys, const T* values, int64_t first, int64_t last, int64_t dim, float scale, float* scores, T* out) {
+void attend(const T* query, int64_t heads, const T* keys, const T* values, const T* next_keys, const T* next_values, int64_t first, int64_t last, int64_t dim, float scale, float* scores, T* out) {
     const int64_t number = last - first, width = (number + KEYS - 1) / KEYS * KEYS;
     float* scales = scores + heads * width;
-    score(query, heads, keys, first, last, dim, scale, scores);
+    score(query, heads, keys, next_keys, first, last, dim, scale, scores);
     for (int64_t head = 0; head < heads; ++head) {
         float* row = scores + head * width;
         vec highest = vec{} + row[0], sums = {};
@@ -648,10 +674,10 @@ void attend(const T* query, int64_t heads, const T* keys, const T* values, int64
             [&](int64_t i) { sum += row[i] = exponential(row[i] - most); });
         scales[head] = 1.0f / (sum + sum_of(sums));
     }
-    const T* from = values + first * dim;
+    const T *from = values + first * dim, *following = next_values + first * dim;
     int64_t at = 0;
-    for (; at + 4 * LANES <= dim; at += 4 * LANES) weigh_heads<T, 4>(heads, scores, width, from + at, number, dim, scales, out + at);
-    for (; at + LANES <= dim; at += LANES) weigh_heads<T, 1>(heads, scores, width, from + at, number, dim, scales, out + at);
+    for (; at + 4 * LANES <= dim; at += 4 * LANES) weigh_heads<T, 4>(heads, scores, width, from + at, following + at, number, dim, scales, out + at);
+    for (; at + LANES <= dim; at += LANES) weigh_heads<T, 1>(heads, scores, width, from + at, following + at, number, dim, scales, out + at);
     for (; at < dim; ++at)
         for (int64_t head = 0; head < heads; ++head) {
             float sum = 0;
@@ -775,7 +801,7 @@ void attend_block(const T* query, int64_t query_stride, int64_t tokens, int64_t 
         const int64_t number = std::min(AT_ONCE, last - first);
         pack_keys(keys + first * dim, number, dim, held.keys);
         pack_values(values + first * dim, number, dim, held.values);
-        each_tile(rows, [&](int64_t row, int64_t some) {
+        each_tile(rows, [&](int64_t row, int64_t some, int64_t, int64_t) {
             const int64_t seen = std::min(number, position + (row + some - 1) / heads + 1 - first);
             if (seen <= 0) return;
             for (int64_t panel = 0; panel < panels(seen); ++panel)
@@ -926,11 +952,13 @@ template <typename T> void run_step(const Model& m, const Batch& b) {
             const int64_t singles = drops_here ? rows : runs.singles.size();
             // A token's heads are shared among threads only where there are fewer tokens than that keeps busy.
             const int64_t together = singles * m.kv_heads >= omp_get_num_threads() ? group : 1;
-            team.share(singles * m.heads / together, [&](int64_t unit) {
+            team.share(singles * m.heads / together, [&](int64_t unit, int64_t next) {
                 const int64_t row = unit / (m.heads / together), head = unit % (m.heads / together) * together;
                 const int64_t t = drops_here ? b.wanted[row] : runs.singles[row], last = b.positions[t] + 1;
                 const int64_t first = layer.window ? std::max<int64_t>(0, last - layer.window) : 0, slot = slot_of(t, head / group);
-                attend(wide + t * qkv_size + head * dim, together, keys + slot, values + slot, first, last, dim, scale, scores,
+                const int64_t next_row = next / (m.heads / together), next_head = next % (m.heads / together) * together;
+                const int64_t next_slot = slot_of(drops_here ? b.wanted[next_row] : runs.singles[next_row], next_head / group);
+                attend(wide + t * qkv_size + head * dim, together, keys + slot, values + slot, keys + next_slot, values + next_slot, first, last, dim, scale, scores,
                        x + (drops_here ? row : t) * attention_stride + head * dim);
             });
             multiply(team, layer.out, x, rows, rest, true, scratch);
@@ -940,8 +968,8 @@ template <typename T> void run_step(const Model& m, const Batch& b) {
         team.share(b.num_wanted, [&](int64_t w) {
             norm(rest + (drops ? w : b.wanted[w]) * m.hidden, static_cast<const T*>(m.norm), m.hidden, eps, x + w * stride);
         });
-        team.share(b.num_wanted ? panels(m.head.outs) : 0, [&](int64_t panel) {
-            multiply_panel(x, stride, b.num_wanted, m.head.weight, panel, m.head.outs, m.head.ins, [&](int64_t row, int64_t first, int64_t n, const float* sums) {
+        team.share(b.num_wanted ? panels(m.head.outs) : 0, [&](int64_t panel, int64_t next) {
+            multiply_panel(x, stride, b.num_wanted, m.head.weight, panel, next, m.head.outs, m.head.ins, [&](int64_t row, int64_t first, int64_t n, const float* sums) {
                 float* to = b.logits + row * m.head.outs + first;
                 const T* bias = bias_of<T>(m.head, first);
                 each_of(

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from danlu.serve.engines.torch.fused import FusedForward
     from danlu.serve.engines.torch.lora import LoraSite
 
+
 class _Layer(ctypes.Structure):
     _fields_ = [
         *((name, LinearStruct) for name in ("qkv", "out", "gate_up", "down")),
