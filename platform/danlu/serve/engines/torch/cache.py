@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -31,14 +33,15 @@ class Cache:
         self, shapes: Mapping[int, LayerShape], num_slots: int, max_model_len: int, *, dtype: torch.dtype, device: torch.device
     ) -> None:
         self.num_slots, self.max_model_len = num_slots, max_model_len
-        # Zeros, not what lay there: attention over neighbours multiplies a masked position by nothing, and nothing times NaN is NaN.
-        self.layers = {
-            layer: (
-                torch.zeros(num_slots, shape.num_kv_heads, max_model_len, shape.key_dim, dtype=dtype, device=device),
-                torch.zeros(num_slots, shape.num_kv_heads, max_model_len, shape.value_dim, dtype=dtype, device=device),
-            )
-            for layer, shape in shapes.items()
-        }
+
+        def zeros(shape: LayerShape, dim: int) -> torch.Tensor:
+            made = torch.empty(num_slots, shape.num_kv_heads, max_model_len, dim, dtype=dtype, device=device)
+            if device.type == "cpu":
+                ask_for_large_pages(made)
+            # Not what lay there: attention over neighbours multiplies a masked position by nothing, and nothing times NaN is NaN.
+            return made.zero_()
+
+        self.layers = {layer: (zeros(shape, shape.key_dim), zeros(shape, shape.value_dim)) for layer, shape in shapes.items()}
 
     def copy(self, copies: Sequence[Copy]) -> None:
         """Before a step: prefixes that other slots have."""
@@ -61,3 +64,14 @@ def num_slots(shapes: Collection[LayerShape], max_model_len: int, budget_bytes: 
             fix=f"kv_cache_memory_gb: {per_token * max_model_len / 2**30 * 1.01:.2f}, or max_model_len: {fits}",
         )
     return min(found, max_num_seqs)
+
+
+def ask_for_large_pages(tensor: torch.Tensor) -> None:
+    """Before it is written to: a step reads a little of each slot, and page by small page looking up where they are takes longer than
+    reading them. Where the kernel refuses, or is not Linux, small ones do."""
+    if not hasattr(mmap, "MADV_HUGEPAGE"):
+        return
+    first = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    length = tensor.data_ptr() + tensor.nbytes - first
+    if length > 0:
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(length), mmap.MADV_HUGEPAGE)

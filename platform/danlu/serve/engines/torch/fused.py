@@ -39,7 +39,7 @@ class Layer:
 
 class FusedForward:
     """Query, key and value in one product, gate and up in another, rotary angles looked up, residuals added in place. With the compiled
-    kernels they multiply, and make all of a step that is no long prompt's."""
+    kernels they make the whole step."""
 
     def __init__(self, model: PreTrainedModel, max_model_len: int, kernels: Kernels | None = None) -> None:
         config, backbone = model.config, model.model
@@ -66,7 +66,7 @@ class FusedForward:
         return [linear for one in self.layers for linear in (one.qkv, one.out, one.gate_up, one.down)]
 
     def __call__(self, batch: Batch, cache: Cache) -> torch.Tensor:
-        if self.native is not None and self.native.takes(batch):
+        if self.native is not None:
             return self.native(batch, cache)
         hidden = self.embedding[batch.input_ids]
         cos, sin = self.cos[batch.position_ids, None], self.sin[batch.position_ids, None]

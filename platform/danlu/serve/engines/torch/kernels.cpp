@@ -74,23 +74,72 @@ inline vec widened(bytes_u x) {
 }
 inline vec load(const int8_t* from) { return widened(*reinterpret_cast<const bytes_u*>(from)); }
 inline vec load(const bf16* from) {
-    const uvec wide = __builtin_convertvector(*reinterpret_cast<const halves_u*>(from), uvec) << 16;
-    return (vec)wide;
+#ifdef __AVX512F__
+    const uvec wide = (uvec)_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+#else
+    const uvec wide = __builtin_convertvector(*reinterpret_cast<const halves_u*>(from), uvec);
+#endif
+    return (vec)(wide << 16);
 }
 
-// Cephes' expf: within 2 ulp, and a loop around it becomes vector code without -ffast-math.
-inline float exponential(float x) {
-    x = std::min(std::max(x, -87.0f), 88.0f);
-    const float n = (x * 1.44269504f + 12582912.0f) - 12582912.0f;
-    const float r = x - n * 0.693359375f + n * 2.12194440e-4f;
-    float y = 1.9875691500e-4f;
-    y = y * r + 1.3981999507e-3f;
+inline halves_u nearest(vec x) {
+#ifdef __AVX512BF16__
+    return (halves_u)_mm512_cvtneps_pbh((__m512)x);
+#else
+    const uvec bits = (uvec)x, found = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    return __builtin_convertvector((bits & 0x7fffffff) > 0x7f800000 ? uvec{} + 0x7fc0 : found, halves_u);
+#endif
+}
+inline void store(vec x, float* to) { *reinterpret_cast<vec_u*>(to) = x; }
+inline void store(vec x, bf16* to) { *reinterpret_cast<halves_u*>(to) = nearest(x); }
+
+// As a T holds it, still as float.
+template <typename T> inline vec kept(vec x) {
+    if constexpr (std::is_same<T, float>::value) return x;
+    const halves_u halves = nearest(x);
+    return load(reinterpret_cast<const bf16*>(&halves));
+}
+
+// All lanes by join(one, other), in halves.
+template <int HALF = LANES / 2, typename Join> inline float folded(vec x, Join join) {
+    if constexpr (HALF == 0) {
+        return x[0];
+    } else {
+        ivec other;
+        for (int i = 0; i < LANES; ++i) other[i] = (i + HALF) % LANES;
+        return folded<HALF / 2>(join(x, __builtin_shuffle(x, other)), join);
+    }
+}
+inline vec larger(vec a, vec b) { return a > b ? a : b; }
+inline float sum_of(vec x) {
+    return folded(x, [](vec a, vec b) { return a + b; });
+}
+
+// Cephes' expf: within 2 ulp.
+template <typename F> inline F exponential_of_rest(F r) {
+    F y = 1.9875691500e-4f * r + 1.3981999507e-3f;
     y = y * r + 8.3334519073e-3f;
     y = y * r + 4.1665795894e-2f;
     y = y * r + 1.6666665459e-1f;
     y = y * r + 5.0000001201e-1f;
-    y = y * r * r + r + 1.0f;
-    return y * __builtin_bit_cast(float, (int32_t(n) + 127) << 23);
+    return y * r * r + r + 1.0f;
+}
+inline float exponential(float x) {
+    x = std::min(std::max(x, -87.0f), 88.0f);
+    const float n = (x * 1.44269504f + 12582912.0f) - 12582912.0f;
+    return exponential_of_rest(x - n * 0.693359375f + n * 2.12194440e-4f) * __builtin_bit_cast(float, (int32_t(n) + 127) << 23);
+}
+inline vec exponential(vec x) {
+#ifdef __AVX512F__
+    const __m512 n = _mm512_roundscale_ps((__m512)x * 1.44269504f, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    return (vec)_mm512_scalef_ps((__m512)exponential_of_rest(x - (vec)n * 0.693359375f + (vec)n * 2.12194440e-4f), n);
+#else
+    const vec high = vec{} + 88.0f;
+    x = larger(x, vec{} - 87.0f);
+    x = x > high ? high : x;
+    const vec n = (x * 1.44269504f + 12582912.0f) - 12582912.0f;
+    return exponential_of_rest(x - n * 0.693359375f + n * 2.12194440e-4f) * (vec)((__builtin_convertvector(n, ivec) + 127) << 23);
+#endif
 }
 
 // ---------------------------------------------------------------------------------------------------------------- threads
@@ -100,12 +149,22 @@ class Team {
   public:
     explicit Team(std::atomic<int64_t>* taken) : taken_(taken) {}
 
-    template <typename Run> void share(int64_t units, Run run) {
+    // run(unit), or run(unit, the one that this thread will probably run after it). Nobody waits for the others at its end: for what the
+    // next phase does not read.
+    template <typename Run> void hand_out(int64_t units, Run run) {
         const int64_t threads = omp_get_num_threads();
         const int64_t grain = std::max<int64_t>(1, units / (threads * 8));
         std::atomic<int64_t>& taken = taken_[8 * phase_++];  // a cache line each
         for (int64_t start; (start = taken.fetch_add(grain, std::memory_order_relaxed)) < units;)
-            for (int64_t unit = start; unit < std::min(units, start + grain); ++unit) run(unit);
+            for (int64_t unit = start, end = std::min(units, start + grain); unit < end; ++unit)
+                if constexpr (std::is_invocable<Run, int64_t, int64_t>::value)
+                    run(unit, std::min(unit + 1 < end ? unit + 1 : start + threads * grain, units - 1));
+                else
+                    run(unit);
+    }
+
+    template <typename Run> void share(int64_t units, Run run) {
+        hand_out(units, run);
 #pragma omp barrier
     }
 
@@ -239,8 +298,14 @@ template <int R, typename T> inline void multiply_once(const T* x, int64_t strid
     multiply_floats<T, R>(x, stride, weights, sums);
 }
 
+// The panel that a thread multiplies after this one, which is fetched meanwhile: each of the tiles before fetches its share.
+struct Ahead {
+    const char* at = nullptr;
+    int64_t pace = 0;  // bytes for each STEP
+};
+
 // R rows by one panel. Few rows have few sums, and one addition waits for the last: several sets take turns.
-template <typename T, typename W, int R> void multiply_tile(const T* x, int64_t stride, const W* w, int64_t ins, float* out) {
+template <typename T, typename W, int R> void multiply_tile(const T* x, int64_t stride, const W* w, int64_t ins, float* out, Ahead ahead = {}) {
     constexpr int step = STEP<T, W>;
     constexpr int SETS = R <= 2 ? 4 : R <= 4 ? 2 : 1;
     constexpr int AHEAD = 4096 / sizeof(W);
@@ -252,6 +317,9 @@ template <typename T, typename W, int R> void multiply_tile(const T* x, int64_t 
             if (R <= 4)  // the weights come from memory, once
                 for (int line = 0; line < step * PANEL * int(sizeof(W)); line += 64)
                     __builtin_prefetch(reinterpret_cast<const char*>(at + AHEAD) + line, 0, 0);
+            else
+                for (int64_t line = 0; line < ahead.pace; line += 64) __builtin_prefetch(ahead.at + line, 0, 2);
+            ahead.at += ahead.pace;
             multiply_once<R>(x + k + set * step, stride, at, sums[set]);
         }
     for (; k < ins; k += step) multiply_once<R>(x + k, stride, w + k * PANEL, sums[0]);
@@ -323,7 +391,8 @@ template <int R = ROWS, typename Run> inline void with_rows(int64_t rows, Run ru
 }
 
 // One panel of up to ROWS rows.
-template <typename T> inline void multiply_rows(int64_t rows, const T* x, int64_t stride, const Weight& weight, int64_t panel, int64_t ins, float* sums) {
+template <typename T>
+inline void multiply_rows(int64_t rows, const T* x, int64_t stride, const Weight& weight, int64_t panel, int64_t ins, float* sums, Ahead ahead = {}) {
     const int64_t first = panel * ins * PANEL;
     with_rows(rows, [&](auto number) {
         constexpr int R = decltype(number)::value;
@@ -336,22 +405,38 @@ template <typename T> inline void multiply_rows(int64_t rows, const T* x, int64_
             const bf16* scales = static_cast<const bf16*>(weight.scales) + first / weight.group;
             multiply_tile<T, R>(x, stride, static_cast<const uint8_t*>(weight.values) + first / 2, scales, ins, weight.group, sums);
         } else {
-            multiply_tile<T, T, R>(x, stride, static_cast<const T*>(weight.values) + first, ins, sums);
+            multiply_tile<T, T, R>(x, stride, static_cast<const T*>(weight.values) + first, ins, sums, ahead);
         }
     });
 }
 
-// One panel of all rows, which lie `stride` apart; finish(row, column, number of columns, sums) does what the product is for.
-template <typename T, typename Finish>
-inline void multiply_panel(const T* x, int64_t stride, int64_t rows, const Weight& weight, int64_t panel, int64_t outs, int64_t ins, Finish finish) {
-    alignas(64) float sums[ROWS * PANEL];
-    const int64_t tiles = (rows + ROWS - 1) / ROWS, columns = std::min<int64_t>(PANEL, outs - panel * PANEL);
-    for (int64_t tile = 0, row = 0; tile < tiles; ++tile) {
-        const int64_t some = (rows - row + tiles - tile - 1) / (tiles - tile);  // all tiles about as high
-        multiply_rows<T>(some, x + row * stride, stride, weight, panel, ins, sums);
-        for (int64_t r = 0; r < some; ++r) finish(row + r, panel * PANEL, columns, sums + r * PANEL);
-        row += some;
+constexpr int64_t FETCHING_TILES = 4;  // more compute for longer than a panel takes to come, and asking for it costs more than it saves
+
+// Of a panel that `tiles` tiles fetch, the share of one.
+template <typename T> inline Ahead share_of(const Weight& weight, int64_t panel, int64_t ins, int64_t tile, int64_t tiles) {
+    if (weight.bits || tiles > FETCHING_TILES) return {};
+    const int64_t pace = (STEP<T, T> * PANEL * int64_t(sizeof(T)) + tiles - 1) / tiles;
+    return {static_cast<const char*>(weight.values) + panel * ins * PANEL * int64_t(sizeof(T)) + tile * pace * (ins / STEP<T, T>), pace};
+}
+
+// run(first row, number of rows, tile, tiles) for tiles that are all about as high.
+template <typename Run> inline void each_tile(int64_t rows, Run run) {
+    const int64_t tiles = (rows + ROWS - 1) / ROWS;
+    for (int64_t tile = 0, row = 0, some; tile < tiles; ++tile, row += some) {
+        some = (rows - row + tiles - tile - 1) / (tiles - tile);
+        run(row, some, tile, tiles);
     }
+}
+
+// One panel of all rows, which lie `stride` apart, while `next` is fetched; finish(row, column, number of columns, sums) does what the product is for.
+template <typename T, typename Finish>
+inline void multiply_panel(const T* x, int64_t stride, int64_t rows, const Weight& weight, int64_t panel, int64_t next, int64_t outs, int64_t ins, Finish finish) {
+    alignas(64) float sums[ROWS * PANEL];
+    const int64_t columns = std::min<int64_t>(PANEL, outs - panel * PANEL);
+    each_tile(rows, [&](int64_t row, int64_t some, int64_t tile, int64_t tiles) {
+        multiply_rows<T>(some, x + row * stride, stride, weight, panel, ins, sums, share_of<T>(weight, next, ins, tile, tiles));
+        for (int64_t r = 0; r < some; ++r) finish(row + r, panel * PANEL, columns, sums + r * PANEL);
+    });
 }
 
 // Rows that lie a multiple of 4096 bytes apart push each other out of the cache.
@@ -359,8 +444,29 @@ template <typename T> inline int64_t apart(int64_t size) { return size + 64 / si
 
 inline int64_t panels(int64_t outs) { return (outs + PANEL - 1) / PANEL; }
 
-template <typename T> inline float biased(const Linear& linear, int64_t out, float sum) {
-    return linear.bias ? sum + to_float(static_cast<const T*>(linear.bias)[out]) : sum;
+// Numbers of a row: run(vector's place) for all whole vectors, run_one(place) for what is left.
+template <typename Run, typename RunOne> inline void each_of(int64_t size, Run run, RunOne run_one) {
+    int64_t i = 0;
+    for (; i + LANES <= size; i += LANES) run(i);
+    for (; i < size; ++i) run_one(i);
+}
+
+// A panel's sums as T: with their bias (null: none), or added to what is there.
+template <typename T, bool ADDS> inline void put(const float* sums, const T* bias, int64_t columns, T* to) {
+    each_of(
+        columns,
+        [&](int64_t i) {
+            const vec own = bias ? load(sums + i) + load(bias + i) : load(sums + i);
+            store(ADDS ? load(to + i) + kept<T>(own) : own, to + i);
+        },
+        [&](int64_t i) {
+            const T own = rounded<T>(bias ? sums[i] + to_float(bias[i]) : sums[i]);
+            to[i] = ADDS ? rounded<T>(to_float(to[i]) + to_float(own)) : own;
+        });
+}
+
+template <typename T> inline const T* bias_of(const Linear& linear, int64_t first) {
+    return linear.bias ? static_cast<const T*>(linear.bias) + first : nullptr;
 }
 
 // y = x @ weight.T + bias, or added to y; with LoRA. x: rows `apart`; scratch: [tokens, rank].
@@ -368,24 +474,24 @@ template <typename T> void multiply(Team& team, const Linear& linear, const T* x
     const int64_t own = panels(linear.outs), rank = linear.mask ? linear.rank : 0;
     const int64_t stride = apart<T>(linear.ins);
     const T* mask = static_cast<const T*>(linear.mask);
-    team.share(own + panels(rank), [&](int64_t unit) {
+    team.share(own + panels(rank), [&](int64_t unit, int64_t next) {
         if (unit < own)
-            multiply_panel(x, stride, rows, linear.weight, unit, linear.outs, linear.ins, [&](int64_t row, int64_t first, int64_t n, const float* sums) {
+            multiply_panel(x, stride, rows, linear.weight, unit, std::min(next, own - 1), linear.outs, linear.ins, [&](int64_t row, int64_t first, int64_t n, const float* sums) {
                 T* to = y + row * linear.outs + first;
-                for (int64_t i = 0; i < n; ++i) {
-                    const T own = rounded<T>(biased<T>(linear, first + i, sums[i]));
-                    to[i] = adds ? rounded<T>(to_float(to[i]) + to_float(own)) : own;
-                }
+                if (adds)
+                    put<T, true>(sums, bias_of<T>(linear, first), n, to);
+                else
+                    put<T, false>(sums, bias_of<T>(linear, first), n, to);
             });
         else
-            multiply_panel(x, stride, rows, Weight{linear.down}, unit - own, rank, linear.ins, [&](int64_t row, int64_t first, int64_t n, const float* sums) {
+            multiply_panel(x, stride, rows, Weight{linear.down}, unit - own, 0, rank, linear.ins, [&](int64_t row, int64_t first, int64_t n, const float* sums) {
                 for (int64_t i = row * rank + first; i < row * rank + first + n; ++i)
                     scratch[i] = rounded<T>(to_float(rounded<T>(sums[i - row * rank - first])) * to_float(mask[i]));
             });
     });
     if (!rank) return;
     team.share(own, [&](int64_t unit) {
-        multiply_panel(scratch, rank, rows, Weight{linear.up}, unit, linear.outs, rank, [&](int64_t row, int64_t first, int64_t n, const float* sums) {
+        multiply_panel(scratch, rank, rows, Weight{linear.up}, unit, unit, linear.outs, rank, [&](int64_t row, int64_t first, int64_t n, const float* sums) {
             T* to = y + row * linear.outs + first;
             for (int64_t i = 0; i < n; ++i) to[i] = rounded<T>(to_float(to[i]) + sums[i]);
         });
@@ -395,31 +501,69 @@ template <typename T> void multiply(Team& team, const Linear& linear, const T* x
 // ---------------------------------------------------------------------------------------------------------------- the rest of a layer
 
 template <typename T> void norm(const T* x, const T* weight, int64_t size, float eps, T* y) {
-    float sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t i = 0; i < size; ++i) sum += to_float(x[i]) * to_float(x[i]);
-    const float scale = 1.0f / std::sqrt(sum / float(size) + eps);
-#pragma omp simd
-    for (int64_t i = 0; i < size; ++i) y[i] = rounded<T>(to_float(rounded<T>(to_float(x[i]) * scale)) * to_float(weight[i]));
+    vec sums = {};
+    float rest = 0;
+    each_of(size, [&](int64_t i) { const vec one = load(x + i); sums += one * one; }, [&](int64_t i) { rest += to_float(x[i]) * to_float(x[i]); });
+    const float scale = 1.0f / std::sqrt((sum_of(sums) + rest) / float(size) + eps);
+    each_of(
+        size, [&](int64_t i) { store(kept<T>(load(x + i) * scale) * load(weight + i), y + i); },
+        [&](int64_t i) { y[i] = rounded<T>(to_float(rounded<T>(to_float(x[i]) * scale)) * to_float(weight[i])); });
 }
 
 // Half of a head moves up, the other down, and the sign of what moves down stands in `sin`.
 template <typename T> void rotate(const T* x, const T* cos, const T* sin, int64_t dim, T* y) {
     const int64_t half = dim / 2;
-#pragma omp simd
-    for (int64_t i = 0; i < half; ++i) {
-        const float low = to_float(x[i]), high = to_float(x[i + half]);
-        y[i] = rounded<T>(low * to_float(cos[i]) + high * to_float(sin[i]));
-        y[i + half] = rounded<T>(high * to_float(cos[i + half]) + low * to_float(sin[i + half]));
-    }
+    each_of(
+        half,
+        [&](int64_t i) {
+            const vec low = load(x + i), high = load(x + i + half);
+            store(low * load(cos + i) + high * load(sin + i), y + i);
+            store(high * load(cos + i + half) + low * load(sin + i + half), y + i + half);
+        },
+        [&](int64_t i) {
+            const float low = to_float(x[i]), high = to_float(x[i + half]);
+            y[i] = rounded<T>(low * to_float(cos[i]) + high * to_float(sin[i]));
+            y[i + half] = rounded<T>(high * to_float(cos[i + half]) + low * to_float(sin[i + half]));
+        });
 }
 
-template <typename T> void gate(const T* gate_up, int64_t size, T* y) {
-#pragma omp simd
-    for (int64_t i = 0; i < size; ++i) {
-        const float x = to_float(gate_up[i]);
-        y[i] = rounded<T>(to_float(rounded<T>(x / (1.0f + exponential(-x)))) * to_float(gate_up[size + i]));
+// silu(gate) * up.
+template <typename T> inline vec gated(vec gate, vec up) { return kept<T>(gate / (1.0f + exponential(-gate))) * up; }
+template <typename T> inline T gated(float gate, float up) { return rounded<T>(to_float(rounded<T>(gate / (1.0f + exponential(-gate)))) * up); }
+
+// silu(gate) * up of a product whose outputs are gates, then ups; returns the rows, `apart`: `wide`, or `x` where it goes by way of `wide`.
+template <typename T> T* multiply_gated(Team& team, const Linear& linear, T* x, int64_t rows, T* wide, T* scratch) {
+    const int64_t size = linear.outs / 2, stride = apart<T>(linear.ins), to_stride = apart<T>(size);
+    if (linear.mask || size % PANEL) {
+        multiply(team, linear, x, rows, wide, false, scratch);
+        team.share(rows, [&](int64_t t) {
+            const T* from = wide + t * 2 * size;
+            T* to = x + t * to_stride;
+            each_of(
+                size, [&](int64_t i) { store(gated<T>(load(from + i), load(from + size + i)), to + i); },
+                [&](int64_t i) { to[i] = gated<T>(to_float(from[i]), to_float(from[size + i])); });
+        });
+        return x;
     }
+    team.share(panels(size), [&](int64_t panel, int64_t next) {
+        alignas(64) float gates[ROWS * PANEL], ups[ROWS * PANEL];
+        const auto made = [&](const float* sums, const T* bias) { return kept<T>(bias ? load(sums) + load(bias) : load(sums)); };
+        const T *gate_bias = bias_of<T>(linear, panel * PANEL), *up_bias = bias_of<T>(linear, size + panel * PANEL);
+        each_tile(rows, [&](int64_t row, int64_t some, int64_t tile, int64_t tiles) {
+            const auto multiplied = [&](int64_t first, float* sums) {
+                const Ahead ahead = share_of<T>(linear.weight, first + next, linear.ins, tile, tiles);
+                multiply_rows<T>(some, x + row * stride, stride, linear.weight, first + panel, linear.ins, sums, ahead);
+            };
+            multiplied(0, gates);
+            multiplied(panels(size), ups);
+            for (int64_t r = 0; r < some; ++r)
+                for (int64_t i = 0; i < PANEL; i += LANES) {
+                    const vec gate = made(gates + r * PANEL + i, gate_bias ? gate_bias + i : nullptr), up = made(ups + r * PANEL + i, up_bias ? up_bias + i : nullptr);
+                    store(gated<T>(gate, up), wide + (row + r) * to_stride + panel * PANEL + i);
+                }
+        });
+    });
+    return wide;
 }
 
 template <typename T> inline float dot(const T* a, const T* b, int64_t size) {
@@ -459,7 +603,7 @@ inline __m512 multiply_add(const bf16* a, const bf16* b, __m512 sum) {
 
 // Scores of `heads` queries and the keys [first, last): float [heads, last - first rounded up to KEYS].
 template <typename T>
-void score(const T* query, int64_t heads, const T* keys, int64_t first, int64_t last, int64_t dim, float scale, float* scores) {
+void score(const T* query, int64_t heads, const T* keys, const T* next, int64_t first, int64_t last, int64_t dim, float scale, float* scores) {
     const int64_t width = (last - first + KEYS - 1) / KEYS * KEYS;
 #ifdef __AVX512F__
     constexpr int64_t BITE = 64 / sizeof(T);
@@ -467,6 +611,7 @@ void score(const T* query, int64_t heads, const T* keys, int64_t first, int64_t 
         for (int64_t key = first; key < last; key += KEYS) {
             const T* rows[KEYS];
             for (int64_t i = 0; i < KEYS; ++i) rows[i] = keys + std::min(key + i, last - 1) * dim;
+            for (int64_t at = 0; at < KEYS * dim; at += BITE) __builtin_prefetch(next + key * dim + at, 0, 2);
             for (int64_t head = 0; head < heads; ++head) {
                 __m512 sums[KEYS] = {};
                 for (int64_t at = 0; at < dim; at += BITE)
@@ -483,9 +628,10 @@ void score(const T* query, int64_t heads, const T* keys, int64_t first, int64_t 
 
 // H heads' weighted sums of the values, LANES * V of their dimensions.
 template <typename T, int H, int V>
-inline void weigh(const float* weights, int64_t width, const T* values, int64_t number, int64_t dim, const float* scales, T* out) {
+inline void weigh(const float* weights, int64_t width, const T* values, const T* next, int64_t number, int64_t dim, const float* scales, T* out) {
     vec sums[H][V] = {};
     for (int64_t key = 0; key < number; ++key) {
+        for (int v = 0; v < V * LANES; v += 64 / sizeof(T)) __builtin_prefetch(next + key * dim + v, 0, 2);
         vec value[V];
         for (int v = 0; v < V; ++v) value[v] = load(values + key * dim + v * LANES);
         for (int head = 0; head < H; ++head)
@@ -493,44 +639,195 @@ inline void weigh(const float* weights, int64_t width, const T* values, int64_t 
     }
     for (int head = 0; head < H; ++head)
         for (int v = 0; v < V; ++v)
-            for (int i = 0; i < LANES; ++i) out[head * dim + v * LANES + i] = rounded<T>(sums[head][v][i] * scales[head]);
+            store(sums[head][v] * scales[head], out + head * dim + v * LANES);
 }
 
 template <typename T, int V>
-inline void weigh_heads(int64_t heads, const float* weights, int64_t width, const T* values, int64_t number, int64_t dim, const float* scales, T* out) {
+inline void weigh_heads(int64_t heads, const float* weights, int64_t width, const T* values, const T* next, int64_t number, int64_t dim, const float* scales, T* out) {
     int64_t head = 0;
-    for (; head + 4 <= heads; head += 4) weigh<T, 4, V>(weights + head * width, width, values, number, dim, scales + head, out + head * dim);
-    if (heads - head == 3) weigh<T, 3, V>(weights + head * width, width, values, number, dim, scales + head, out + head * dim);
-    if (heads - head == 2) weigh<T, 2, V>(weights + head * width, width, values, number, dim, scales + head, out + head * dim);
-    if (heads - head == 1) weigh<T, 1, V>(weights + head * width, width, values, number, dim, scales + head, out + head * dim);
+    for (; head + 4 <= heads; head += 4) weigh<T, 4, V>(weights + head * width, width, values, next, number, dim, scales + head, out + head * dim);
+    if (heads - head == 3) weigh<T, 3, V>(weights + head * width, width, values, next, number, dim, scales + head, out + head * dim);
+    if (heads - head == 2) weigh<T, 2, V>(weights + head * width, width, values, next, number, dim, scales + head, out + head * dim);
+    if (heads - head == 1) weigh<T, 1, V>(weights + head * width, width, values, next, number, dim, scales + head, out + head * dim);
 }
 
 // The query heads of one token that share a key-value head, over positions [first, last) of its slot. scores: room for heads * width floats,
 // and for one more float a head.
 template <typename T>
-void attend(const T* query, int64_t heads, const T* keys, const T* values, int64_t first, int64_t last, int64_t dim, float scale, float* scores, T* out) {
+void attend(const T* query, int64_t heads, const T* keys, const T* values, const T* next_keys, const T* next_values, int64_t first, int64_t last, int64_t dim, float scale, float* scores, T* out) {
     const int64_t number = last - first, width = (number + KEYS - 1) / KEYS * KEYS;
     float* scales = scores + heads * width;
-    score(query, heads, keys, first, last, dim, scale, scores);
+    score(query, heads, keys, next_keys, first, last, dim, scale, scores);
     for (int64_t head = 0; head < heads; ++head) {
         float* row = scores + head * width;
+        vec highest = vec{} + row[0], sums = {};
         float most = row[0], sum = 0;
-#pragma omp simd reduction(max : most)
-        for (int64_t i = 0; i < number; ++i) most = std::max(most, row[i]);
-#pragma omp simd reduction(+ : sum)
-        for (int64_t i = 0; i < number; ++i) sum += row[i] = exponential(row[i] - most);
-        scales[head] = 1.0f / sum;
+        each_of(number, [&](int64_t i) { highest = larger(highest, load(row + i)); }, [&](int64_t i) { most = std::max(most, row[i]); });
+        most = std::max(most, folded(highest, larger));
+        each_of(
+            number,
+            [&](int64_t i) {
+                const vec one = exponential(load(row + i) - most);
+                sums += one;
+                store(one, row + i);
+            },
+            [&](int64_t i) { sum += row[i] = exponential(row[i] - most); });
+        scales[head] = 1.0f / (sum + sum_of(sums));
     }
-    const T* from = values + first * dim;
+    const T *from = values + first * dim, *following = next_values + first * dim;
     int64_t at = 0;
-    for (; at + 4 * LANES <= dim; at += 4 * LANES) weigh_heads<T, 4>(heads, scores, width, from + at, number, dim, scales, out + at);
-    for (; at + LANES <= dim; at += LANES) weigh_heads<T, 1>(heads, scores, width, from + at, number, dim, scales, out + at);
+    for (; at + 4 * LANES <= dim; at += 4 * LANES) weigh_heads<T, 4>(heads, scores, width, from + at, following + at, number, dim, scales, out + at);
+    for (; at + LANES <= dim; at += LANES) weigh_heads<T, 1>(heads, scores, width, from + at, following + at, number, dim, scales, out + at);
     for (; at < dim; ++at)
         for (int64_t head = 0; head < heads; ++head) {
             float sum = 0;
             for (int64_t key = 0; key < number; ++key) sum += scores[head * width + key] * to_float(from[key * dim + at]);
             out[head * dim + at] = rounded<T>(sum * scales[head]);
         }
+}
+
+// What one thread needs to attend for a block of a prompt's tokens.
+template <typename T> struct BlockScratch {
+    static constexpr int64_t KEYS_AT_ONCE = 256;  // packed, they and their values fit the second cache, a tile's scores the first
+    T *queries, *keys, *values, *weights;
+    float *scores, *sums, *most, *total;
+
+    static int64_t rounded_up(int64_t size) { return (size + 63) / 64 * 64; }
+    static int64_t row() { return apart<T>(KEYS_AT_ONCE); }
+
+    // Of all but the pointers; `start` null only measures.
+    int64_t place(char* start, int64_t rows, int64_t dim) {
+        int64_t at = 0;
+        const auto take = [&](auto*& pointer, int64_t size) {
+            pointer = reinterpret_cast<std::remove_reference_t<decltype(pointer)>>(start + at);
+            at += rounded_up(size * sizeof(*pointer));
+        };
+        take(queries, rows * apart<T>(dim));
+        take(keys, KEYS_AT_ONCE * dim);
+        take(values, KEYS_AT_ONCE * panels(dim) * PANEL);
+        take(weights, ROWS * row());
+        take(scores, ROWS * KEYS_AT_ONCE);
+        take(sums, rows * panels(dim) * PANEL);
+        take(most, rows);
+        take(total, rows);
+        return at;
+    }
+};
+
+// Tokens of a block that reads keys and values together: as many as make so many rows of queries.
+constexpr int64_t BLOCK_ROWS = 192;
+inline int64_t block_tokens(int64_t heads) { return std::max<int64_t>(8, BLOCK_ROWS / heads); }
+
+// As a product's weights: the keys are outputs, panel by panel.
+template <typename T> void pack_keys(const T* keys, int64_t number, int64_t dim, T* packed) {
+    constexpr int64_t step = STEP<T, T>;
+    for (int64_t first = 0; first < number; first += PANEL, packed += dim * PANEL)
+        for (int64_t i = 0; i < PANEL; ++i) {
+            const T* from = keys + std::min(first + i, number - 1) * dim;
+            for (int64_t k = 0; k < dim; k += step) std::memcpy(packed + k * PANEL + i * step, from + k, step * sizeof(T));
+        }
+}
+
+// And the values are inputs.
+template <typename T> void pack_values(const T* values, int64_t number, int64_t dim, T* packed) {
+    constexpr int64_t step = STEP<T, T>;
+    for (int64_t first = 0; first < dim; first += PANEL, packed += BlockScratch<T>::KEYS_AT_ONCE * PANEL)
+        for (int64_t key = 0; key < number; key += step) {
+            const T *from = values + key * dim + first, *next = values + std::min(key + 1, number - 1) * dim + first;
+            T* to = packed + key * PANEL;
+            const auto one = [&](int64_t i) {
+                to[i * step] = from[i];
+                if (step == 2) to[i * step + 1] = next[i];
+            };
+            each_of(
+                std::min<int64_t>(PANEL, dim - first),
+                [&](int64_t i) {
+                    if constexpr (step == 1)
+                        store(load(from + i), to + i);
+                    else
+                        *reinterpret_cast<uvec_u*>(to + 2 * i) = ((uvec)load(from + i) >> 16) | (uvec)load(next + i);
+                },
+                one);
+        }
+}
+
+// A row's weights of the keys [from, to) of `number`, whose scores lie in panels `rows` apart; those of the others are 0. Returns what
+// the row's earlier sums shrink by.
+template <typename T>
+float weigh_row(const float* scores, int64_t rows, int64_t from, int64_t to, int64_t number, float scale, float& most, float& total, T* weights) {
+    const int64_t first = from / LANES * LANES, last = std::min((std::max<int64_t>(to, 0) + LANES - 1) / LANES * LANES, panels(number) * PANEL);
+    const auto score_of = [&](int64_t key) { return load(scores + key / PANEL * rows * PANEL + key % PANEL) * scale; };
+    ivec place;
+    for (int i = 0; i < LANES; ++i) place[i] = i;
+    const auto is_seen = [&](int64_t key) { return (place >= int32_t(from - key)) & (place < int32_t(to - key)); };
+    vec highest = vec{} + most;
+    for (int64_t key = first; key < last; key += LANES) {
+        const vec found = score_of(key);
+        highest = is_seen(key) ? larger(found, highest) : highest;
+    }
+    const float before = most;
+    most = folded(highest, larger);
+    vec sums = {};
+    for (int64_t key = first; key < last; key += LANES) {
+        const vec one = is_seen(key) ? exponential(score_of(key) - most) : vec{};
+        sums += one;
+        store(one, weights + key);
+    }
+    const int64_t start = std::min(first, last);
+    std::fill(weights, weights + start, T{});
+    std::fill(weights + last, weights + panels(number) * PANEL, T{});
+    const float factor = exponential(before - most);
+    total = total * factor + sum_of(sums);
+    return factor;
+}
+
+// The query heads of a prompt's tokens that share a key-value head: token i stands at `position` + i, and sees its slot up to there. Keys
+// and values are read once for all of them and multiplied as a product's weights are; the softmax goes on from keys to keys.
+// https://arxiv.org/abs/2205.14135
+template <typename T>
+void attend_block(const T* query, int64_t query_stride, int64_t tokens, int64_t heads, int64_t position, const T* keys, const T* values, int64_t window,
+                  int64_t dim, float scale, const BlockScratch<T>& held, T* out, int64_t out_stride) {
+    constexpr int64_t AT_ONCE = BlockScratch<T>::KEYS_AT_ONCE, step = STEP<T, T>;
+    const int64_t rows = tokens * heads, stride = apart<T>(dim), wide = panels(dim) * PANEL, last = position + tokens;
+    for (int64_t t = 0; t < tokens; ++t)
+        for (int64_t head = 0; head < heads; ++head)
+            std::memcpy(held.queries + (t * heads + head) * stride, query + t * query_stride + head * dim, dim * sizeof(T));
+    std::fill(held.sums, held.sums + rows * wide, 0.0f);
+    std::fill(held.most, held.most + rows, -1e30f);
+    std::fill(held.total, held.total + rows, 0.0f);
+    alignas(64) float found[ROWS * PANEL];
+    const Weight packed_keys{held.keys}, packed_values{held.values};
+    for (int64_t first = window ? std::max<int64_t>(0, position + 1 - window) : 0; first < last; first += AT_ONCE) {
+        const int64_t number = std::min(AT_ONCE, last - first);
+        pack_keys(keys + first * dim, number, dim, held.keys);
+        pack_values(values + first * dim, number, dim, held.values);
+        each_tile(rows, [&](int64_t row, int64_t some, int64_t, int64_t) {
+            const int64_t seen = std::min(number, position + (row + some - 1) / heads + 1 - first);
+            if (seen <= 0) return;
+            for (int64_t panel = 0; panel < panels(seen); ++panel)
+                multiply_rows<T>(some, held.queries + row * stride, stride, packed_keys, panel, dim, held.scores + panel * some * PANEL);
+            float factors[ROWS];
+            for (int64_t r = 0; r < some; ++r) {
+                const int64_t at = position + (row + r) / heads + 1 - first;  // the first key that is hidden
+                factors[r] = weigh_row(held.scores + r * PANEL, some, window ? std::max<int64_t>(0, at - window) : 0, std::min(at, number), seen, scale,
+                                       held.most[row + r], held.total[row + r], held.weights + r * BlockScratch<T>::row());
+            }
+            for (int64_t panel = 0; panel < panels(dim); ++panel) {
+                const Weight values_of{static_cast<const T*>(packed_values.values) + panel * AT_ONCE * PANEL};
+                multiply_rows<T>(some, held.weights, BlockScratch<T>::row(), values_of, 0, (seen + step - 1) / step * step, found);
+                for (int64_t r = 0; r < some; ++r) {
+                    float* to = held.sums + (row + r) * wide + panel * PANEL;
+                    for (int64_t i = 0; i < PANEL; i += LANES) store(load(to + i) * factors[r] + load(found + r * PANEL + i), to + i);
+                }
+            }
+        });
+    }
+    for (int64_t row = 0; row < rows; ++row) {
+        const float one = 1.0f / held.total[row];
+        const float* sums = held.sums + row * wide;
+        T* to = out + row / heads * out_stride + row % heads * dim;
+        each_of(dim, [&](int64_t i) { store(load(sums + i) * one, to + i); }, [&](int64_t i) { to[i] = rounded<T>(sums[i] * one); });
+    }
 }
 
 // ---------------------------------------------------------------------------------------------------------------- the step
@@ -563,30 +860,65 @@ template <typename T> T* room(std::vector<char>& held, int64_t size) {
     return reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(held.data()) + 63) / 64 * 64);
 }
 
+// Tokens [start, stop) of a step that follow each other in one sequence.
+struct Run {
+    int64_t start, stop;
+};
+
+struct Runs {
+    std::vector<Run> blocks;       // of a prompt, so many that they read its keys together
+    std::vector<int64_t> singles;  // tokens that read theirs alone
+};
+
+constexpr int64_t FEW = 8;  // tokens that follow each other are as fast one by one
+
+inline Runs runs_of(const Batch& b, int64_t block) {
+    Runs found;
+    for (int64_t start = 0, stop; start < b.tokens; start = stop) {
+        for (stop = start + 1; stop < b.tokens && b.slots[stop] == b.slots[start] && b.positions[stop] == b.positions[stop - 1] + 1; ++stop) continue;
+        if (stop - start < FEW)
+            for (int64_t t = start; t < stop; ++t) found.singles.push_back(t);
+        else
+            for (int64_t t = start; t < stop; t += block) found.blocks.push_back({t, std::min(t + block, stop)});
+    }
+    return found;
+}
+
 template <typename T> void run_step(const Model& m, const Batch& b) {
     if (!b.tokens) return;
-    static thread_local std::vector<char> held[5];
+    static thread_local std::vector<char> held[7];
     const int64_t tokens = b.tokens, dim = m.dim, qk_heads = m.heads + m.kv_heads, qkv_size = (qk_heads + m.kv_heads) * dim;
     const int64_t group = m.heads / m.kv_heads, widest = std::max({m.hidden, m.heads * dim, m.intermediate});
     T* hidden = room<T>(held[0], tokens * m.hidden);
     T* x = room<T>(held[1], tokens * apart<T>(widest));
-    T* wide = room<T>(held[2], tokens * std::max(qkv_size, 2 * m.intermediate));
+    T* wide = room<T>(held[2], tokens * std::max({qkv_size, 2 * m.intermediate, apart<T>(m.intermediate)}));
     T* scratch = room<T>(held[3], tokens * std::max<int64_t>(1, m.largest_rank));
-    const int64_t stride = apart<T>(m.hidden), attention_stride = apart<T>(m.heads * dim), mlp_stride = apart<T>(m.intermediate);
+    T* last_hidden = room<T>(held[4], b.num_wanted * m.hidden);
+    const int64_t stride = apart<T>(m.hidden), attention_stride = apart<T>(m.heads * dim);
     const float eps = float(m.eps), scale = float(m.scale);
     const int64_t longest = (*std::max_element(b.positions, b.positions + tokens) / KEYS + 1) * KEYS;
     const int64_t own_scores = (group * longest + group + 15) / 16 * 16;
-    float* all_scores = room<float>(held[4], own_scores * omp_get_max_threads());
+    float* all_scores = room<float>(held[5], own_scores * omp_get_max_threads());
+    const int64_t block = block_tokens(group);
+    const Runs runs = runs_of(b, block);
+    const int64_t block_size = runs.blocks.empty() ? 0 : BlockScratch<T>().place(nullptr, block * group, dim);
+    char* block_rooms = room<char>(held[6], block_size * omp_get_max_threads());
+    // Behind the last layer's keys and values only the wanted tokens go on.
+    const Layer& end = m.layers[m.num_layers - 1];
+    const bool drops = b.num_wanted < tokens && !end.out.mask && !end.gate_up.mask && !end.down.mask;
 
-    in_parallel(m.num_layers * 13 + 4, [&](Team& team) {
+    in_parallel(m.num_layers * 14 + 4, [&](Team& team) {
         float* scores = all_scores + own_scores * omp_get_thread_num();
-        // A token's heads are shared among threads only where there are fewer tokens than that keeps busy.
-        const int64_t together = tokens * m.kv_heads >= omp_get_num_threads() ? group : 1;
+        BlockScratch<T> block_room;
+        block_room.place(block_rooms + block_size * omp_get_thread_num(), block * group, dim);
         team.share(tokens, [&](int64_t t) {
             std::memcpy(hidden + t * m.hidden, static_cast<const T*>(m.embedding) + b.ids[t] * m.hidden, m.hidden * sizeof(T));
         });
+        int64_t rows = tokens;
+        T* rest = hidden;
         for (int64_t i = 0; i < m.num_layers; ++i) {
             const Layer& layer = m.layers[i];
+            const bool drops_here = drops && i + 1 == m.num_layers;
             T *keys = static_cast<T*>(layer.keys), *values = static_cast<T*>(layer.values);
             team.share(tokens, [&](int64_t t) {
                 norm(hidden + t * m.hidden, static_cast<const T*>(layer.norm_in), m.hidden, eps, x + t * stride);
@@ -605,28 +937,44 @@ template <typename T> void run_step(const Model& m, const Batch& b) {
                 rotate(at, static_cast<const T*>(m.cos) + position * dim, static_cast<const T*>(m.sin) + position * dim, dim,
                        head < m.heads ? at : keys + cell);
             });
-            team.share(tokens * m.heads / together, [&](int64_t unit) {
-                const int64_t t = unit / (m.heads / together), head = unit % (m.heads / together) * together, last = b.positions[t] + 1;
-                const int64_t first = layer.window ? std::max<int64_t>(0, last - layer.window) : 0;
-                const int64_t slot = (b.slots[t] * m.kv_heads + head / group) * m.max_len * dim;
-                attend(wide + t * qkv_size + head * dim, together, keys + slot, values + slot, first, last, dim, scale, scores,
-                       x + t * attention_stride + head * dim);
+            const auto slot_of = [&](int64_t t, int64_t kv) { return (b.slots[t] * m.kv_heads + kv) * m.max_len * dim; };
+            if (drops_here) {
+                rows = b.num_wanted;
+                rest = last_hidden;
+                team.hand_out(rows, [&](int64_t w) { std::memcpy(rest + w * m.hidden, hidden + b.wanted[w] * m.hidden, m.hidden * sizeof(T)); });
+            } else
+                team.hand_out(runs.blocks.size() * m.kv_heads, [&](int64_t unit) {
+                    const Run& run = runs.blocks[runs.blocks.size() - 1 - unit / m.kv_heads];  // who reads most goes first
+                    const int64_t kv = unit % m.kv_heads, slot = slot_of(run.start, kv), head = kv * group * dim;
+                    attend_block(wide + run.start * qkv_size + head, qkv_size, run.stop - run.start, group, b.positions[run.start], keys + slot, values + slot,
+                                 layer.window, dim, scale, block_room, x + run.start * attention_stride + head, attention_stride);
+                });
+            const int64_t singles = drops_here ? rows : runs.singles.size();
+            // A token's heads are shared among threads only where there are fewer tokens than that keeps busy.
+            const int64_t together = singles * m.kv_heads >= omp_get_num_threads() ? group : 1;
+            team.share(singles * m.heads / together, [&](int64_t unit, int64_t next) {
+                const int64_t row = unit / (m.heads / together), head = unit % (m.heads / together) * together;
+                const int64_t t = drops_here ? b.wanted[row] : runs.singles[row], last = b.positions[t] + 1;
+                const int64_t first = layer.window ? std::max<int64_t>(0, last - layer.window) : 0, slot = slot_of(t, head / group);
+                const int64_t next_row = next / (m.heads / together), next_head = next % (m.heads / together) * together;
+                const int64_t next_slot = slot_of(drops_here ? b.wanted[next_row] : runs.singles[next_row], next_head / group);
+                attend(wide + t * qkv_size + head * dim, together, keys + slot, values + slot, keys + next_slot, values + next_slot, first, last, dim, scale, scores,
+                       x + (drops_here ? row : t) * attention_stride + head * dim);
             });
-            multiply(team, layer.out, x, tokens, hidden, true, scratch);
-            team.share(tokens, [&](int64_t t) {
-                norm(hidden + t * m.hidden, static_cast<const T*>(layer.norm_mlp), m.hidden, eps, x + t * stride);
-            });
-            multiply(team, layer.gate_up, x, tokens, wide, false, scratch);
-            team.share(tokens, [&](int64_t t) { gate(wide + t * 2 * m.intermediate, m.intermediate, x + t * mlp_stride); });
-            multiply(team, layer.down, x, tokens, hidden, true, scratch);
+            multiply(team, layer.out, x, rows, rest, true, scratch);
+            team.share(rows, [&](int64_t t) { norm(rest + t * m.hidden, static_cast<const T*>(layer.norm_mlp), m.hidden, eps, x + t * stride); });
+            multiply(team, layer.down, multiply_gated(team, layer.gate_up, x, rows, wide, scratch), rows, rest, true, scratch);
         }
         team.share(b.num_wanted, [&](int64_t w) {
-            norm(hidden + b.wanted[w] * m.hidden, static_cast<const T*>(m.norm), m.hidden, eps, x + w * stride);
+            norm(rest + (drops ? w : b.wanted[w]) * m.hidden, static_cast<const T*>(m.norm), m.hidden, eps, x + w * stride);
         });
-        team.share(b.num_wanted ? panels(m.head.outs) : 0, [&](int64_t panel) {
-            multiply_panel(x, stride, b.num_wanted, m.head.weight, panel, m.head.outs, m.head.ins, [&](int64_t row, int64_t first, int64_t n, const float* sums) {
+        team.share(b.num_wanted ? panels(m.head.outs) : 0, [&](int64_t panel, int64_t next) {
+            multiply_panel(x, stride, b.num_wanted, m.head.weight, panel, next, m.head.outs, m.head.ins, [&](int64_t row, int64_t first, int64_t n, const float* sums) {
                 float* to = b.logits + row * m.head.outs + first;
-                for (int64_t i = 0; i < n; ++i) to[i] = to_float(rounded<T>(biased<T>(m.head, first + i, sums[i])));
+                const T* bias = bias_of<T>(m.head, first);
+                each_of(
+                    n, [&](int64_t i) { store(kept<T>(bias ? load(sums + i) + load(bias + i) : load(sums + i)), to + i); },
+                    [&](int64_t i) { to[i] = to_float(rounded<T>(bias ? sums[i] + to_float(bias[i]) : sums[i])); });
             });
         });
     });

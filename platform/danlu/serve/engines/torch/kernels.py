@@ -97,7 +97,7 @@ class Kernels:
         return packed, whole.view(-1, PANEL, whole.shape[1]).transpose(1, 2).contiguous().bfloat16()
 
     def linear(self, struct: LinearStruct, x: torch.Tensor) -> torch.Tensor:
-        """x: [tokens, in]; returns x @ weight.T + bias, [tokens, out]."""
+        """One of a step's products by itself, so that it can be compared. x: [tokens, in]; returns x @ weight.T + bias, [tokens, out]."""
         x = x.contiguous()
         y = x.new_empty(len(x), struct.outs)
         self.library.danlu_linear(x.dtype == torch.bfloat16, ctypes.byref(struct), x.data_ptr(), len(x), y.data_ptr())

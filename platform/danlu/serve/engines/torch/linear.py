@@ -58,8 +58,6 @@ class Linear:
         elif weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and packing_works():
             self.packed = True
             self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, None)
-        if kernels is not None:
-            self.own = self.struct()
         self.lora: LoraSite | None = None
 
     def _hold_integers(self, layers: Sequence[WeightOnlyLinear], dtype: torch.dtype) -> None:
@@ -72,10 +70,9 @@ class Linear:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x: [tokens, in]; returns [tokens, out]."""
+        assert self.kernels is None, "laid out for the compiled kernels, which make whole steps"
         y: torch.Tensor
-        if self.kernels is not None:
-            y = self.kernels.linear(self.own, x)
-        elif self.packed:
+        if self.packed:
             y = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
         elif self.scale is not None:
             y = multiply(x, self.weight, self.scale, self.bias)

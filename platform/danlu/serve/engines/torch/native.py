@@ -1,4 +1,4 @@
-"""The step's forward in one call of the compiled kernels: what `fused` does, for steps in which sequences go on by a token or a few."""
+"""The step's forward in one call of the compiled kernels: what `fused` does."""
 
 from __future__ import annotations
 
@@ -15,10 +15,6 @@ from danlu.serve.engines.torch.kernels import Kernels, LinearStruct
 if TYPE_CHECKING:
     from danlu.serve.engines.torch.fused import FusedForward
     from danlu.serve.engines.torch.lora import LoraSite
-
-FEW = 16
-CHUNK_CELLS = 4096
-"""A piece of a prompt of more tokens, and more tokens x positions, is faster in PyTorch: there its tokens read the keys together."""
 
 
 class _Layer(ctypes.Structure):
@@ -88,11 +84,6 @@ class NativeStep:
             struct.window = layer.window or 0
         # In the order of `linears`.
         self.structs = [one for struct in self.layers for one in (struct.qkv, struct.out, struct.gate_up, struct.down)]
-
-    def takes(self, batch: Batch) -> bool:
-        """Whether a step is faster here."""
-        lengths = ((chunk.stop - chunk.start, chunk.first) for chunk in batch.chunks)
-        return all(length <= FEW or length * (first + length) <= CHUNK_CELLS for length, first in lengths)
 
     def __call__(self, batch: Batch, cache: Cache) -> torch.Tensor:
         """See Forward."""
