@@ -47,6 +47,8 @@ class Plan:
     checkpoint_bytes: int
     offloaded_bytes: int = 0
     offloaded_to: str = ""
+    nvme_bytes: int = 0
+    """On each worker's drive: what is offloaded there, and the gradients of the step."""
     warnings: tuple[str, ...] = ()
 
     @property
@@ -82,6 +84,8 @@ class Plan:
             ("time", f"{expected} ({self.expected_note})"),
             ("disk", f"{gib(self.checkpoint_bytes)} for checkpoints and best weights"),
         ]
+        if isinstance(job.parallel, DeepSpeed) and job.parallel.uses_nvme:
+            lines.append(("nvme a worker", f"{gib(self.nvme_bytes)} in {job.parallel.nvme_path}, as long as it trains"))
         text = "\n".join(f"  {name:<16} {value}" for name, value in lines)
         return text + "".join(f"\n  warning: {warning}" for warning in self.warnings)
 
@@ -137,7 +141,10 @@ def make_plan(job: TrainJob, folder: Path, *, num_rows: int, mean_tokens: float,
     speed = _matmul_per_second(precision, job.workers.num_workers * job.workers.cpus_per_worker) if calibrate else None
     expected, expected_note = (None, "not measured") if speed is None else (operations / speed / EFFICIENCY, _speed_note(speed))
     behind = sum(weight.num_elements for name, weight in shapes.items() if not (is_embedding(name) or LAYER.search(name)))
-    held = _held(job, half, _Numbers(num_parameters, trainable, embeddings, behind, layers, tied))
+    # DeepSpeed swaps shards from 1 MiB on.
+    large = [n for n in (weight.num_elements for weight in shapes.values()) if 4 * n >= job.workers.num_workers << 20]
+    numbers = _Numbers(num_parameters, trainable, embeddings, behind, layers, tied, sum(large), max(large, default=0))
+    held = _held(job, half, numbers)
     return Plan(
         num_parameters=num_parameters,
         num_trainable=trainable,
@@ -154,6 +161,7 @@ def make_plan(job: TrainJob, folder: Path, *, num_rows: int, mean_tokens: float,
         checkpoint_bytes=job.checkpoint.save_total_limit * 12 * trainable + 4 * num_parameters,
         offloaded_bytes=held.offloaded,
         offloaded_to=held.offloaded_to if held.offloaded else "",
+        nvme_bytes=held.on_nvme,
         warnings=_warnings(job, precision, note, steps),
     )
 
@@ -180,6 +188,7 @@ class _Held:
     optimizer: int
     offloaded: int = 0
     offloaded_to: str = ""
+    on_nvme: int = 0
 
 
 @dataclass(frozen=True)
@@ -192,6 +201,9 @@ class _Numbers:
     behind: int
     layers: int
     tied: bool
+    swappable: int = 0
+    """Those of the weights whose shards DeepSpeed can keep on NVMe, the largest of which has `largest`."""
+    largest: int = 0
 
 
 def _held(job: TrainJob, half: bool, numbers: _Numbers) -> _Held:
@@ -202,15 +214,27 @@ def _held(job: TrainJob, half: bool, numbers: _Numbers) -> _Held:
         case Ddp():
             return _Held(4 * everything, 4 * trainable, round(state * trainable))
         case DeepSpeed() as zero:
-            element, masters = (2, 4) if half else (4, 0)
+            # What is updated in host memory is a copy, also in float32.
+            element, masters = (2, 4) if half else (4, 4 if zero.offload_optimizer == "nvme" else 0)
             weights = element * everything // (n if zero.zero_stage >= 3 else 1)
             gradients = element * trainable // (n if zero.zero_stage >= 2 else 1)
             optimizer = round((state + masters) * trainable) // n
-            outside = {"none": False, "cpu": on_gpu, "nvme": True}
-            offloaded = (optimizer if outside[zero.offload_optimizer] else 0) + (weights if outside[zero.offload_param] else 0)
+            share = numbers.swappable / everything
+            swapped = {"optimizer": round(optimizer * share), "weights": round(weights * share)}
+            # Host memory keeps what is too small to swap, and the buffers: four of the largest shard, or five for parameters.
+            kept = {"optimizer": 16 * numbers.largest // n, "weights": 5 * element * numbers.largest // n}
+
+            def outside(device: str, what: str, size: int) -> int:
+                if device == "nvme" and not on_gpu:
+                    return max(0, swapped[what] - kept[what])
+                return size if device != "none" and on_gpu else 0
+
+            offloaded = outside(zero.offload_optimizer, "optimizer", optimizer) + outside(zero.offload_param, "weights", weights)
+            on_disk = (swapped["optimizer"] + round(4 * trainable * share) // n) if zero.offload_optimizer == "nvme" else 0
+            on_disk += swapped["weights"] if zero.offload_param == "nvme" else 0
             places = {"cpu": "host memory", "nvme": f"{zero.nvme_path}"}
             used = [name for device, name in places.items() if device in (zero.offload_optimizer, zero.offload_param)]
-            return _Held(weights, gradients, optimizer, offloaded, " and ".join(used))
+            return _Held(weights, gradients, optimizer, offloaded, " and ".join(used), on_disk)
         case Fsdp() as fsdp:
             # The embeddings, and one layer or all, are gathered whole while they are used.
             gathered = embeddings + (everything - embeddings) // max(1, layers) if fsdp.reshard_after_forward else everything

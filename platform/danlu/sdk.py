@@ -70,11 +70,16 @@ def prepare(job: TrainJob, *, calibrate: bool = True) -> Prepared:
         job = with_its_start(job)
         folder = start_folder(job.model, job.data, job.task, seed=job.seed)
         tokenizer = load_tokenizer(folder)
-        splits = read_splits(job, tokenizer, max_length=job.model.max_length, spread=_spread())
+        spread = _spread()
+        splits = read_splits(job, tokenizer, max_length=job.model.max_length, spread=spread)
         lengths = splits.train.encoded.lengths
         plan = make_plan(
             job, folder, num_rows=len(lengths), mean_tokens=float(lengths.mean()), num_labels=len(splits.label_names), calibrate=calibrate
         )
+    if isinstance(job.parallel, DeepSpeed) and job.parallel.nvme_path is not None and spread is None:
+        from danlu.train.strategies.nvme import check_free  # a cluster's workers look at their own drives
+
+        check_free(job.parallel.nvme_path, plan.nvme_bytes * job.workers.num_workers)
     return Prepared(job, folder, splits, plan)
 
 

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoModel
+from conftest import write_tiny_model
+from transformers import AutoConfig, AutoModel
 
 from danlu.errors import SpecError
 from danlu.plan import Plan, make_plan
@@ -74,6 +75,22 @@ def test_what_is_offloaded_is_not_in_the_gpus_memory(tiny_model: Path) -> None:
     assert plan(tiny_model, zero3, gpus=1).offloaded_to == "host memory and /mnt/nvme"
     # A worker without a GPU computes in host memory: nothing is gained.
     assert plan(tiny_model, {"kind": "fsdp", "cpu_offload": True}).offloaded_bytes == 0
+
+
+def test_of_what_is_on_nvme_memory_keeps_the_buffers_and_the_small_shards(tmp_path: Path) -> None:
+    """The word embeddings are large enough to be swapped by two workers, nothing else is."""
+    folder = write_tiny_model(tmp_path)
+    config = AutoConfig.from_pretrained(folder)
+    config.vocab_size = 16_385
+    config.save_pretrained(folder)
+    swapped = 16_385 * 32
+    zero3 = {"kind": "deepspeed", "zero_stage": 3, "offload_optimizer": "nvme", "nvme_path": "/mnt/nvme"}
+    found = plan(folder, zero3, precision="fp32")
+    # A copy of the weight and two moments; on the drive its gradient too.
+    assert found.nvme_bytes == pytest.approx(16 * swapped / 2, abs=4)
+    assert found.offloaded_bytes == 0  # the four buffers take what a single swapped weight frees
+    assert plan(folder, zero3, precision="fp32", gpus=1).offloaded_bytes == found.optimizer_bytes
+    assert plan(folder, zero3, precision="fp32", workers=4).nvme_bytes == 0
 
 
 def test_split_matrices_and_whole_embeddings(tiny_model: Path) -> None:

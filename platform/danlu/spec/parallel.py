@@ -44,8 +44,9 @@ class DeepSpeed(_DataParallel):
 
     kind: Literal["deepspeed"] = "deepspeed"
     zero_stage: Annotated[Literal[1, 2, 3], Number] = 2
-    offload_optimizer: Literal["none", "cpu"] = "none"
-    """Keep the optimizer's state and its step in host memory. Not on NVMe: DeepSpeed's checkpoints then leave out what was not swapped."""
+    offload_optimizer: Literal["none", "cpu", "nvme"] = "none"
+    """Keep the optimizer's state in host memory, or, with zero_stage 3, on NVMe; its step is then the CPU's. On NVMe a weight's state is in
+    memory only while the weight is updated; what is under 1 MiB on a worker stays in memory."""
     offload_param: Literal["none", "cpu", "nvme"] = "none"
     """Keep parameters that are not being used in host memory or on NVMe; zero_stage 3 only, which is the one that shards them."""
     nvme_path: Annotated[str, Field(min_length=1)] | None = None
@@ -54,7 +55,7 @@ class DeepSpeed(_DataParallel):
     @property
     def uses_nvme(self) -> bool:
         """True if something is offloaded to `nvme_path`."""
-        return self.offload_param == "nvme"
+        return "nvme" in (self.offload_optimizer, self.offload_param)
 
     @model_validator(mode="after")
     def _offload_fits_the_stage(self) -> Self:
@@ -63,10 +64,15 @@ class DeepSpeed(_DataParallel):
                 f"offload_param={self.offload_param} needs zero_stage=3: zero_stage={self.zero_stage} does not shard parameters; "
                 "offload_optimizer=cpu works with it"
             )
+        if self.zero_stage < 3 and self.offload_optimizer == "nvme":
+            raise ValueError(
+                f"offload_optimizer=nvme needs zero_stage=3: DeepSpeed's zero_stage={self.zero_stage} has no code that swaps and would "
+                "keep all of it in host memory; offload_optimizer=cpu says so"
+            )
         if self.uses_nvme and self.nvme_path is None:
             raise ValueError("offloading to nvme needs nvme_path, a folder on each worker's NVMe drive")
         if not self.uses_nvme and self.nvme_path is not None:
-            raise ValueError(f"nvme_path={self.nvme_path} has no effect: offload_param is not nvme; leave it out")
+            raise ValueError(f"nvme_path={self.nvme_path} has no effect: neither offload_optimizer nor offload_param is nvme; leave it out")
         return self
 
 

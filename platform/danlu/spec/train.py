@@ -227,11 +227,11 @@ class TrainJob(Spec):
                 f"optim.optimizer.kind={optim.optimizer.kind} is bitsandbytes', which cannot take the tensors that parallel.kind={kind} "
                 "shards; optim.optimizer.kind=adamw, or parallel.kind=deepspeed"
             )
+        if isinstance(self.parallel, DeepSpeed) and self.parallel.uses_nvme and getattr(optim.optimizer, "bits", 32) == 8:
+            raise ValueError("optim.optimizer.bits=8 keeps its state in bytes, by blocks; nvme swaps floats: bits=32, or offload to cpu")
         if self.precision == "fp16" and kind == "deepspeed" and not self.workers.gpus_per_worker:
-            raise ValueError(
-                "precision=fp16 with parallel.kind=deepspeed needs GPUs: DeepSpeed has no fp16 on a CPU; precision=bf16, "
-                "workers.gpus_per_worker=1, or parallel.kind=ddp"
-            )
+            told = "precision=fp16 with parallel.kind=deepspeed needs GPUs: DeepSpeed has no fp16 on a CPU"
+            raise ValueError(f"{told}; precision=bf16, workers.gpus_per_worker=1, or parallel.kind=ddp")
         if optim.ema_decay is not None and kind != "ddp":
             raise ValueError(f"optim.ema_decay averages whole weights, which parallel.kind={kind} shards; parallel.kind=ddp can")
         if isinstance(optim.optimizer, BnbAdamW) and optim.optimizer.paged and not self.workers.gpus_per_worker:

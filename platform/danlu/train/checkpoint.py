@@ -30,9 +30,6 @@ MANIFEST = "manifest.json"
 WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
 """What writers say when the disk is full: files, torch.save, safetensors."""
 
-ANY_WORLD_SIZE = frozenset({"ddp", "fsdp", "deepspeed-zero1", "deepspeed-zero2", "deepspeed-zero3", "tensor or pipeline"})
-"""Shapes whose files can be read by another number of workers than wrote them; parameters on each worker's NVMe are not put together."""
-
 
 @dataclass(frozen=True)
 class Progress:
@@ -202,13 +199,12 @@ class Checkpoints:
         return None
 
     def _check_shape(self, step: int, manifest: dict[str, Any]) -> None:
-        ours = (self.shape, self.run.world_size)
-        theirs = (manifest["shape"], manifest["world_size"])
-        if theirs[0] != ours[0] or (theirs[1] != ours[1] and self.shape not in ANY_WORLD_SIZE):
+        if manifest["shape"] != self.shape:
             raise CheckpointError(
-                f"the checkpoint of step {step} was written by {theirs[0]} on {theirs[1]} workers; this job is {ours[0]} on {ours[1]}",
+                f"the checkpoint of step {step} was written by {manifest['shape']} on {manifest['world_size']} workers; "
+                f"this job is {self.shape} on {self.run.world_size}",
                 where=str(self._folder(step)),
-                fix=f"train with the same parallel: and workers.num_workers={theirs[1]}, or start anew with --fresh",
+                fix="train with the same parallel: (any number of workers will do), or start anew with --fresh",
             )
 
     def _not_saved(self, step: int, error: Exception | None) -> StorageError:

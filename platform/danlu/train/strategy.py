@@ -116,7 +116,7 @@ class State(Protocol):
         ...
 
     def load(self, folder: Path) -> None:
-        """Read back what `save` wrote; with another number of workers where `checkpoint.ANY_WORLD_SIZE` says so."""
+        """Read back what `save` wrote, whatever the number of workers that did."""
         ...
 
     def weights(self, names: Collection[str]) -> dict[str, torch.Tensor]:

@@ -17,7 +17,12 @@ PARALLEL: TypeAdapter[Any] = TypeAdapter(Parallel)
     ("fields", "reason"),
     [
         ({"zero_stage": 2, "offload_param": "cpu"}, "offload_param=cpu needs zero_stage=3.*offload_optimizer=cpu works"),
-        ({"zero_stage": 3, "offload_optimizer": "nvme", "nvme_path": "/mnt"}, "Input should be 'none' or 'cpu'"),
+        (
+            {"zero_stage": 2, "offload_optimizer": "nvme", "nvme_path": "/mnt"},
+            "offload_optimizer=nvme needs zero_stage=3.*has no code that swaps",
+        ),
+        ({"zero_stage": 1, "offload_optimizer": "nvme"}, "offload_optimizer=nvme needs zero_stage=3"),
+        ({"zero_stage": 3, "offload_optimizer": "nvme"}, "needs nvme_path"),
         ({"zero_stage": 3, "offload_param": "nvme"}, "needs nvme_path"),
         ({"zero_stage": 3, "offload_param": "cpu", "nvme_path": "/mnt"}, "nvme_path=/mnt has no effect"),
         ({"zero_stage": 3, "cpu_offload": True}, "cpu_offload"),

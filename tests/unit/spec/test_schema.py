@@ -386,6 +386,7 @@ GOOD: dict[str, tuple[type[Spec], Document]] = {
             {"kind": "pipeline", "schedule": {"kind": "1f1b"}},
             {"kind": "deepspeed", "zero_stage": 2, "offload_optimizer": "cpu"},
             {"kind": "deepspeed", "zero_stage": 3, "offload_optimizer": "cpu", "offload_param": "nvme", "nvme_path": "/mnt/nvme"},
+            {"kind": "deepspeed", "zero_stage": 3, "offload_optimizer": "nvme", "nvme_path": "/mnt/nvme"},
         )
     },
     "a paged optimizer on GPUs": (

@@ -180,14 +180,10 @@ def test_another_shape_is_refused_with_both_named(tmp_path: Path) -> None:
     assert "--fresh" in str(raised.value)
 
 
-@pytest.mark.parametrize(("shape", "restored"), [("fsdp", True), ("deepspeed-zero3", True), ("deepspeed-zero3-nvme", False)])
-def test_another_number_of_workers_goes_on_unless_state_is_on_each_workers_drive(shape: str, restored: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("shape", ["fsdp", "deepspeed-zero3", "deepspeed-zero3-nvme"])
+def test_another_number_of_workers_goes_on(shape: str, tmp_path: Path) -> None:
     ours = checkpoints(str(tmp_path), shape=shape)
     ours.save(Progress(step=5), Numbers(5.0).save)
     manifest = tmp_path / "step-000005" / MANIFEST
     manifest.write_text(manifest.read_text().replace('"world_size": 1', '"world_size": 2'))
-    if restored:
-        assert ours.restore(Numbers()) == Progress(step=5)
-    else:
-        with pytest.raises(CheckpointError, match=r"on 2 workers; this job is deepspeed-zero3-nvme on 1"):
-            ours.restore(Numbers())
+    assert ours.restore(Numbers()) == Progress(step=5)

@@ -1,7 +1,10 @@
-"""Offloading to NVMe is checked before anything starts."""
+"""What is kept on NVMe: checked before anything starts, in a folder that goes, and saved so that any number of workers can read it."""
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -14,6 +17,8 @@ from danlu.spec.parallel import DeepSpeed
 from danlu.spec.train import Optim, TrainJob
 from danlu.train.strategies.deepspeed import check_nvme, deepspeed_config
 from danlu.train.strategies.group import ensure_process_group
+from danlu.train.strategies.nvme import SwapFolder, check_folder, check_free
+from danlu.train.strategies.swapped import Saved
 from danlu.train.strategies.universal import converted
 from danlu.train.strategy import Setup
 
@@ -48,13 +53,63 @@ def test_a_machine_without_libaio_is_told_what_to_install_before_a_worker_starts
 @pytest.mark.usefixtures("libaio")
 @pytest.mark.parametrize("libaio", [True], indirect=True)
 def test_a_path_that_is_no_folder_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ResourceError, match="not a folder"):
+    with pytest.raises(ResourceError, match=r"missing does not exist; it has to be a folder") as raised:
         check_nvme(spec(tmp_path / "missing"), CPU)
+    assert raised.value.where == "parallel.nvme_path"
+    (tmp_path / "file").touch()
+    with pytest.raises(ResourceError, match="file is a file"):
+        check_nvme(spec(tmp_path / "file"), CPU)
+
+
+def test_memory_is_no_drive() -> None:
+    if not os.path.isdir("/sys"):
+        pytest.skip("needs a folder that takes no files")
+    with pytest.raises(ResourceError, match=r"cannot be written to|does not take direct writes"):
+        check_folder("/sys")
+
+
+def test_a_full_drive_is_said_with_what_is_needed(tmp_path: Path) -> None:
+    with pytest.raises(ResourceError, match=r"GiB free; what the workers keep there takes 1048576.0 GiB"):
+        check_free(str(tmp_path), 1 << 50)
+
+
+def test_a_swap_folder_goes_with_its_owner_and_after_a_kill_with_the_next_one(tmp_path: Path) -> None:
+    ours = SwapFolder(str(tmp_path), 0)
+    code = f"""
+import os, signal
+from danlu.train.strategies.nvme import SwapFolder
+folder = SwapFolder({str(tmp_path)!r}, 1)
+(folder.path / "moments").touch()
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -9
+    (killed,) = tmp_path.glob("danlu-swap-rank1-*/moments")
+    third = SwapFolder(str(tmp_path), 1)
+    assert not killed.exists()
+    assert ours.path.exists()  # its owner lives
+    del third
+    ours.remove()
+    assert not list(tmp_path.glob("danlu-swap-*"))
+
+
+@pytest.mark.parametrize("readers", [1, 2, 3, 5])
+def test_any_number_of_workers_reads_the_shards_that_three_wrote(readers: int, tmp_path: Path) -> None:
+    """10 elements: 4, 4 and 2 on three workers, as ZeRO-3 cuts them."""
+    whole = torch.arange(10.0)
+    for rank, part in enumerate(whole.split(4)):
+        torch.save({"w": {"weight": part, "exp_avg": part + 100, "step": torch.tensor(7.0)}}, tmp_path / f"shard-{rank:05d}-00000.pt")
+    found = []
+    for part in whole.split(-(-10 // readers)):
+        values = Saved(tmp_path, 3).read("w", 10, int(part[0]), int(part[-1]) + 1)
+        assert values["step"] == 7
+        torch.testing.assert_close(values["exp_avg"], part + 100)
+        found.append(values["weight"])
+    torch.testing.assert_close(torch.cat(found), whole)
 
 
 def test_only_what_is_offloaded_stands_in_deepspeeds_configuration(tmp_path: Path) -> None:
     zero = deepspeed_config(spec(tmp_path), Setup(Optim(), [], 4, torch.float32, CPU, 0, 2))["zero_optimization"]
-    assert zero["offload_param"] == {"device": "nvme", "pin_memory": False, "nvme_path": str(tmp_path)}
+    assert zero["offload_param"] == {"device": "nvme", "pin_memory": False, "nvme_path": str(tmp_path), "buffer_size": 0, "max_in_cpu": 0}
     assert "offload_optimizer" not in zero
 
 

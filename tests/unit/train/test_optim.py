@@ -233,6 +233,11 @@ def test_the_average_is_torchs_ema() -> None:
     ("optim", "parallel", "told"),
     [
         ({"optimizer": {"kind": "adafactor"}}, {"kind": "deepspeed"}, "adafactor"),
+        (
+            {"optimizer": {"kind": "bnb_adamw"}},
+            {"kind": "deepspeed", "zero_stage": 3, "offload_optimizer": "nvme", "nvme_path": "/mnt"},
+            "bits=8 keeps its state in bytes.*bits=32, or offload to cpu",
+        ),
         ({"ema_decay": 0.9}, {"kind": "deepspeed"}, "optim.ema_decay"),
         ({"optimizer": {"kind": "bnb_adamw", "paged": True}}, {"kind": "ddp"}, "paged"),
         ({"schedule": {"kind": "wsd", "warmup_ratio": 0.5, "decay_ratio": 0.6}}, {"kind": "ddp"}, "at most 1"),

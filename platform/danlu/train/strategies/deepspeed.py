@@ -19,6 +19,8 @@ from danlu.spec.parallel import DeepSpeed
 from danlu.train.optim import make_optimizer, set_learning_rate
 from danlu.train.precision import SMALLEST, LossScale
 from danlu.train.strategies.group import ensure_process_group
+from danlu.train.strategies.nvme import SwapFolder, check_folder
+from danlu.train.strategies.swapped import SwappedState, check_room, forget_gradients, reserve
 from danlu.train.strategies.universal import TAG, converted, num_writers
 from danlu.train.strategy import OneByOne, Setup, State
 
@@ -26,8 +28,9 @@ if TYPE_CHECKING:
     from danlu.train.adalora import RankAllocator
 
 
-def deepspeed_config(spec: DeepSpeed, setup: Setup) -> dict[str, Any]:
-    """The DeepSpeed configuration. Accumulation stays 1 there: the loop says which pass is the last."""
+def deepspeed_config(spec: DeepSpeed, setup: Setup, *, largest_shard: int = 0) -> dict[str, Any]:
+    """The DeepSpeed configuration. Accumulation stays 1 there: the loop says which pass is the last. `largest_shard` is the number of a
+    worker's elements of the largest weight."""
     return {
         "train_micro_batch_size_per_gpu": setup.micro_batch_size,
         "train_batch_size": setup.micro_batch_size * setup.world_size,
@@ -40,7 +43,11 @@ def deepspeed_config(spec: DeepSpeed, setup: Setup) -> dict[str, Any]:
             # Overlap needs a second stream, which a CPU does not have.
             "overlap_comm": setup.device.type == "cuda",
             "contiguous_gradients": True,
-            **_offload(spec, pin_memory=setup.device.type == "cuda"),
+            # Each weight by itself: the least memory for swapping, and one without a gradient keeps its value, as in PyTorch.
+            **({"sub_group_size": 1} if spec.uses_nvme else {}),
+            # DeepSpeed 0.19's prefetch from NVMe takes a weight that is used twice for two and fails.
+            **({"stage3_prefetch_bucket_size": 0} if spec.offload_param == "nvme" else {}),
+            **_offload(spec, largest_shard, pin_memory=setup.device.type == "cuda"),
         },
         # Optimizers that update each number by itself are right on a shard; the spec refuses the one that does not.
         "zero_allow_untested_optimizer": True,
@@ -61,13 +68,18 @@ def _fp16(setup: Setup) -> dict[str, Any]:
     return {"enabled": True, "initial_scale_power": power, "loss_scale_window": growth, "hysteresis": 1, "min_loss_scale": SMALLEST}
 
 
-def _offload(spec: DeepSpeed, *, pin_memory: bool) -> dict[str, Any]:
+def _offload(spec: DeepSpeed, largest_shard: int, *, pin_memory: bool) -> dict[str, Any]:
     places = {"offload_optimizer": spec.offload_optimizer, "offload_param": spec.offload_param}
-    return {
-        name: {"device": device, "pin_memory": pin_memory} | ({"nvme_path": spec.nvme_path} if device == "nvme" else {})
-        for name, device in places.items()
-        if device != "none"
-    }
+    found: dict[str, Any] = {}
+    for name, device in places.items():
+        if device != "none":
+            found[name] = {"device": device, "pin_memory": pin_memory}
+        if device == "nvme":
+            found[name] |= {"nvme_path": spec.nvme_path}
+    if spec.offload_param == "nvme":
+        # Else it would take 5 x 0.1 billion elements for buffers, and swap nothing of a model of less than a billion.
+        found["offload_param"] |= {"buffer_size": largest_shard, "max_in_cpu": 0}
+    return found
 
 
 def check_nvme(spec: DeepSpeed, device: torch.device) -> None:
@@ -85,8 +97,7 @@ def check_nvme(spec: DeepSpeed, device: torch.device) -> None:
             fix="apt install libaio-dev (yum: libaio-devel) on every worker, or offload to cpu",
         )
     assert spec.nvme_path is not None
-    if not (os.path.isdir(spec.nvme_path) and os.access(spec.nvme_path, os.W_OK)):
-        raise ResourceError(f"{spec.nvme_path} is not a folder that can be written to", where="parallel.nvme_path")
+    check_folder(spec.nvme_path)
 
 
 class DeepSpeedStrategy(OneByOne):
@@ -100,12 +111,20 @@ class DeepSpeedStrategy(OneByOne):
         deepspeed = _import_deepspeed(setup.device)
         _join_process_group(deepspeed, setup)
         self.setup = setup
-        self.engine, self.optimizer, _, _ = deepspeed.initialize(
-            model=model,
-            optimizer=make_optimizer(setup.param_groups, setup.optim),
-            config=deepspeed_config(self.spec, setup),
-            dist_init_required=False,
-        )
+        if self.spec.nvme_path is not None:
+            self.swap = SwapFolder(self.spec.nvme_path, setup.rank)
+            self.spec = self.spec.model_copy(update={"nvme_path": str(self.swap.path)})
+            check_room(self.spec, model, setup, self.swap.path)
+        largest_shard = max(-(-weight.numel() // setup.world_size) for weight in model.parameters())
+        with _swapped_in_its_own_type():
+            self.engine, self.optimizer, _, _ = deepspeed.initialize(
+                model=model,
+                optimizer=make_optimizer(setup.param_groups, setup.optim),
+                config=deepspeed_config(self.spec, setup, largest_shard=largest_shard),
+                dist_init_required=False,
+            )
+        if self.spec.offload_optimizer == "nvme":
+            reserve(self.optimizer, setup)
         self.last = True
         prepared: nn.Module = self.engine
         self.model = prepared
@@ -126,6 +145,8 @@ class DeepSpeedStrategy(OneByOne):
         set_learning_rate(self.optimizer.param_groups, learning_rate)
         gradients = self._adapter_gradients()
         self.engine.step()
+        if self.spec.offload_optimizer == "nvme":
+            forget_gradients(self.optimizer)
         grad_norm = float(self.engine.get_global_grad_norm() or 0.0)
         if self.setup.loss_scale is not None:
             self._follow(self.setup.loss_scale)
@@ -162,7 +183,8 @@ class DeepSpeedStrategy(OneByOne):
             safe_set_full_fp32_param(value, master.masked_fill_(value.detach() == 0, 0.0))
 
     def state(self) -> State:
-        return DeepSpeedState(self)
+        state = DeepSpeedState(self)
+        return SwappedState(self.engine, self.optimizer, self.setup, state.weights) if self.spec.uses_nvme else state
 
 
 class DeepSpeedState:
@@ -268,6 +290,25 @@ def _import_deepspeed(device: torch.device) -> Any:
 
         deepspeed.ops.__compatible_ops__ = dict(installed_ops)
     return deepspeed
+
+
+@contextmanager
+def _swapped_in_its_own_type() -> Iterator[None]:
+    """DeepSpeed 0.19 swaps parameters as bfloat16 wherever there is no float16, a CPU for one, whatever their type: `Init._set_dtype` says
+    `dtype or torch.float16 if fp16 else bfloat16` and means `dtype or (...)`."""
+    from deepspeed.runtime.zero.partition_parameters import Init
+
+    kept = Init._set_dtype
+
+    def set_dtype(self: Any, ds_config: Any, dtype: torch.dtype | None) -> None:
+        kept(self, ds_config, dtype)
+        self.dtype = dtype or self.dtype
+
+    Init._set_dtype = set_dtype
+    try:
+        yield
+    finally:
+        Init._set_dtype = kept
 
 
 def _join_process_group(deepspeed: Any, setup: Setup) -> None:
