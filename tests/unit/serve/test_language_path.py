@@ -303,7 +303,9 @@ def test_bitsandbytes_weights_are_measured_stored_and_served_as_transformers_loa
             answer = client.chat.completions.create(model="talk", messages=QUESTION, temperature=0, max_tokens=24).choices[0]
     assert answer.message.content == tokenizer.decode(made, skip_special_tokens=True)
     first = bundle.meta.probes[0]
-    changed = replace(bundle, meta=bundle.meta.model_copy(update={"probes": [first.model_copy(update={"logprobs": [-3.0] * len(first.logprobs)})]}))
+    changed = replace(
+        bundle, meta=bundle.meta.model_copy(update={"probes": [first.model_copy(update={"logprobs": [-3.0] * len(first.logprobs)})]})
+    )
     with pytest.raises(QualityError, match="a log probability of"), endpoint(served, job, changed):
         pass
 
