@@ -304,7 +304,7 @@ def test_bitsandbytes_weights_are_measured_stored_and_served_as_transformers_loa
     assert answer.message.content == tokenizer.decode(made, skip_special_tokens=True)
     first = bundle.meta.probes[0]
     changed = replace(
-        bundle, meta=bundle.meta.model_copy(update={"probes": [first.model_copy(update={"logprobs": [-3.0] * len(first.logprobs)})]})
+        bundle, meta=bundle.meta.model_copy(update={"probes": [first.model_copy(update={"logprobs": [-9.0] * len(first.logprobs)})]})
     )
     with pytest.raises(QualityError, match="a log probability of"), endpoint(served, job, changed):
         pass
