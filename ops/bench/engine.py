@@ -369,7 +369,7 @@ def main() -> None:
     table = rows(found, streams)
     if DATA.is_dir():
         read = perplexities(steps=2 if given.quick else 300)
-        for kind in ("int8", "int4"):
+        for kind in [kind for kind in read if kind not in ("fp32", "bf16")]:
             table.append(compare(f"perplexity, {kind}", "", [read[kind]], [read["bf16"]], "bf16", less_is_better=True))
         notes.append(f"perplexity of the small model in fp32: {read['fp32']:.3f}")
     else:

@@ -1,13 +1,15 @@
 """What weights of fewer bits cost: perplexity of a small model that this trains on Reuters R8's news, on texts it has not seen.
 
 There is no pretrained language model without a hub, and random weights have nothing to lose. A Qwen3-shaped one of 8M parameters learns for
-a minute or two; then its test texts are read in fp32 and bf16, and with the weights rounded to 8 and to 4 bits, computed in bf16.
+a minute or two; then its test texts are read in fp32 and bf16, and with the weights rounded to 8 and to 4 bits, by Danlu and by
+bitsandbytes, computed in bf16.
 """
 
 from __future__ import annotations
 
 import copy
 import math
+import tempfile
 from typing import Any
 
 from harness import DATA, cores
@@ -32,7 +34,25 @@ def perplexities(*, steps: int) -> dict[str, float]:
         if kind is not None:
             quantize_weights(own, kind)
         found[name] = _perplexity(own if name == "fp32" else own.to(torch.bfloat16), test)
+    for bits in (8, 4):
+        found[f"bitsandbytes, {bits} bits"] = _perplexity(_by_bitsandbytes(model, bits), test)
     return found
+
+
+def _by_bitsandbytes(model: Any, bits: int) -> Any:
+    """LLM.int8, or NF4 with double quantization, as `compress:` has them."""
+    import torch
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    from danlu.compress.quantized_base import HEADS, keep_format
+
+    nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": torch.bfloat16}
+    config = BitsAndBytesConfig(llm_int8_skip_modules=HEADS, **(nf4 if bits == 4 else {"load_in_8bit": True}))
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        quantized = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=torch.bfloat16)
+    keep_format(quantized)
+    return quantized.eval()
 
 
 def _tokens() -> tuple[Any, Any, int]:

@@ -34,11 +34,11 @@ from danlu.handover import (
     training_digest,
     within_budget,
 )
+from danlu.machine import check_drive, check_machine
 from danlu.report import plots, report
 from danlu.rows import clean, data_report
 from danlu.served import Exchange, check_served, exchanges
 from danlu.spec.files import dump
-from danlu.spec.parallel import DeepSpeed
 from danlu.spec.serve import Service
 from danlu.spec.train import TrainJob
 
@@ -76,10 +76,8 @@ def prepare(job: TrainJob, *, calibrate: bool = True) -> Prepared:
         plan = make_plan(
             job, folder, num_rows=len(lengths), mean_tokens=float(lengths.mean()), num_labels=len(splits.label_names), calibrate=calibrate
         )
-    if isinstance(job.parallel, DeepSpeed) and job.parallel.nvme_path is not None and spread is None:
-        from danlu.train.strategies.nvme import check_free  # a cluster's workers look at their own drives
-
-        check_free(job.parallel.nvme_path, plan.nvme_bytes * job.workers.num_workers)
+    if spread is None:  # a cluster's workers look at their own drives
+        check_drive(job, plan.nvme_bytes)
     return Prepared(job, folder, splits, plan)
 
 
@@ -93,41 +91,6 @@ def _spread() -> Spread | None:
     from danlu.train.driver import over_the_cluster
 
     return over_the_cluster
-
-
-def check_machine(job: TrainJob) -> None:
-    """ResourceError if the workers do not fit this machine. A cluster this process is connected to is asked instead, later."""
-    import sys
-
-    from danlu.plan import num_cores
-
-    ray = sys.modules.get("ray")
-    if ray is not None and ray.is_initialized():
-        return
-    need, have = job.workers.num_workers * job.workers.cpus_per_worker, num_cores()
-    if need > have:
-        room = range(1, have // job.workers.cpus_per_worker + 1)
-        fits = [n for n in room if job.global_batch_size % (job.micro_batch_size * n) == 0]
-        raise ResourceError(
-            f"{job.workers.num_workers} workers with {job.workers.cpus_per_worker} cores each need {need} cores; this machine has {have}",
-            where="workers.num_workers",
-            fix=(f"--set workers.num_workers={fits[-1]}" if fits else f"--set workers.num_workers=1 --set workers.cpus_per_worker={have}")
-            + ", or a larger machine",
-        )
-    if isinstance(job.parallel, DeepSpeed) and job.parallel.uses_nvme:
-        from danlu.tasks.device import pick_device
-        from danlu.train.strategies.deepspeed import check_nvme
-
-        check_nvme(job.parallel, pick_device(job.workers.gpus_per_worker))
-    if job.workers.gpus_per_worker:
-        import torch
-
-        if job.workers.num_workers > torch.cuda.device_count():
-            raise ResourceError(
-                f"{job.workers.num_workers} workers need a GPU each; this machine has {torch.cuda.device_count()}",
-                where="workers.gpus_per_worker",
-                fix="--set workers.gpus_per_worker=0 trains on the CPU",
-            )
 
 
 def train(

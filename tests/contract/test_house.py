@@ -61,6 +61,7 @@ MAY_IMPORT = {
     "danlu.serve.engine": set(),
     "danlu.serve.generation": set(),
     "danlu.plan": set(),
+    "danlu.machine": set(),
     "danlu.generate": set(),
     "danlu.cli": set(),
     "danlu.sdk": set(),

@@ -25,7 +25,7 @@ from transformers import (
 from danlu.artifact.bundle import Bundle
 from danlu.artifact.pretrained import model_folder
 from danlu.compress.bf16 import hold_linears_in_bf16
-from danlu.compress.quantized_base import keep_format_of_odd_shapes, need_bitsandbytes, quantized_base
+from danlu.compress.quantized_base import keep_format, keep_format_of_odd_shapes, need_bitsandbytes, quantized_base
 from danlu.errors import ModelError
 from danlu.spec.compress import BnbInt8, BnbNf4, Int4, Int8
 from danlu.spec.model import Model
@@ -229,7 +229,10 @@ def load_model(bundle: Bundle) -> PreTrainedModel:
         case BnbInt8() | BnbNf4():
             need_bitsandbytes()
             quantized: PreTrainedModel = loader.from_pretrained(folder)
-            keep_format_of_odd_shapes(quantized)
+            if is_decoders(bundle.meta.task):
+                keep_format(quantized)  # an answer must not depend on what stands beside it in the batch
+            else:
+                keep_format_of_odd_shapes(quantized)
             return quantized
 
 

@@ -42,12 +42,16 @@ def quantize(bundle: Bundle, quantization: Quantization, folder: Path) -> None:
             _write_weight_only(model, quantization, folder)
         case Int8():
             _write_int8(model, folder)
-        case BnbInt8() | BnbNf4() if not is_decoders(bundle.meta.task):
-            _write_bitsandbytes(model, auto_class(bundle.meta.task), quantization, folder)
-        case _:
-            takes = "int8 or int4" if is_decoders(bundle.meta.task) else "int8, bnb_int8 or bnb_nf4"
+        case BnbInt8() | BnbNf4():
+            # What stays whole is much of a language model, and its cache has the same dtype.
+            in_bf16 = is_decoders(bundle.meta.task) and bundle.meta.precision == "bf16"
+            dtype = torch.bfloat16 if in_bf16 else torch.float32
+            _write_bitsandbytes(model, auto_class(bundle.meta.task), quantization, folder, dtype)
+        case Int4():
             raise ModelError(
-                f"{quantization.kind} is not for {bundle.meta.task.kind}", where="compress.quantization.kind", fix=f"kind: {takes}"
+                f"{quantization.kind} is not for {bundle.meta.task.kind}",
+                where="compress.quantization.kind",
+                fix="kind: int8, bnb_int8 or bnb_nf4",
             )
     AutoTokenizer.from_pretrained(bundle.path / "model").save_pretrained(folder)
     defaults = bundle.path / "model" / GENERATION_CONFIG_NAME
@@ -81,7 +85,8 @@ def _write_weight_only(model: PreTrainedModel, quantization: Int8 | Int4, folder
     save_file(state, folder / weights_file(quantization))
 
 
-def _write_bitsandbytes(model: PreTrainedModel, loader: Any, quantization: BnbInt8 | BnbNf4, folder: Path) -> None:
+def _write_bitsandbytes(model: PreTrainedModel, loader: Any, quantization: BnbInt8 | BnbNf4, folder: Path, dtype: torch.dtype) -> None:
+    """`dtype`: of the other weights, and of the products with those in 4 bits."""
     need_bitsandbytes()
     whole = folder / "whole"
     model.save_pretrained(whole)
@@ -93,10 +98,10 @@ def _write_bitsandbytes(model: PreTrainedModel, loader: Any, quantization: BnbIn
                 load_in_4bit=True,
                 bnb_4bit_quant_type="nf4",
                 bnb_4bit_use_double_quant=quantization.double_quant,
-                bnb_4bit_compute_dtype=torch.float32,
+                bnb_4bit_compute_dtype=dtype,
                 llm_int8_skip_modules=HEADS,
             )
-    quantized = loader.from_pretrained(whole, quantization_config=config, dtype=torch.float32)
+    quantized = loader.from_pretrained(whole, quantization_config=config, dtype=dtype)
     quantized.save_pretrained(folder)
     for path in whole.iterdir():
         path.unlink()

@@ -41,7 +41,7 @@ def opened(path: str, where: str) -> Any:
 def read(file: Any, size: int, path: str, where: str) -> bytes:
     """So many bytes of it, or all with -1."""
     try:
-        data: bytes = file.read(size)
+        data: bytes = file.read() if size < 0 else file.read(size)  # pyarrow's files take no -1
     except ObjectStoreError:
         raise
     except UNREADABLE as error:

@@ -13,7 +13,7 @@ def check_compression(task: Task, compress: Compress) -> None:
     """The kinds of an encoder's weights are not those of a language model's."""
     if not isinstance(task, EncoderTask) and not is_decoders(task):
         raise ValueError(f"compress takes an encoder's or a decoder's task, such as classification or chat; leave it out for {task.kind}")
-    kinds = ("int8", "bnb_int8", "bnb_nf4") if isinstance(task, EncoderTask) else ("int8", "int4")
+    kinds = ("int8", "bnb_int8", "bnb_nf4") if isinstance(task, EncoderTask) else ("int8", "int4", "bnb_int8", "bnb_nf4")
     if compress.quantization.kind not in kinds:
         raise ValueError(
             f"compress.quantization.kind={compress.quantization.kind} is not for task.kind={task.kind}, which takes: {', '.join(kinds)}"

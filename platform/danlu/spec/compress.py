@@ -25,13 +25,14 @@ class Int4(Spec):
 
 
 class BnbInt8(Spec):
-    """For encoders: bitsandbytes LLM.int8 (https://arxiv.org/abs/2208.07339)."""
+    """bitsandbytes LLM.int8 (https://arxiv.org/abs/2208.07339), of an encoder or a language model: for GPUs, and slow on a CPU."""
 
     kind: Literal["bnb_int8"] = "bnb_int8"
 
 
 class BnbNf4(Spec):
-    """For encoders: bitsandbytes 4-bit NormalFloat (https://arxiv.org/abs/2305.14314)."""
+    """bitsandbytes 4-bit NormalFloat (https://arxiv.org/abs/2305.14314), of an encoder or a language model, whose head and embeddings stay
+    whole: for GPUs. On a CPU `int4` is the faster one."""
 
     kind: Literal["bnb_nf4"] = "bnb_nf4"
     double_quant: bool = True

@@ -276,6 +276,40 @@ def test_rounded_weights_are_measured_stored_and_served_as_they_were_evaluated(
         pass
 
 
+@pytest.mark.parametrize("kind", ["bnb_int8", "bnb_nf4"])
+def test_bitsandbytes_weights_are_measured_stored_and_served_as_transformers_loads_them(
+    kind: str, served: Served, chat: tuple[sdk.Prepared, sdk.Trained]
+) -> None:
+    pytest.importorskip("bitsandbytes")
+    prepared, trained = chat
+    compress = {"quantization": {"kind": kind}, "max_quality_drop": 1, "min_speedup": 1e-9}
+    job = TrainJob.model_validate(prepared.job.model_dump() | {"compress": compress})
+    found = sdk.quantize(job, trained.bundle)
+    bundle = found.bundle
+    assert bundle is not None
+    assert "tokens a second" in found.delta.text()
+    assert found.delta.compressed["loss"] != found.delta.original["loss"]
+    assert found.delta.bytes < found.delta.bytes_original
+    plain = AutoModelForCausalLM.from_pretrained(bundle.path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(bundle.path / "model")
+    for module in plain.modules():
+        if type(module).__name__ == "Linear4bit":  # their own weights, not those that a CPU's kernel packs anew
+            module.support_avx512bf16_for_cpu = False
+    prompt = tokenizer.apply_chat_template(QUESTION, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    made = plain.eval().generate(**prompt, do_sample=False, max_new_tokens=24, pad_token_id=0)[0, prompt["input_ids"].shape[1] :]
+    with endpoint(served, job, bundle) as url:
+        assert "greedy answers over HTTP are the evaluation's" in sdk.check_served(url, bundle, prepared.splits.dev)
+        with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
+            answer = client.chat.completions.create(model="talk", messages=QUESTION, temperature=0, max_tokens=24).choices[0]
+    assert answer.message.content == tokenizer.decode(made, skip_special_tokens=True)
+    first = bundle.meta.probes[0]
+    changed = replace(
+        bundle, meta=bundle.meta.model_copy(update={"probes": [first.model_copy(update={"logprobs": [-9.0] * len(first.logprobs)})]})
+    )
+    with pytest.raises(QualityError, match="a log probability of"), endpoint(served, job, changed):
+        pass
+
+
 PROBES: dict[str, tuple[dict[str, Any], str]] = {
     "log probabilities": ({"logprobs": [-3.0] * 16}, "a log probability of"),
     "tokens": ({"completion_token_ids": [7] * 4, "logprobs": [-0.1] * 4}, "a log probability of|would not say"),

@@ -410,6 +410,7 @@ GOOD: dict[str, tuple[type[Spec], Document]] = {
     },
     "int8": (TrainJob, JOB | {"compress": {"quantization": {"kind": "int8"}}}),
     "bitsandbytes int8": (TrainJob, JOB | {"compress": {"quantization": {"kind": "bnb_int8"}, "max_quality_drop": 0}}),
+    "bitsandbytes nf4 of a decoder": (TrainJob, JOB | {"task": {"kind": "chat"}, "compress": {"quantization": {"kind": "bnb_nf4"}}}),
     "bitsandbytes nf4": (TrainJob, JOB | {"compress": {"quantization": {"kind": "bnb_nf4"}}}),
     **{
         f"a chat in {quantization}": (TrainJob, JOB | {"task": {"kind": "chat"}, "compress": {"quantization": quantization}})
@@ -615,10 +616,6 @@ SPANNING = {
     "serve.engine.kind=encoder answers with": (TrainJob, JOB | {"task": {"kind": "chat"}, "serve": {"engine": {"kind": "encoder"}}}),
     "puts no virtual tokens before a text": (TrainJob, JOB | {"task": {"kind": "chat"}, "tuning": {"kind": "prompt"}, "serve": {}}),
     "compress takes an encoder's or a decoder's task": (TrainJob, JOB | {"task": {"kind": "seq2seq"}, "compress": {}}),
-    "compress.quantization.kind=bnb_nf4 is not for task.kind=chat": (
-        TrainJob,
-        JOB | {"task": {"kind": "chat"}, "compress": {"quantization": {"kind": "bnb_nf4"}}},
-    ),
     "compress.quantization.kind=int4 is not for task.kind=classification": (
         TrainJob,
         JOB | {"compress": {"quantization": {"kind": "int4"}}},

@@ -108,14 +108,9 @@ def test_texts_too_short_to_have_a_next_token_are_refused(tiny_decoder: Path, tm
         sdk.prepare(job_of(tiny_decoder, {"train": str(tmp_path / "short.csv"), "test": str(tmp_path / "short.csv")}, tmp_path))
 
 
-@pytest.mark.parametrize(
-    "field", [{"compress": {"quantization": {"kind": "bnb_nf4"}}}, {"evaluation": {"metric_for_best_model": "accuracy"}}]
-)
-def test_what_it_cannot_do_is_refused_before_anything_starts(
-    field: dict[str, Any], tiny_decoder: Path, topic_files: dict[str, str], tmp_path: Path
-) -> None:
-    with pytest.raises(ValidationError, match=r"which takes: int8, int4|not a metric of task.kind=pretrain"):
-        job_of(tiny_decoder, topic_files, tmp_path, **field)
+def test_what_it_cannot_do_is_refused_before_anything_starts(tiny_decoder: Path, topic_files: dict[str, str], tmp_path: Path) -> None:
+    with pytest.raises(ValidationError, match="not a metric of task.kind=pretrain"):
+        job_of(tiny_decoder, topic_files, tmp_path, evaluation={"metric_for_best_model": "accuracy"})
 
 
 def test_an_encoder_which_sees_what_it_should_foretell_is_refused(tiny_model: Path, topic_files: dict[str, str], tmp_path: Path) -> None:
