@@ -17,7 +17,7 @@ from danlu.artifact.run_logs import RunLog
 from danlu.artifact.runs import SPEC, RunFolder, latest_run, open_run
 from danlu.artifact.store import Store, ensure_writable
 from danlu.benchmark import run_harness, run_suite, suite_text
-from danlu.errors import DanluError, DataError, ModelError, ResourceError
+from danlu.errors import DanluError, DataError, ModelError
 from danlu.examine import Examined, compare, examine, explain, scores_json, write_files
 from danlu.handover import (
     LATEST,

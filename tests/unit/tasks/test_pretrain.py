@@ -109,7 +109,7 @@ def test_texts_too_short_to_have_a_next_token_are_refused(tiny_decoder: Path, tm
 
 
 def test_what_it_cannot_do_is_refused_before_anything_starts(tiny_decoder: Path, topic_files: dict[str, str], tmp_path: Path) -> None:
-    with pytest.raises(ValidationError, match="not a metric of task.kind=pretrain"):
+    with pytest.raises(ValidationError, match=r"not a metric of task\.kind=pretrain"):
         job_of(tiny_decoder, topic_files, tmp_path, evaluation={"metric_for_best_model": "accuracy"})
 
 
