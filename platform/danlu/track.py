@@ -175,7 +175,7 @@ class _Wandb:
             project="danlu",
             name=f"{job.name}-{run.number}",
             dir=str(folder),
-            mode=os.environ.get("WANDB_MODE", "offline"),
+            mode=None if "WANDB_MODE" in os.environ else "offline",
             config=job.model_dump(mode="json"),
             settings=wandb.Settings(silent=True),
         )
