@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 from danlu.errors import ResourceError
 from danlu.spec.parallel import DeepSpeed
 from danlu.spec.train import TrainJob
@@ -9,12 +11,9 @@ from danlu.spec.train import TrainJob
 
 def check_machine(job: TrainJob) -> None:
     """ResourceError if the workers do not fit this machine. A cluster this process is connected to is asked instead, later."""
-    import sys
-
     from danlu.plan import num_cores
 
-    ray = sys.modules.get("ray")
-    if ray is not None and ray.is_initialized():
+    if is_connected():
         return
     need, have = job.workers.num_workers * job.workers.cpus_per_worker, num_cores()
     if need > have:
@@ -43,8 +42,14 @@ def check_machine(job: TrainJob) -> None:
 
 
 def check_drive(job: TrainJob, nvme_bytes: int) -> None:
-    """ResourceError if what the workers swap, `nvme_bytes` each, does not fit the drive."""
-    if isinstance(job.parallel, DeepSpeed) and job.parallel.nvme_path is not None:
+    """ResourceError if what the workers swap, `nvme_bytes` each, does not fit the drive. A cluster's workers look at their own."""
+    if isinstance(job.parallel, DeepSpeed) and job.parallel.nvme_path is not None and not is_connected():
         from danlu.train.strategies.nvme import check_free
 
         check_free(job.parallel.nvme_path, nvme_bytes * job.workers.num_workers)
+
+
+def is_connected() -> bool:
+    """Whether this process is connected to a Ray, without importing it."""
+    ray = sys.modules.get("ray")
+    return ray is not None and bool(ray.is_initialized())

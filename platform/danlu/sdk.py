@@ -34,7 +34,7 @@ from danlu.handover import (
     training_digest,
     within_budget,
 )
-from danlu.machine import check_drive, check_machine
+from danlu.machine import check_drive, check_machine, is_connected
 from danlu.report import plots, report
 from danlu.rows import clean, data_report
 from danlu.served import Exchange, check_served, exchanges
@@ -70,23 +70,18 @@ def prepare(job: TrainJob, *, calibrate: bool = True) -> Prepared:
         job = with_its_start(job)
         folder = start_folder(job.model, job.data, job.task, seed=job.seed)
         tokenizer = load_tokenizer(folder)
-        spread = _spread()
-        splits = read_splits(job, tokenizer, max_length=job.model.max_length, spread=spread)
+        splits = read_splits(job, tokenizer, max_length=job.model.max_length, spread=_spread())
         lengths = splits.train.encoded.lengths
         plan = make_plan(
             job, folder, num_rows=len(lengths), mean_tokens=float(lengths.mean()), num_labels=len(splits.label_names), calibrate=calibrate
         )
-    if spread is None:  # a cluster's workers look at their own drives
-        check_drive(job, plan.nvme_bytes)
+    check_drive(job, plan.nvme_bytes)
     return Prepared(job, folder, splits, plan)
 
 
 def _spread() -> Spread | None:
     """What shares out work over the Ray this process is connected to, if it is."""
-    import sys
-
-    ray = sys.modules.get("ray")
-    if ray is None or not ray.is_initialized():
+    if not is_connected():
         return None
     from danlu.train.driver import over_the_cluster
 
@@ -281,10 +276,7 @@ def _fit(job: TrainJob, run_uri: str, prepared: Prepared, listener: Callable[[Re
 @contextmanager
 def _metered(job: TrainJob, run_uri: str, listener: Callable[[Record], None]) -> Iterator[Callable[[Record], None]]:
     """The listener, and the job's metrics where this process is connected to a Ray that shows them."""
-    import sys
-
-    ray = sys.modules.get("ray")
-    if ray is None or not ray.is_initialized():
+    if not is_connected():
         yield listener
         return
     from danlu.metrics import emit
