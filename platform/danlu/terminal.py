@@ -20,6 +20,9 @@ console = Console(highlight=False, soft_wrap=True, emoji=False)
 LINE_EVERY_S = 5.0
 """Without a terminal the progress line is printed anew so often."""
 
+FAILED = {"worker_lost": "a worker was lost", "out_of_memory": "a worker was ended for the memory it took", "error": "a worker failed"}
+"""A failure's reason, in words."""
+
 
 def heading(text: str) -> None:
     """A step of the walk."""
@@ -52,6 +55,9 @@ class TrainingView:
                 self._step(record)
             case "eval":
                 self._above(f"  step {record.step}: dev {_metrics(record.metrics)}{'  (best so far)' if record.is_best else ''}")  # type: ignore[union-attr]
+            case "event" if record.event == "failure":  # type: ignore[union-attr]
+                failed = FAILED[record.detail]  # type: ignore[union-attr]
+                self._above(f"  step {record.step}: {failed}; while max_failures allows it, training goes on from its last checkpoint")
             case "event":
                 self._above(f"  step {record.step}: {record.event}{': ' + record.detail if record.detail else ''}")  # type: ignore[union-attr]
 

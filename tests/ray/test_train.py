@@ -16,6 +16,7 @@ from danlu.artifact.run_logs import kept_logs
 from danlu.errors import DanluError, ResourceError
 from danlu.metrics import catalog
 from danlu.spec.train import TrainJob
+from danlu.terminal import TrainingView
 from danlu.train import driver
 from danlu.train.run import EventRecord, LocalRun, Record, StepRecord
 from danlu.train.worker import work
@@ -105,10 +106,15 @@ def test_a_killed_worker_restarts_the_job_to_the_losses_of_the_uninterrupted_one
     uninterrupted: tuple[dict[str, Any], list[Record]],
     processes_named: Callable[[str], list[psutil.Process]],
     tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     killer = Killer(processes_named, step=50)
     outcome = driver.fit(long_job.model_copy(update={"max_failures": 1}), str(tmp_path), killer)
     assert killer.killed is not None
+    view = TrainingView()
+    for record in killer.records:
+        view(record)
+    assert ": a worker was lost; while max_failures allows it, training goes on from its last checkpoint" in capsys.readouterr().out
     (step,) = resumed_at(killer.records)
     assert step % 20 == 0
     assert 40 <= step < STEPS
