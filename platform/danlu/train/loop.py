@@ -52,9 +52,14 @@ def num_steps(job: TrainJob, num_rows: int) -> int:
     return job.max_steps or max(1, math.ceil(job.num_train_epochs * num_rows / job.global_batch_size))
 
 
-@kept_memory()
 def train(job: TrainJob, data: Splits, folder: Path, tokenizer: PreTrainedTokenizerBase, run: Run, run_uri: str) -> Outcome:
     """Train to the last step, going on from the last whole checkpoint if there is one. `folder` holds the pretrained model."""
+    # On a GPU steps leave host memory alone, and what data and checkpoints took is better given back.
+    with kept_memory() if run.device.type == "cpu" else nullcontext():
+        return _train(job, data, folder, tokenizer, run, run_uri)
+
+
+def _train(job: TrainJob, data: Splits, folder: Path, tokenizer: PreTrainedTokenizerBase, run: Run, run_uri: str) -> Outcome:
     steps = num_steps(job, len(data.train.encoded))
     eval_steps = job.evaluation.eval_steps or max(1, math.ceil(steps / 5))
     save_steps = job.checkpoint.save_steps or max(1, math.ceil(steps / 5))

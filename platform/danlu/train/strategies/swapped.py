@@ -26,6 +26,9 @@ from danlu.train.strategy import Setup
 FILE_BYTES = 64 << 20
 """A file takes weights until it is as large as this."""
 
+REST = "rest.pt"
+"""Beside the weights: buffers, the loss scale, and how many workers wrote."""
+
 WEIGHT = "weight"
 """The float32 weight's name among those of its optimizer state."""
 
@@ -163,9 +166,6 @@ class SwappedState:
             buffer.copy_(rest["buffers"][name])
         vars(self.zero.loss_scaler).update(rest["loss_scaler"])
         self.engine.skipped_steps = rest["skipped_steps"]
-
-
-REST = "rest.pt"
 
 
 @contextmanager

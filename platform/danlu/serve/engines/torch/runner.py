@@ -90,8 +90,9 @@ def _fastest(spec: Torch, loaded: Loaded, again: Callable[[], Loaded], beside: C
 
 def _shapes(model: PreTrainedModel) -> Collection[LayerShape]:
     """Of a model that stays as it is."""
+    before = model.config._attn_implementation
     found = HuggingFaceForward(model).shapes().values()
-    model.set_attn_implementation("eager")
+    model.set_attn_implementation(before)
     return found
 
 
