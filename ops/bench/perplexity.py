@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import math
 import tempfile
+from pathlib import Path
 from typing import Any
 
 from harness import DATA, cores
@@ -22,7 +23,7 @@ def perplexities(*, steps: int) -> dict[str, float]:
     import torch
 
     from danlu.compress.weight_only import quantize_weights
-    from danlu.spec.compress import Int4, Int8
+    from danlu.spec.compress import BnbInt8, BnbNf4, Int4, Int8
 
     torch.set_num_threads(cores())
     train, test, vocabulary = _tokens()
@@ -34,23 +35,22 @@ def perplexities(*, steps: int) -> dict[str, float]:
         if kind is not None:
             quantize_weights(own, kind)
         found[name] = _perplexity(own if name == "fp32" else own.to(torch.bfloat16), test)
-    for bits in (8, 4):
-        found[f"bitsandbytes, {bits} bits"] = _perplexity(_by_bitsandbytes(model, bits), test)
+    for bnb in (BnbInt8(), BnbNf4()):
+        found[bnb.kind] = _perplexity(_by_bitsandbytes(model, bnb), test)
     return found
 
 
-def _by_bitsandbytes(model: Any, bits: int) -> Any:
-    """LLM.int8, or NF4 with double quantization, as `compress:` has them."""
+def _by_bitsandbytes(model: Any, kind: Any) -> Any:
+    """As a bundle's weights are written and loaded."""
     import torch
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers import AutoModelForCausalLM
 
-    from danlu.compress.quantized_base import HEADS, keep_format
+    from danlu.compress.quantize import write_bitsandbytes
+    from danlu.compress.quantized_base import keep_format
 
-    nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": torch.bfloat16}
-    config = BitsAndBytesConfig(llm_int8_skip_modules=HEADS, **(nf4 if bits == 4 else {"load_in_8bit": True}))
     with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder)
-        quantized = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=torch.bfloat16)
+        write_bitsandbytes(model, AutoModelForCausalLM, kind, Path(folder), torch.bfloat16)
+        quantized = AutoModelForCausalLM.from_pretrained(folder)
     keep_format(quantized)
     return quantized.eval()
 

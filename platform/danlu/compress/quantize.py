@@ -46,7 +46,7 @@ def quantize(bundle: Bundle, quantization: Quantization, folder: Path) -> None:
             # What stays whole is much of a language model, and its cache has the same dtype.
             in_bf16 = is_decoders(bundle.meta.task) and bundle.meta.precision == "bf16"
             dtype = torch.bfloat16 if in_bf16 else torch.float32
-            _write_bitsandbytes(model, auto_class(bundle.meta.task), quantization, folder, dtype)
+            write_bitsandbytes(model, auto_class(bundle.meta.task), quantization, folder, dtype)
         case Int4():
             raise ModelError(
                 f"{quantization.kind} is not for {bundle.meta.task.kind}",
@@ -85,8 +85,8 @@ def _write_weight_only(model: PreTrainedModel, quantization: Int8 | Int4, folder
     save_file(state, folder / weights_file(quantization))
 
 
-def _write_bitsandbytes(model: PreTrainedModel, loader: Any, quantization: BnbInt8 | BnbNf4, folder: Path, dtype: torch.dtype) -> None:
-    """`dtype`: of the other weights, and of the products with those in 4 bits."""
+def write_bitsandbytes(model: PreTrainedModel, loader: Any, quantization: BnbInt8 | BnbNf4, folder: Path, dtype: torch.dtype) -> None:
+    """A folder of the model with bitsandbytes' weights. `dtype`: of the other weights, and of the products with those in 4 bits."""
     need_bitsandbytes()
     whole = folder / "whole"
     model.save_pretrained(whole)
