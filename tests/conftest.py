@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -19,6 +20,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.envi
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+# A shell's background job ignores Ctrl-C, and so does all that it starts; tests press it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 if TYPE_CHECKING:
     from danlu.spec.task import EncoderTask
@@ -276,6 +279,18 @@ def s3_uri(s3_endpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     for name, value in {**stores.ENVIRONMENT, "AWS_ENDPOINT_URL": s3_endpoint}.items():
         monkeypatch.setenv(name, value)
     return f"s3://{stores.BUCKET}/{tmp_path.parent.name}/{tmp_path.name}"
+
+
+@pytest.fixture(params=["folder", "memory", "s3"])
+def any_storage(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """A folder of this machine, and stores that can neither rename nor append."""
+    match request.param:
+        case "folder":
+            return str(tmp_path / "runs")
+        case "memory":
+            return f"memory://{tmp_path.name}/runs"
+        case _:
+            return str(request.getfixturevalue("s3_uri"))
 
 
 @pytest.fixture(scope="session")

@@ -14,23 +14,12 @@ from danlu.artifact.runs import RECORDS, STATUS, RunFolder, latest_run, open_run
 from danlu.errors import ResourceError, StorageError
 
 
-@pytest.fixture(params=["file", "memory", "s3"])
-def storage(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    match request.param:
-        case "file":
-            return str(tmp_path / "runs")
-        case "memory":
-            return f"memory://{tmp_path.name}"
-        case _:
-            return str(request.getfixturevalue("s3_uri"))
-
-
 def step(number: int, loss: float = 0.0) -> dict[str, object]:
     return {"kind": "step", "step": number, "loss": loss}
 
 
-def test_records_come_back_in_order_with_the_time(storage: str) -> None:
-    run = open_run(storage, "topics", "digest")
+def test_records_come_back_in_order_with_the_time(any_storage: str) -> None:
+    run = open_run(any_storage, "topics", "digest")
     said = [step(1, 0.5), {"kind": "eval", "step": 1, "metrics": {"accuracy": 0.1}}, step(2), {"kind": "event", "step": 2, "event": "中"}]
     for values in said:
         run.record(values)
@@ -53,8 +42,8 @@ def test_the_last_line_of_a_killed_process_takes_no_other_with_it(tmp_path: Path
     assert [values["step"] for values in run.records()] == [1, 2, 3, 4]
 
 
-def test_of_a_repeated_step_the_later_record_stands(storage: str) -> None:
-    run = open_run(storage, "topics", "digest")
+def test_of_a_repeated_step_the_later_record_stands(any_storage: str) -> None:
+    run = open_run(any_storage, "topics", "digest")
     for number in range(1, 6):
         run.record(step(number, loss=1.0))
     run.record({"kind": "event", "step": 5, "event": "killed"})
@@ -70,8 +59,8 @@ def test_of_a_repeated_step_the_later_record_stands(storage: str) -> None:
     assert [values["event"] for values in records if values["kind"] == "event"] == ["resumed", "killed", "checkpoint"]
 
 
-def test_the_status_is_what_was_set_last(storage: str) -> None:
-    run = open_run(storage, "topics", "digest")
+def test_the_status_is_what_was_set_last(any_storage: str) -> None:
+    run = open_run(any_storage, "topics", "digest")
     assert run.status() == {"state": "unknown"}
     run.set_status("running", spec_digest="digest")
     run.set_status("failed", spec_digest="digest", reason="it was full")
@@ -79,18 +68,18 @@ def test_the_status_is_what_was_set_last(storage: str) -> None:
     assert (status["state"], status["reason"]) == ("failed", "it was full")
 
 
-def test_a_small_file_is_read_as_written_or_not_there(storage: str) -> None:
-    run = open_run(storage, "topics", "digest")
+def test_a_small_file_is_read_as_written_or_not_there(any_storage: str) -> None:
+    run = open_run(any_storage, "topics", "digest")
     assert run.read("report.html") is None
     assert run.write("report.html", "<p>炉</p>\r\n") == f"{run.uri}/report.html"
     assert run.read("report.html") == "<p>炉</p>\r\n"
 
 
-def test_half_a_status_is_no_reason_to_stop(storage: str) -> None:
-    run = open_run(storage, "topics", "digest")
+def test_half_a_status_is_no_reason_to_stop(any_storage: str) -> None:
+    run = open_run(any_storage, "topics", "digest")
     run.write(STATUS, '{"state": "runn')
     assert run.status() == {"state": "unknown"}
-    assert open_run(storage, "topics", "digest").number == 2
+    assert open_run(any_storage, "topics", "digest").number == 2
 
 
 def test_a_status_is_never_seen_half_written(tmp_path: Path) -> None:
@@ -123,31 +112,33 @@ def test_a_status_is_never_seen_half_written(tmp_path: Path) -> None:
         (None, "same", False, 2),
     ],
 )
-def test_an_unfinished_run_of_the_same_spec_is_gone_on_with(storage: str, state: str | None, digest: str, fresh: bool, number: int) -> None:
-    run = open_run(storage, "topics", "same")
+def test_an_unfinished_run_of_the_same_spec_is_gone_on_with(
+    any_storage: str, state: str | None, digest: str, fresh: bool, number: int
+) -> None:
+    run = open_run(any_storage, "topics", "same")
     assert (run.number, run.resumed) == (1, False)
     run.record(step(1))
     if state is not None:
         run.set_status(state, spec_digest="same")
-    again = open_run(storage, "topics", digest, fresh=fresh)
+    again = open_run(any_storage, "topics", digest, fresh=fresh)
     assert (again.number, again.resumed) == (number, number == 1)
     assert (again.uri == run.uri) == (number == 1)
 
 
-def test_only_the_last_run_is_gone_on_with(storage: str) -> None:
-    open_run(storage, "topics", "a").set_status("failed", spec_digest="a")
-    open_run(storage, "topics", "b").set_status("finished", spec_digest="b")
-    assert open_run(storage, "topics", "a").number == 3
+def test_only_the_last_run_is_gone_on_with(any_storage: str) -> None:
+    open_run(any_storage, "topics", "a").set_status("failed", spec_digest="a")
+    open_run(any_storage, "topics", "b").set_status("finished", spec_digest="b")
+    assert open_run(any_storage, "topics", "a").number == 3
 
 
-def test_runs_are_listed_by_number_and_by_job(storage: str) -> None:
-    assert run_numbers(storage, "topics") == []
-    assert latest_run(storage, "topics") is None
+def test_runs_are_listed_by_number_and_by_job(any_storage: str) -> None:
+    assert run_numbers(any_storage, "topics") == []
+    assert latest_run(any_storage, "topics") is None
     for _ in range(11):
-        open_run(storage, "topics", "digest", fresh=True).set_status("finished")
-    open_run(storage, "other", "digest").set_status("finished")
-    assert run_numbers(storage, "topics") == list(range(1, 12))
-    latest = latest_run(storage, "topics")
+        open_run(any_storage, "topics", "digest", fresh=True).set_status("finished")
+    open_run(any_storage, "other", "digest").set_status("finished")
+    assert run_numbers(any_storage, "topics") == list(range(1, 12))
+    latest = latest_run(any_storage, "topics")
     assert latest is not None
     assert latest.number == 11
 

@@ -27,16 +27,9 @@ def make(folder: Path, weights: bytes) -> Path:
     return folder
 
 
-@pytest.fixture(params=["file", "memory", "s3"])
-def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
-    match request.param:
-        case "file":
-            uri = str(tmp_path / "runs")
-        case "memory":
-            uri = f"memory://{tmp_path.name}/runs"
-        case _:
-            uri = request.getfixturevalue("s3_uri")
-    return Store(uri, cache_dir=tmp_path / "cache")
+@pytest.fixture
+def store(any_storage: str, tmp_path: Path) -> Store:
+    return Store(any_storage, cache_dir=tmp_path / "cache")
 
 
 def weights_of(folder: Path) -> bytes:

@@ -24,6 +24,7 @@ from danlu import sdk
 from danlu.artifact.bundle import Bundle
 from danlu.cli import app
 from danlu.errors import DataError, ModelError, QualityError, RequestError, SpecError
+from danlu.evaluate.score import Delta
 from danlu.serve.engine import make_engine
 from danlu.serve.gateway import Gateway
 from danlu.spec.files import dump
@@ -241,19 +242,24 @@ def test_another_model_than_the_evaluated_one_is_found_out(
         sdk.check_served(url, named, prepared.splits.dev)
 
 
+def rounded(kind: str, prepared: sdk.Prepared, trained: sdk.Trained) -> tuple[TrainJob, Bundle, Delta]:
+    """The job that asks for weights of a kind, the bundle that has them, and how they compare."""
+    compress = {"quantization": {"kind": kind}, "max_quality_drop": 1, "min_speedup": 1e-9}
+    job = TrainJob.model_validate(prepared.job.model_dump() | {"compress": compress})
+    found = sdk.quantize(job, trained.bundle)
+    assert found.bundle is not None
+    assert "tokens a second" in found.delta.text()
+    assert found.delta.compressed["loss"] != found.delta.original["loss"]
+    return job, found.bundle, found.delta
+
+
 @pytest.mark.parametrize("kind", ["int8", "int4"])
 def test_rounded_weights_are_measured_stored_and_served_as_they_were_evaluated(
     kind: str, served: Served, make_job: MakeJob, chat: tuple[sdk.Prepared, sdk.Trained], tmp_path: Path
 ) -> None:
     prepared, trained = chat
-    compress = {"quantization": {"kind": kind}, "max_quality_drop": 1, "min_speedup": 1e-9}
-    job = TrainJob.model_validate(prepared.job.model_dump() | {"compress": compress})
-    found = sdk.quantize(job, trained.bundle)
-    bundle = found.bundle
-    assert bundle is not None
-    assert "tokens a second" in found.delta.text()
-    assert found.delta.compressed["loss"] != found.delta.original["loss"]
-    assert 3 < found.delta.bytes_original / found.delta.bytes < 8
+    job, bundle, delta = rounded(kind, prepared, trained)
+    assert 3 < delta.bytes_original / delta.bytes < 8
     state = load_file(bundle.path / "model" / f"model.{kind}.safetensors")
     weight, scale = (state[f"model.layers.0.mlp.up_proj.{name}"] for name in ("weight", "scale"))
     if kind == "int4":
@@ -282,14 +288,8 @@ def test_bitsandbytes_weights_are_measured_stored_and_served_as_transformers_loa
 ) -> None:
     pytest.importorskip("bitsandbytes")
     prepared, trained = chat
-    compress = {"quantization": {"kind": kind}, "max_quality_drop": 1, "min_speedup": 1e-9}
-    job = TrainJob.model_validate(prepared.job.model_dump() | {"compress": compress})
-    found = sdk.quantize(job, trained.bundle)
-    bundle = found.bundle
-    assert bundle is not None
-    assert "tokens a second" in found.delta.text()
-    assert found.delta.compressed["loss"] != found.delta.original["loss"]
-    assert found.delta.bytes < found.delta.bytes_original
+    job, bundle, delta = rounded(kind, prepared, trained)
+    assert delta.bytes < delta.bytes_original
     plain = AutoModelForCausalLM.from_pretrained(bundle.path / "model")
     tokenizer = AutoTokenizer.from_pretrained(bundle.path / "model")
     for module in plain.modules():

@@ -325,6 +325,18 @@ def test_answers_are_the_same_with_and_without_the_prefix_cache(qwen3: Path) -> 
     assert with_cache == without
 
 
+def count_steps(made: TorchEngine) -> list[None]:
+    """As long as there have been steps since."""
+    forward, steps = made.runner.forward, list[None]()
+
+    def counted(batch: Batch, cache: Cache) -> torch.Tensor:
+        steps.append(None)
+        return forward(batch, cache)
+
+    object.__setattr__(made.runner, "forward", counted)
+    return steps
+
+
 def test_guessing_ahead_saves_steps_and_changes_no_answer(qwen3: Path) -> None:
     repeating = tuple(range(20, 32)) * 3
     plain = {"max_tokens": 40, "ignore_eos": True}
@@ -338,20 +350,13 @@ def test_guessing_ahead_saves_steps_and_changes_no_answer(qwen3: Path) -> None:
     guide = Guide("regex", "(the market price ){9}")
 
     async def body(made: TorchEngine) -> tuple[list[list[Delta]], int, float]:
-        forward, steps = made.runner.forward, 0
-
-        def counted(batch: Batch, cache: Cache) -> torch.Tensor:
-            nonlocal steps
-            steps += 1
-            return forward(batch, cache)
-
-        object.__setattr__(made.runner, "forward", counted)
+        steps = count_steps(made)
         answers = [await ask(made, *one) for one in asked * 2]  # the second time from the prefix cache
         answers += await asyncio.gather(*(ask(made, *one) for one in asked[:2]))
         answers.append(await ask(made, repeating, Sampling(max_tokens=80), guide=guide))
         stats = made.stats()
         assert stats[catalog.SERVE_DRAFTED_RIGHT] <= stats[catalog.SERVE_DRAFTED]
-        return answers, steps, stats[catalog.SERVE_DRAFTED_RIGHT]
+        return answers, len(steps), stats[catalog.SERVE_DRAFTED_RIGHT]
 
     plainly, steps, right = with_engine(engine(qwen3, num_speculative_tokens=0), body)
     guessing, fewer_steps, more_right = with_engine(engine(qwen3), body)
@@ -389,14 +394,7 @@ def test_a_draft_model_changes_no_answer_and_a_good_one_saves_steps(
     asked = [*prompts(5, 60), (*prefix, 9, 8), (*prefix, 7)]  # the last two begin alike
 
     async def body(made: TorchEngine) -> tuple[list[list[int]], list[list[int]], float, float, int]:
-        forward, steps = made.runner.forward, 0
-
-        def counted(batch: Batch, cache: Cache) -> torch.Tensor:
-            nonlocal steps
-            steps += 1
-            return forward(batch, cache)
-
-        object.__setattr__(made.runner, "forward", counted)
+        steps = count_steps(made)
         gone = made.generate(Generation("gone", asked[0], GREEDY))  # someone who leaves: others get the slot
         await anext(gone)
         await gone.aclose()
@@ -405,7 +403,7 @@ def test_a_draft_model_changes_no_answer_and_a_good_one_saves_steps(
         sampled = Sampling(max_tokens=30, temperature=0.8, seed=3, ignore_eos=True)
         drawn = [await ask(made, prompt, sampled) for prompt in asked[:2]]
         drawn += await asyncio.gather(ask(made, asked[0], GREEDY), ask(made, asked[1], GREEDY, adapter="lora"))
-        return [ids_of(one) for one in plain], [ids_of(one) for one in drawn], guessed, right, steps
+        return [ids_of(one) for one in plain], [ids_of(one) for one in drawn], guessed, right, len(steps)
 
     crowded = {"max_num_seqs": 3, "max_num_batched_tokens": 24, "prefill_chunk_tokens": 16, "adapters": {"lora": str(lora)}}
     _, drawn, _, _, steps = with_engine(engine(qwen3, num_speculative_tokens=0, **crowded), body)

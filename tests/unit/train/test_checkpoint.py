@@ -32,16 +32,9 @@ class Numbers:
         return {}
 
 
-@pytest.fixture(params=["folder", "memory", "s3"])
-def uri(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """A local folder, and stores that cannot rename."""
-    match request.param:
-        case "folder":
-            return str(tmp_path / "checkpoints")
-        case "memory":
-            return f"memory://{tmp_path.name}/checkpoints"
-        case _:
-            return f"{request.getfixturevalue('s3_uri')}/checkpoints"
+@pytest.fixture
+def uri(any_storage: str) -> str:
+    return f"{any_storage}/checkpoints"
 
 
 def checkpoints(uri: str, run: LocalRun | None = None, shape: str = "ddp") -> Checkpoints:
