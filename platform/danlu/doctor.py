@@ -97,7 +97,8 @@ def _torch() -> Iterator[Finding]:
 def _kernels() -> Iterator[Finding]:
     import torch
 
-    from danlu.serve.engines.torch.kernels import KernelsUnavailable, cache_folder, find_compiler, need_kernels
+    from danlu.compiled import KernelsUnavailable, cache_folder, find_compiler
+    from danlu.serve.engines.torch.kernels import need_kernels
     from danlu.tasks.device import has_native_bf16
 
     try:

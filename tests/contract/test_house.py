@@ -30,6 +30,7 @@ HEAVY = {
 
 MAY_IMPORT = {
     "danlu.errors": set(),
+    "danlu.compiled": set(),
     "danlu.spec.train": set(),
     "danlu.spec.serve": set(),
     "danlu.spec.files": set(),

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import logging
-import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -14,6 +12,7 @@ from lm import SMALL, ask, engine, greedy, ids_of, prompts, reference, with_engi
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PretrainedConfig, Qwen2Config, Qwen3Config
 
+from danlu.compiled import FLAGS, KernelsUnavailable
 from danlu.compress.weight_only import quantize_weights
 from danlu.metrics import catalog
 from danlu.serve.engines.torch import kernels
@@ -21,7 +20,7 @@ from danlu.serve.engines.torch.attention import make_batch
 from danlu.serve.engines.torch.cache import Cache, LayerShape
 from danlu.serve.engines.torch.engine import TorchEngine
 from danlu.serve.engines.torch.fused import FusedForward
-from danlu.serve.engines.torch.kernels import Kernels, KernelsUnavailable, LinearStruct, build_kernels, load_kernels
+from danlu.serve.engines.torch.kernels import Kernels, LinearStruct, build_kernels, load_kernels
 from danlu.serve.engines.torch.scheduler import Piece
 from danlu.serve.engines.torch.sequence import Sequence
 from danlu.serve.generation import Generation, Sampling
@@ -52,7 +51,7 @@ def own() -> Kernels:
 def native(request: pytest.FixtureRequest, own: Kernels, tmp_path_factory: pytest.TempPathFactory) -> Kernels:
     if request.param not in LESS:
         return own
-    return Kernels(build_kernels(tmp_path_factory.mktemp("kernels"), flags=(*kernels.FLAGS, LESS[request.param])))
+    return Kernels(build_kernels(tmp_path_factory.mktemp("kernels"), flags=(*FLAGS, LESS[request.param])))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -205,24 +204,3 @@ def test_without_a_compiler_that_works_pytorch_answers_and_the_log_says_so(
         assert with_engine(engine(folder), tier) == (0, greedy(reference(folder), (7, 8, 9), 12))
     assert told in caplog.text
     assert not list((tmp_path / "cache").rglob("*.so"))
-
-
-def test_who_comes_at_the_same_time_builds_once(tmp_path: Path, afresh: pytest.MonkeyPatch) -> None:
-    compiler = tmp_path / "compiler"
-    compiler.write_text(
-        f'#!/bin/sh\n[ "$1" = --version ] && exit\necho built >> {tmp_path}/log\nwhile [ "$1" != -o ]; do shift; done\necho > "$2"\n'
-    )
-    compiler.chmod(0o755)
-    afresh.setenv("CXX", str(compiler))
-    together = threading.Barrier(4)
-
-    def build() -> Path:
-        together.wait()
-        return build_kernels(tmp_path / "cache")
-
-    with ThreadPoolExecutor(4) as pool:
-        (path,) = {one.result() for one in [pool.submit(build) for _ in range(4)]}
-    assert (tmp_path / "log").read_text().splitlines() == ["built"]
-    assert [found.name for found in (tmp_path / "cache").iterdir() if found.suffix != ".lock"] == [path.name]
-    afresh.setattr(kernels, "_cpu_flags", lambda: "another CPU's")
-    assert build_kernels(tmp_path / "cache") != path, "a cache may be shared by machines that differ"

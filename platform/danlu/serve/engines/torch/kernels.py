@@ -1,39 +1,20 @@
-"""The compiled kernels (kernels.cpp): built once for this CPU, with a C++ compiler and nothing else, and kept. Nothing needs them."""
+"""The compiled kernels (kernels.cpp) of a language model's steps. Nothing needs them."""
 
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import functools
-import hashlib
-import logging
-import os
-import platform
-import shlex
-import shutil
-import subprocess
-import tempfile
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from danlu.compiled import FLAGS, KernelsUnavailable, build, cache_folder
 from danlu.errors import ModelError
 
-log = logging.getLogger(__name__)
-
 SOURCE = Path(__file__).with_name("kernels.cpp")
-FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-fPIC", "-shared")
-BUILD_TIMEOUT_S = 300
 PANEL = 32
 """Outputs of a panel of weights: kernels.cpp's."""
-
-
-class KernelsUnavailable(Exception):
-    """Why there are none; whoever asked does without."""
 
 
 class LinearStruct(ctypes.Structure):
@@ -134,71 +115,6 @@ def _found() -> Kernels | KernelsUnavailable:
         return KernelsUnavailable(f"they cannot be loaded: {error}")
 
 
-def cache_folder() -> Path:
-    """Where the libraries lie: PyTorch's folder of extensions, or the user's cache. KernelsUnavailable where there is neither."""
-    if named := os.environ.get("TORCH_EXTENSIONS_DIR"):
-        return Path(named) / "danlu_kernels"
-    try:
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "danlu" / "kernels"
-    except RuntimeError as error:  # a container's user may have no home
-        raise KernelsUnavailable(f"there is no folder to keep them in ({error}): set TORCH_EXTENSIONS_DIR") from error
-
-
 def build_kernels(folder: Path, *, flags: tuple[str, ...] = FLAGS) -> Path:
-    """The library's path in the folder. Processes that come together build it once."""
-    compiler = find_compiler()
-    try:
-        path = folder / f"kernels-{_key(compiler, flags)}.so"
-        if not path.exists():
-            folder.mkdir(parents=True, exist_ok=True)
-            with _locked(path.with_suffix(".lock")):
-                if not path.exists():  # else another process has built it meanwhile
-                    _compile(compiler, flags, path)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise KernelsUnavailable(f"they cannot be built in {folder}: {error}") from error
-    return path
-
-
-def find_compiler() -> list[str]:
-    """The command: CXX, or g++. KernelsUnavailable if it is not there."""
-    compiler = shlex.split(os.environ.get("CXX", "")) or ["g++"]
-    if shutil.which(compiler[0]) is None:
-        raise KernelsUnavailable(f"there is no C++ compiler: {compiler[0]} is not on the PATH")
-    return compiler
-
-
-def _compile(compiler: list[str], flags: tuple[str, ...], path: Path) -> None:
-    began = time.monotonic()
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix="building-") as temporary:
-        made = Path(temporary) / "kernels.so"
-        done = subprocess.run(
-            [*compiler, *flags, "-o", str(made), str(SOURCE)], capture_output=True, text=True, timeout=BUILD_TIMEOUT_S, check=False
-        )
-        if done.returncode or not made.exists():
-            said = done.stderr.strip().splitlines() or [f"it ends with status {done.returncode}"]
-            raise KernelsUnavailable(f"{compiler[0]} cannot build them: {said[0]}")
-        made.replace(path)  # whole or not there
-    log.info("built the compiled kernels in %.0f s: %s", time.monotonic() - began, path)
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """The kernel's lock: it ends with the process that holds it, so that none is ever left behind."""
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-def _key(compiler: list[str], flags: tuple[str, ...]) -> str:
-    """What the library depends on: a cache may be shared by machines that differ."""
-    asked = subprocess.run([*compiler, "--version"], capture_output=True, text=True, timeout=BUILD_TIMEOUT_S, check=False)
-    parts = (SOURCE.read_text(encoding="utf-8"), asked.stdout, *flags, torch.__version__, platform.machine(), _cpu_flags())
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
-
-
-def _cpu_flags() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line for line in lines if line.lower().startswith(("flags", "features"))), platform.processor())
+    """The library's path in the folder. KernelsUnavailable says why not."""
+    return build("kernels", SOURCE, folder, flags=flags)

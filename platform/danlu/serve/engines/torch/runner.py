@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from danlu.artifact.bundle import Bundle, BundleMeta, Probe
+from danlu.compiled import KernelsUnavailable
 from danlu.compress.weight_only import WeightOnlyLinear
 from danlu.errors import ModelError, QualityError
 from danlu.serve.engines.torch.attention import make_batch
@@ -18,7 +19,7 @@ from danlu.serve.engines.torch.cache import Cache, LayerShape, num_slots
 from danlu.serve.engines.torch.draft_model import DraftModel
 from danlu.serve.engines.torch.forward import Forward, HuggingFaceForward, check_answers, own_logits, trial_row
 from danlu.serve.engines.torch.fused import FusedForward, can_be_fused
-from danlu.serve.engines.torch.kernels import Kernels, KernelsUnavailable, load_kernels, need_kernels
+from danlu.serve.engines.torch.kernels import Kernels, load_kernels, need_kernels
 from danlu.serve.engines.torch.linear import exchange_linears
 from danlu.serve.engines.torch.load import Loaded, load, load_draft
 from danlu.serve.engines.torch.lora import Adapters
