@@ -227,15 +227,12 @@ async def ask(url: str, asked: Sequence[dict[str, Any]], streams: int) -> Seen:
                 async with session.post("/v1/chat/completions", json=body) as response:
                     if response.status != 200:
                         raise RuntimeError(f"{response.status}: {(await response.text())[:300]}")
-                    rest = b""
-                    async for came in response.content.iter_any():
-                        *lines, rest = (rest + came).split(b"\n")
-                        for line in lines:
-                            if line.startswith(b"data: {"):
-                                choices = json.loads(line[6:]).get("choices")
-                                if choices and choices[0]["delta"].get("content"):
-                                    times.append(time.perf_counter())
-                                ended = (choices and choices[0].get("finish_reason")) or ended
+                    async for line in response.content:
+                        if line.startswith(b"data: {"):
+                            choices = json.loads(line[6:]).get("choices")
+                            if choices and choices[0]["delta"].get("content"):
+                                times.append(time.perf_counter())
+                            ended = (choices and choices[0].get("finish_reason")) or ended
                 # A piece can be less than a character, and then waits for the next one: pieces are fewer than tokens.
                 if not times or ("ignore_eos" in body and ended != "length"):
                     raise RuntimeError(f"{len(times)} pieces came, and the answer ended by {ended}")

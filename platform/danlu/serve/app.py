@@ -45,8 +45,6 @@ START_TIMEOUT_S = 180.0
 STOP_TIMEOUT_S = 30.0
 STATS_EVERY_S = 1.0
 PROXIES_TIMEOUT_S = 10.0
-REPLICA_ENVIRONMENT = {"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0"}
-"""Of its own Serve gives the ASGI app a loop in another thread, and hands each event of a stream from there to the one with the socket."""
 
 
 class Replica:
@@ -107,7 +105,7 @@ def build(spec: Service | Mapping[str, Any]) -> serve.Application:
     cpus, gpus = _cores_and_gpus(engine)
     deployment = serve.deployment(
         name=service.name,
-        ray_actor_options={"num_cpus": cpus, "num_gpus": gpus, "runtime_env": {"env_vars": REPLICA_ENVIRONMENT}},
+        ray_actor_options={"num_cpus": cpus, "num_gpus": gpus},
         # The gateway queues and refuses, in OpenAI's shape and with a Retry-After that it has measured; Serve's bound is the net under it.
         max_ongoing_requests=room + 16,
         # A burst waits here while it is handed to replicas that have room: too small a bound would refuse it with Serve's plain text.

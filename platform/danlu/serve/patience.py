@@ -31,12 +31,10 @@ class Patience:
         self._look_at(self.loop.time() + self.seconds)
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> bool | None:
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         assert self.timer is not None
         self.timer.cancel()
-        return await self.bound.__aexit__(kind, error, traceback)
+        await self.bound.__aexit__(kind, error, traceback)
 
     def _look_at(self, when: float) -> None:
         self.timer = self.loop.call_at(when, self._look)
