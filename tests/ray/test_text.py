@@ -9,7 +9,6 @@ from typing import Any
 
 import openai
 import pytest
-import ray
 
 from danlu.errors import StorageError
 from danlu.metrics import catalog
@@ -80,18 +79,6 @@ def test_a_stream_arrives_token_by_token_ends_with_its_client_and_is_metered(
     wait_for("their tokens", lambda: 31 <= total(catalog.SERVE_COMPLETION_TOKENS) < 200)
     wait_for("those of the cache", lambda: cached <= total(catalog.SERVE_CACHED_TOKENS) <= cached + 2)
     wait_for("the refusal", lambda: total(catalog.SERVE_REFUSALS, reason="401") == 1)
-
-
-def test_events_are_made_on_the_loop_that_has_the_socket(client: openai.OpenAI) -> None:
-    client.models.list()
-    (name,) = [one["name"] for one in ray.util.list_named_actors(all_namespaces=True) if one["name"].startswith("SERVE_REPLICA::echo-text")]
-    replica = ray.get_actor(name, namespace="serve")
-
-    # Defined here, it travels by value: the replica does not import this module.
-    def has_a_loop_of_its_own(actor: Any) -> bool:
-        return bool(actor._replica_impl._user_callable_wrapper._run_user_code_in_separate_thread)
-
-    assert not ray.get(replica.__ray_call__.remote(has_a_loop_of_its_own), timeout=10)
 
 
 def test_a_header_leads_to_the_replicas_line(
