@@ -49,23 +49,29 @@ class Row:
 
 @dataclass(frozen=True)
 class Options:
-    """The command line: rounds, a smoke run of seconds, and where the JSON goes."""
+    """The command line: rounds, a smoke run of seconds, where the JSON goes, and which peers are asked for."""
 
     rounds: int
     quick: bool
     out: Path
+    peers: tuple[str, ...] = ()
 
 
-def options(about: str | None, *, rounds: int, arguments: Sequence[str] | None = None) -> Options:
-    """Read --rounds, --quick and --out; a quick run has one round."""
+def options(about: str | None, *, rounds: int, peers: Sequence[str] = (), arguments: Sequence[str] | None = None) -> Options:
+    """Read --rounds, --quick and --out, and --peers where there are any to choose from; a quick run has one round."""
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=None, help=f"turns of each contestant (default {rounds})")
     parser.add_argument("--quick", action="store_true", help="one short round: shows that the script runs, measures nothing")
     parser.add_argument("--out", type=Path, default=ROOT / "build/bench", help="folder of the JSON (default build/bench)")
+    if peers:
+        parser.add_argument("--peers", default=",".join(peers), help="those that Danlu is measured against (default %(default)s)")
     found = parser.parse_args(arguments)
+    asked = tuple(name for name in found.peers.split(",") if name) if peers else ()
+    if unknown := [name for name in asked if name not in peers]:
+        parser.error(f"--peers {found.peers}: there is no {unknown[0]}; {', '.join(peers)}")
     if found.rounds is not None and found.rounds < 1:
         parser.error(f"--rounds {found.rounds}: at least one")
-    return Options(found.rounds or (1 if found.quick else rounds), found.quick, found.out.resolve())
+    return Options(found.rounds or (1 if found.quick else rounds), found.quick, found.out.resolve(), asked)
 
 
 def cores() -> int:

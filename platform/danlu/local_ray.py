@@ -12,6 +12,8 @@ import ray
 ENVIRONMENT = {
     # Training and serving are not background jobs, which is what Ray takes its workers for.
     "RAY_worker_niceness": "0",
+    # A replica's events would be made on a loop of their own and handed, one by one, to the one in another thread that has the socket.
+    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
     "RAY_TRAIN_V2_ENABLED": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
 }

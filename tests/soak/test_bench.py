@@ -113,3 +113,16 @@ def test_everybody_has_as_many_turns_and_nobody_is_always_first(harness: ModuleT
     found = harness.interleave(contestants, 3)
     assert turns == ["a", "b", "c", "b", "c", "a", "c", "a", "b"]
     assert found == {"a": [1, 6, 8], "b": [2, 4, 9], "c": [3, 5, 7]}
+
+
+def test_peers_are_asked_for_by_name_and_one_that_is_none_is_refused(harness: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    def peers(*arguments: str) -> tuple[str, ...]:
+        found: tuple[str, ...] = harness.options("", rounds=1, peers=["vllm", "llama"], arguments=arguments).peers
+        return found
+
+    assert peers() == ("vllm", "llama")
+    assert peers("--peers", "llama") == ("llama",)
+    assert peers("--peers", "") == ()
+    with pytest.raises(SystemExit):
+        peers("--peers", "vlm")
+    assert "there is no vlm; vllm, llama" in capsys.readouterr().err

@@ -4,6 +4,7 @@
  "ray_version": "2.60.0",
  "ray_env": {
   "RAY_worker_niceness": "0",
+  "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
   "RAY_TRAIN_V2_ENABLED": "1",
   "RAY_USAGE_STATS_ENABLED": "0"
  },

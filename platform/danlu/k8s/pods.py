@@ -18,7 +18,12 @@ KIND, NAME = "danlu.ai/kind", "danlu.ai/name"
 WORKERS = "workers"
 """The name of the one group of workers."""
 GPU = "nvidia.com/gpu"
-RAY_ENV = {"RAY_worker_niceness": "0", "RAY_TRAIN_V2_ENABLED": "1", "RAY_USAGE_STATS_ENABLED": "0"}
+RAY_ENV = {
+    "RAY_worker_niceness": "0",
+    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+    "RAY_TRAIN_V2_ENABLED": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
 """What a Ray of ours runs with on a laptop, too."""
 SPOT: dict[Spot, tuple[str, str, bool]] = {
     "gke": ("cloud.google.com/gke-spot", "true", True),

@@ -31,6 +31,10 @@ class Metric:
     max_values: int = 200
     """A label takes so many values in a process; later ones are counted together as `other`, so that sums stay right and series bounded."""
 
+    def __hash__(self) -> int:
+        """Of the name, which no other has: a token's path looks metrics up."""
+        return hash(self.name)
+
     @property
     def exported(self) -> str:
         """Its name on Ray's metrics port: Ray puts `ray_` before it and `_total` behind a counter."""

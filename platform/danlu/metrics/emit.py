@@ -38,11 +38,13 @@ class _Emitter:
         self.live: dict[str, Any] = {}
         self.begun: set[tuple[Metric, tuple[str, ...]]] = set()
         self.values: defaultdict[tuple[str, str], set[str]] = defaultdict(set)
+        self.known: set[tuple[Metric, tuple[str, ...]]] = set()
         self.thread: threading.Thread | None = None
 
     def add(self, metric: Metric, value: float, labels: tuple[str, ...]) -> None:
         with self.lock:
-            labels = tuple(self._bounded(metric, name, value) for name, value in zip(metric.labels, labels, strict=True))
+            if (metric, labels) not in self.known:
+                labels = self._bounded(metric, labels)
             if metric.kind == "gauge" and OTHER in labels:
                 return  # the last of many values would stand for all of them
             match metric.kind:
@@ -57,7 +59,14 @@ class _Emitter:
                 self.thread.start()
                 atexit.register(self.flush)
 
-    def _bounded(self, metric: Metric, label: str, value: str) -> str:
+    def _bounded(self, metric: Metric, labels: tuple[str, ...]) -> tuple[str, ...]:
+        """The labels with OTHER for values that are too many."""
+        found = tuple(self._value(metric, name, value) for name, value in zip(metric.labels, labels, strict=True))
+        if found == labels:
+            self.known.add((metric, labels))
+        return found
+
+    def _value(self, metric: Metric, label: str, value: str) -> str:
         known = self.values[metric.name, label]
         if value in known:
             return value

@@ -11,6 +11,7 @@ from typing import Any
 
 from danlu.errors import RequestError
 from danlu.serve.keys import Key
+from danlu.serve.patience import Patience
 
 Message = MutableMapping[str, Any]
 Scope = MutableMapping[str, Any]
@@ -102,14 +103,15 @@ async def send_stream(send: Send, stream: Stream, headers: Mapping[str, str], *,
     """The events as they come, but not the end of the body. ClientGone if the client takes nothing for `silence_s`."""
     # nginx would otherwise keep events back until its buffer is full.
     extra = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache", "x-accel-buffering": "no"}
-    async with aclosing(stream.events) as events:
-        await send(_start(200, {**headers, **extra}))
-        async for chunk in events:
-            try:
-                async with asyncio.timeout(silence_s):
-                    await send({"type": "http.response.body", "body": chunk, "more_body": True})
-            except (OSError, TimeoutError) as error:  # ASGI servers raise the first
-                raise ClientGone from error
+    try:
+        async with aclosing(stream.events) as events, Patience(silence_s) as taken:
+            await send(_start(200, {**headers, **extra}))
+            async for chunk in events:
+                taken.begin()
+                await send({"type": "http.response.body", "body": chunk, "more_body": True})
+                taken.end()
+    except (OSError, TimeoutError) as error:  # ASGI servers raise the first
+        raise ClientGone from error
 
 
 def _start(status: int, headers: Mapping[str, str]) -> Message:

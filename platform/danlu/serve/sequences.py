@@ -11,6 +11,7 @@ from danlu import traces
 from danlu.errors import RequestError
 from danlu.metrics import catalog
 from danlu.serve.generation import Delta, Generation, TextEngine, Usage
+from danlu.serve.patience import Patience
 
 Count = Callable[..., None]
 
@@ -109,7 +110,8 @@ class Sequences:
         came = time.perf_counter()
         begun, first, last = came, None, self.began
         try:
-            async with asyncio.timeout(self.silence_s) as clock, aclosing(self.engine.generate(generation)) as deltas:
+            async with Patience(self.silence_s) as silence, aclosing(self.engine.generate(generation)) as deltas:
+                silence.begin()
                 async for delta in deltas:
                     now = time.perf_counter()
                     if not num_deltas:
@@ -127,7 +129,7 @@ class Sequences:
                         if self.first_token_s is None:
                             self.first_token_s = now - self.began
                         num_tokens, last = num_tokens + new, now
-                    clock.reschedule(asyncio.get_running_loop().time() + self.silence_s)
+                    silence.begin()
                     self.pending.setdefault(index, []).append(delta)
                     if delta.finish_reason is not None:
                         how, self.finished[index] = delta.finish_reason, delta

@@ -10,7 +10,7 @@ from pydantic import ConfigDict, Field
 
 from danlu.errors import RequestError
 from danlu.serve.generation import Chat, Delta, Guide, TokenLogprob, Usage
-from danlu.serve.openai.common import Wire, parse, usage_response
+from danlu.serve.openai.common import TextEvents, Wire, event, parse, usage_response
 from danlu.serve.openai.sampling import SamplingFields, check_stream_options
 from danlu.serve.openai.tools import CallDelta, Content, Piece, ToolCallParser
 
@@ -196,7 +196,7 @@ def chat_response(request: ChatRequest, head: Mapping[str, Any], answers: Sequen
 
 
 class ChatChunks:
-    """The chunks of a stream: `add` what came for a choice, then `usage`."""
+    """The events of a stream: `add` what came for a choice, then `usage`."""
 
     def __init__(self, request: ChatRequest, head: Mapping[str, Any], num_choices: int) -> None:
         self.request = request
@@ -205,8 +205,17 @@ class ChatChunks:
         self.begun = [False] * num_choices
         # Of text that a parser holds back: they go out with the next piece.
         self.logprobs: list[tuple[TokenLogprob, ...]] = [()] * num_choices
+        self.plain = [TextEvents(self._chunk(i, {"content": TextEvents.HOLE})) for i in range(num_choices)]
 
-    def add(self, index: int, delta: Delta) -> list[dict[str, Any]]:
+    def add(self, index: int, delta: Delta) -> bytes:
+        if self.begun[index] and delta.text and not (delta.finish_reason or delta.logprobs or self.parsers[index]):
+            return self.plain[index].event(delta.text)
+        return b"".join(event(chunk) for chunk in self._chunks(index, delta))
+
+    def usage(self, usage: Usage) -> bytes:
+        return event({**self.head, "choices": [], "usage": usage_response(usage)})
+
+    def _chunks(self, index: int, delta: Delta) -> list[dict[str, Any]]:
         chunks = []
         if not self.begun[index]:
             self.begun[index] = True
@@ -221,9 +230,6 @@ class ChatChunks:
         elif not pieces and self.logprobs[index] and parser is None:
             chunks.append(self._chunk(index, {"content": ""}))  # a token without a whole character
         return chunks
-
-    def usage(self, usage: Usage) -> dict[str, Any]:
-        return {**self.head, "choices": [], "usage": usage_response(usage)}
 
     def _chunk(self, index: int, delta: dict[str, Any], finish_reason: str | None = None) -> dict[str, Any]:
         logprobs, asked = None, self.request.logprobs and "role" not in delta

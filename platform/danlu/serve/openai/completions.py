@@ -9,7 +9,7 @@ from pydantic import ConfigDict, Field
 
 from danlu.errors import RequestError
 from danlu.serve.generation import Delta, TokenLogprob, Usage
-from danlu.serve.openai.common import Wire, parse, usage_response
+from danlu.serve.openai.common import TextEvents, Wire, event, parse, usage_response
 from danlu.serve.openai.sampling import SamplingFields, check_stream_options
 
 TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
@@ -51,24 +51,30 @@ def prompts(request: CompletionRequest) -> list[str | tuple[int, ...]]:
 
 
 class Choices:
-    """The choices of an answer, whole or as a stream's chunks. `echoed` has a text for each choice to put before it."""
+    """The choices of an answer, whole or as a stream's events. `echoed` has a text for each choice to put before it."""
 
     def __init__(self, request: CompletionRequest, head: Mapping[str, Any], echoed: Sequence[str]) -> None:
         self.request, self.head = request, {**head, "object": "text_completion"}
         self.unsent, self.offsets = list(echoed), [0] * len(echoed)
+        plain = {"text": TextEvents.HOLE, "logprobs": None, "finish_reason": None}
+        self.plain = [TextEvents(self._chunk({"index": i} | plain)) for i in range(len(echoed))]
 
     def response(self, answers: Sequence[Delta], usage: Usage) -> dict[str, Any]:
         choices = [self._choice(i, answer) for i, answer in enumerate(answers)]
         return {**self.head, "choices": choices, "usage": usage_response(usage)}
 
-    def add(self, index: int, delta: Delta) -> list[dict[str, Any]]:
+    def add(self, index: int, delta: Delta) -> bytes:
         if not (delta.text or delta.logprobs or delta.finish_reason or self.unsent[index]):
-            return []
-        usage = {"usage": None} if self.request.includes_usage else {}
-        return [{**self.head, "choices": [self._choice(index, delta)], **usage}]
+            return b""
+        if delta.finish_reason or self.request.logprobs is not None or self.unsent[index]:
+            return event(self._chunk(self._choice(index, delta)))
+        return self.plain[index].event(delta.text)
 
-    def usage(self, usage: Usage) -> dict[str, Any]:
-        return {**self.head, "choices": [], "usage": usage_response(usage)}
+    def usage(self, usage: Usage) -> bytes:
+        return event({**self.head, "choices": [], "usage": usage_response(usage)})
+
+    def _chunk(self, choice: dict[str, Any]) -> dict[str, Any]:
+        return {**self.head, "choices": [choice], **({"usage": None} if self.request.includes_usage else {})}
 
     def _choice(self, index: int, delta: Delta) -> dict[str, Any]:
         echoed, self.unsent[index] = self.unsent[index], ""

@@ -33,11 +33,11 @@ logger = logging.getLogger("danlu.serve")
 
 
 class Chunks(Protocol):
-    """What makes a stream's chunks of what came."""
+    """What makes a stream's events of what came."""
 
-    def add(self, index: int, delta: Delta) -> list[dict[str, Any]]: ...
+    def add(self, index: int, delta: Delta) -> bytes: ...
 
-    def usage(self, usage: Usage) -> dict[str, Any]: ...
+    def usage(self, usage: Usage) -> bytes: ...
 
 
 class TextApi:
@@ -198,10 +198,10 @@ async def _events(sequences: Sequences, chunks: Chunks, *, includes_usage: bool)
     end = b""
     try:
         async for batch in sequences.pieces():
-            if found := b"".join(event(chunk) for index, delta in batch.items() for chunk in chunks.add(index, delta)):
+            if found := b"".join(chunks.add(index, delta) for index, delta in batch.items()):
                 yield found
         if includes_usage:
-            end = event(chunks.usage(sequences.usage()))
+            end = chunks.usage(sequences.usage())
     except RequestError as error:
         end = event(error_response(error))
     except Exception as error:

@@ -1,0 +1,164 @@
+"""What a stream is made of: events that are written once but for their text, and the bound of each of its waits."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from typing import Any
+
+import pytest
+from openai.types.chat import ChatCompletionChunk
+
+from danlu.serve.asgi import ClientGone, Stream, send_stream
+from danlu.serve.generation import Delta, TokenLogprob, Usage
+from danlu.serve.openai.chat import ChatChunks, parse_chat
+from danlu.serve.openai.common import TextEvents, event
+from danlu.serve.openai.completions import Choices, parse_completion
+from danlu.serve.patience import Patience
+
+HEAD = {"id": "chatcmpl-1", "created": 1, "model": 'a "model"'}
+TEXTS = ["wheat", ' "quoted" \\ and\nlines\t', "小麦\N{REPLACEMENT CHARACTER}\U0001f33e", "\0text\0", "\u2028</script>\x7f"]
+CHAT = {"model": "m", "messages": [{"role": "user", "content": "x"}], "stream": True}
+
+
+def documents(raw: bytes) -> list[Any]:
+    *events, rest = raw.split(b"\n\n")
+    assert rest == b""
+    assert all(one.startswith(b"data: ") for one in events)
+    return [json.loads(one.removeprefix(b"data: ")) for one in events]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_an_event_written_around_its_text_is_the_event_written_whole(text: str) -> None:
+    made = TextEvents({"a": 1, "delta": {"content": TextEvents.HOLE}, "b": None}).event(text)
+    assert made == event({"a": 1, "delta": {"content": text}, "b": None})
+
+
+@pytest.mark.parametrize("with_usage", [False, True])
+def test_every_piece_of_a_chat_is_a_chunk_by_itself(with_usage: bool) -> None:
+    asked = CHAT | {"n": 2} | ({"stream_options": {"include_usage": True}} if with_usage else {})
+    chunks = ChatChunks(parse_chat(json.dumps(asked).encode()), HEAD, 2)
+    texts = ["", ""]
+    seen = []
+    for i, text in enumerate([*TEXTS, *TEXTS]):
+        for found in documents(chunks.add(i % 2, Delta(text, (i,)))):
+            chunk = ChatCompletionChunk.model_validate(found, strict=True)
+            assert (chunk.id, chunk.created, chunk.model) == tuple(HEAD.values())
+            assert ("usage" in found) == with_usage
+            (choice,) = chunk.choices
+            assert choice.finish_reason is None
+            texts[choice.index] += choice.delta.content or ""
+            seen.append((choice.index, choice.delta.role))
+    assert texts == ["".join(([*TEXTS, *TEXTS])[0::2]), "".join(([*TEXTS, *TEXTS])[1::2])]
+    assert [role for _, role in seen].count("assistant") == 2
+    assert dict(reversed(seen)) == {0: "assistant", 1: "assistant"}
+    ends = [documents(chunks.add(i, Delta(" end", (9,), finish_reason="stop"))) for i in range(2)]
+    for i, (last, end) in enumerate(ends):
+        assert last["choices"][0]["delta"] == {"content": " end"}
+        assert (end["choices"][0]["index"], end["choices"][0]["finish_reason"]) == (i, "stop")
+
+
+def test_a_piece_with_log_probabilities_keeps_them_and_the_next_one_has_its_own() -> None:
+    chunks = ChatChunks(parse_chat(json.dumps(CHAT | {"logprobs": True}).encode()), HEAD, 1)
+    chunks.add(0, Delta("a", (1,), (TokenLogprob(1, "a", -1.0),)))
+    for token in (2, 3):
+        (found,) = documents(chunks.add(0, Delta("b", (token,), (TokenLogprob(token, "b", -token),))))
+        assert [one["logprob"] for one in found["choices"][0]["logprobs"]["content"]] == [-token]
+
+
+def test_every_piece_of_a_completion_is_a_chunk_by_itself() -> None:
+    asked = {"model": "m", "prompt": ["p", "q"], "echo": True, "stream": True}
+    choices = Choices(parse_completion(json.dumps(asked).encode()), HEAD, ["p", "q"])
+    texts = ["", ""]
+    for i, text in enumerate([*TEXTS, *TEXTS]):
+        (found,) = documents(choices.add(i % 2, Delta(text, (i,))))
+        (choice,) = found["choices"]
+        assert (choice["finish_reason"], choice["logprobs"], found["object"]) == (None, None, "text_completion")
+        texts[choice["index"]] += choice["text"]
+    assert texts == ["p" + "".join([*TEXTS, *TEXTS][0::2]), "q" + "".join([*TEXTS, *TEXTS][1::2])]
+    assert choices.add(0, Delta("", (1,))) == b""
+    assert documents(choices.usage(Usage(1, 0, 2)))[0]["usage"]["completion_tokens"] == 2
+
+
+def test_many_waits_may_last_longer_together_than_one_may() -> None:
+    async def life() -> None:
+        async with Patience(0.1) as patience:
+            for _ in range(10):
+                patience.begin()
+                await asyncio.sleep(0.02)
+
+    asyncio.run(life())
+
+
+def test_one_wait_that_is_too_long_ends_the_block_in_time() -> None:
+    async def life() -> None:
+        began = 0.0
+
+        async def wait() -> None:
+            nonlocal began
+            async with Patience(0.1) as patience:
+                for _ in range(5):
+                    patience.begin()
+                    await asyncio.sleep(0.02)
+                patience.begin()
+                began = time.perf_counter()
+                await asyncio.sleep(30)
+
+        with pytest.raises(TimeoutError):
+            await wait()
+        assert 0.09 < time.perf_counter() - began < 5
+
+    asyncio.run(life())
+
+
+def test_time_that_nobody_waits_for_does_not_count() -> None:
+    async def life() -> None:
+        async with Patience(0.02) as patience:
+            patience.begin()
+            patience.end()
+            await asyncio.sleep(0.1)
+            patience.begin()
+            patience.end()
+
+    asyncio.run(life())
+
+
+def test_who_is_cancelled_hears_that_and_nothing_else() -> None:
+    async def life() -> None:
+        async def wait() -> None:
+            async with Patience(30) as patience:
+                patience.begin()
+                await asyncio.sleep(30)
+
+        task = asyncio.create_task(wait())
+        await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(life())
+
+
+def test_a_client_that_takes_nothing_is_gone_and_the_answer_is_closed() -> None:
+    async def life() -> None:
+        closed, sent = asyncio.Event(), []
+
+        async def events() -> Any:
+            try:
+                while True:
+                    yield b"data: 1\n\n"
+            finally:
+                closed.set()
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+            if len(sent) > 3:
+                await asyncio.sleep(30)
+
+        with pytest.raises(ClientGone):
+            await send_stream(send, Stream(events()), {}, silence_s=0.05)
+        assert closed.is_set()
+        assert [one["type"] for one in sent] == ["http.response.start", *["http.response.body"] * 3]
+
+    asyncio.run(life())
