@@ -302,12 +302,13 @@ class TorchEngine:
                 only_read.append((sequence.stream, Delta("", (), (), tuple(sequence.prompt_logprobs), "length", usage, sequence.begun)))
             elif piece.is_last:
                 last.append((piece, row - 1 - len(piece.draft)))
-        made = self._made(last, logits)
-        return only_read + [(piece.sequence.stream, joined(deltas)) for (piece, _), deltas in zip(last, made, strict=True)]
+        return only_read + self._made(last, logits)
 
-    def _made(self, pieces: list[tuple[Piece, int]], logits: torch.Tensor) -> list[list[Delta]]:
-        """Of each piece, whose logits begin at a row: a token more, and another one for each token that was guessed right."""
+    def _made(self, pieces: list[tuple[Piece, int]], logits: torch.Tensor) -> Outbox:
+        """Of each piece, whose logits begin at a row: a token more, and another one for each token that was guessed right; or an error,
+        where a guide goes no further."""
         made: list[list[Delta]] = [[] for _ in pieces]
+        failed: Outbox = []
         going = list(range(len(pieces)))
         turn = 0
         while going:
@@ -319,13 +320,18 @@ class TorchEngine:
                 sequence, draft = pieces[i][0].sequence, pieces[i][0].draft
                 is_right = turn < len(draft) and one.token_id == draft[turn]
                 sequence.num_computed += is_right  # before the sequence may end and leave its slot to the prefix cache
-                made[i].append(self._add(sequence, one))
+                try:
+                    made[i].append(self._add(sequence, one))
+                except RequestError as error:
+                    self.scheduler.remove(sequence)
+                    failed.append((sequence.stream, error))
+                    continue
                 if is_right and made[i][-1].finish_reason is None:
                     following.append(i)
                 elif draft:
                     self._judge(sequence, len(draft), turn + is_right)
             going, turn = following, turn + 1
-        return made
+        return [(piece.sequence.stream, joined(deltas)) for (piece, _), deltas in zip(pieces, made, strict=True) if deltas] + failed
 
     def _judge(self, sequence: Sequence, guessed: int, right: int) -> None:
         sequence.drafter.judge(sequence.tokens, right)
