@@ -24,6 +24,7 @@ from transformers.generation import (
 )
 
 from danlu.errors import RequestError
+from danlu.metrics import catalog
 from danlu.serve.engines.torch.engine import TorchEngine
 from danlu.serve.engines.torch.sampler import Chooser, choose
 from danlu.serve.engines.torch.text import TextMaker
@@ -266,6 +267,30 @@ def test_a_guide_that_does_not_compile_is_refused(folder: Path) -> None:
         with pytest.raises(RequestError, match="min_tokens"):
             await ask(made, (7, 8), replace(GREEDY, min_tokens=3), guide=Guide("regex", "a"))
         assert ids_of(await ask(made, (7, 8), GREEDY))
+
+    with_engine(engine(folder), body)
+
+
+TOO_MUCH = {
+    "regex": Guide("regex", "(a?){500}a{500}", "guided_regex"),
+    "json_schema": Guide("json_schema", json.dumps({"type": "object", "properties": {f"k{i}": {"type": "integer"} for i in range(2000)}})),
+}
+"""They compile, and the parser gives up at their first token."""
+
+
+@pytest.mark.parametrize("kind", TOO_MUCH)
+def test_a_guide_that_is_too_much_for_the_parser_fails_its_own_request_and_no_other(kind: str, folder: Path) -> None:
+    async def body(made: TorchEngine) -> None:
+        guided, free = await asyncio.gather(
+            ask(made, (7, 8, 9), GREEDY, guide=TOO_MUCH[kind]), ask(made, (7, 8, 9), GREEDY), return_exceptions=True
+        )
+        assert isinstance(guided, RequestError)
+        assert f"the {kind} cannot be followed" in str(guided)
+        assert guided.param == TOO_MUCH[kind].param
+        assert not isinstance(free, BaseException)
+        assert ids_of(free) == greedy(reference(folder), (7, 8, 9), 24)
+        made.check_health()
+        assert made.stats()[catalog.SERVE_RUNNING] == made.stats()[catalog.SERVE_WAITING] == 0
 
     with_engine(engine(folder), body)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,6 +17,8 @@ BLOCK = 512
 
 WIDTHS = (64, 1024)
 """top_p looks at so many of the most probable tokens first, and at all only if these have less than top_p of the probability."""
+
+NO_NUMBERS = "the model's logits are no numbers: NaN or infinity"
 
 
 class Chooser:
@@ -89,6 +92,9 @@ def choose(logits: torch.Tensor, choosers: Sequence[Chooser]) -> list[Chosen]:
         _mask(logits, choosers)
         _penalize(logits, choosers)
     ids = logits.argmax(-1)
+    # NaN is the highest of a row that has it; and no token follows from such a row.
+    if not bool(torch.isfinite(logits.gather(1, ids[:, None])).all()):
+        raise FloatingPointError(NO_NUMBERS)
     drawn = [i for i, one in enumerate(choosers) if one.draws is not None]
     if drawn:
         some = logits if len(drawn) == len(choosers) else logits[drawn]
@@ -104,6 +110,8 @@ def choose(logits: torch.Tensor, choosers: Sequence[Chooser]) -> list[Chosen]:
 def logprobs(raw: torch.Tensor, token_ids: Sequence[int], numbers: Sequence[int]) -> list[Chosen]:
     """The log probability of a token of each row of `raw` (log probabilities, [rows, vocabulary]), and the rows' most probable ones."""
     own = raw.gather(1, torch.tensor(token_ids, device=raw.device)[:, None])[:, 0].tolist()
+    if any(map(math.isnan, own)):
+        raise FloatingPointError(NO_NUMBERS)
     most = min(max(numbers, default=0), raw.shape[1])
     if not most:
         return [Chosen(token_id, logprob) for token_id, logprob in zip(token_ids, own, strict=True)]
