@@ -18,7 +18,7 @@ ATTENTION_OUTPUTS = ("attention.output.dense", "self_attn.o_proj", "attention.ou
 FEEDFORWARD_OUTPUTS = ("output.dense", "mlp.down_proj", "ffn.lin2")
 HEADS = ("classifier", "score", "qa_outputs")
 """What model families call the layer that a task puts on top; adapters train it whole."""
-EMBEDDINGS = ("embeddings.", "embed_tokens.", "wte.", "wpe.", "word_embedding")
+EMBEDDINGS = ("embeddings.", "embed_tokens.", "embed_positions.", "embed_in.", "wte.", "wpe.", "word_embedding", "shared.weight")
 
 
 def is_embedding(name: str) -> bool:
@@ -34,7 +34,7 @@ def new_parameters(folder: Path, head: Collection[str], prefix: str) -> set[str]
 
 def num_layers(config: Mapping[str, Any]) -> int:
     """Layers of a model, as its config.json says."""
-    return next((int(config[name]) for name in ("num_hidden_layers", "n_layers", "n_layer") if config.get(name)), 0)
+    return next((int(config[name]) for name in ("num_hidden_layers", "num_layers", "n_layers", "n_layer") if config.get(name)), 0)
 
 
 def trained_names(names: Sequence[str], tuning: Freeze, layers: int) -> list[str]:
