@@ -219,6 +219,8 @@ def test_models_are_the_base_and_its_adapters(client: OpenAI, url: str, tmp_path
     assert client.models.retrieve("org/new:1").id == "org/new:1"
     assert httpx.post(f"{url}/v1/load_lora_adapter", json=new).status_code == 400
     assert httpx.post(f"{url}/v1/load_lora_adapter", json=new | {"load_inplace": True}).status_code == 200
+    assert httpx.post(f"{url}/v1/load_lora_adapter", json=new | {"lora_path": "/nosuch", "load_inplace": True}).status_code == 400
+    assert client.models.retrieve("org/new:1").id == "org/new:1", "a folder that is none takes nothing away"
     assert httpx.post(f"{url}/v1/load_lora_adapter", json=new | {"lora_name": "b", "lora_path": "/nosuch"}).status_code == 400
     assert "removed successfully" in httpx.post(f"{url}/v1/unload_lora_adapter", json={"lora_name": "org/new:1"}).text
     assert httpx.post(f"{url}/v1/unload_lora_adapter", json={"lora_name": "org/new:1"}).status_code == 404

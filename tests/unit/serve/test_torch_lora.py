@@ -83,6 +83,28 @@ def test_adapters_come_and_go_while_others_are_answered(folders: dict[str, Path]
     with_engine(engine(folders["base"], adapters={"qv": str(folders["qv"])}), body)
 
 
+def test_an_adapter_takes_anothers_place_while_that_one_is_used_and_only_if_it_can_be_served(folders: dict[str, Path]) -> None:
+    prompt = prompts(1, 30, seed=7)[0]
+
+    async def body(made: TorchEngine) -> None:
+        with pytest.raises(ModelError, match="holds no adapter"):
+            await made.load_adapter("one", "/nosuch", in_place=True)
+        assert ids_of(await ask(made, prompt, GREEDY, adapter="one")) == expected(folders, "qv", prompt), "the old one is still there"
+        long = asyncio.create_task(ask(made, prompt, Sampling(max_tokens=80, temperature=0.0, ignore_eos=True), adapter="one"))
+        await asyncio.sleep(0.01)
+        going = asyncio.create_task(made.load_adapter("one", str(folders["all"]), in_place=True))
+        while not going.done():  # nobody is told that there is none meanwhile
+            await ask(made, prompt, GREEDY, adapter="one")
+        await going
+        assert ids_of(await ask(made, prompt, GREEDY, adapter="one")) == expected(folders, "all", prompt)
+        assert ids_of(await long)[:16] == expected(folders, "qv", prompt)
+        await made.load_adapter("one", str(folders["qv"]), in_place=True)
+        assert made.adapters() == ["one"]
+        assert len(made.runner.adapters.loaded) == 1
+
+    with_engine(engine(folders["base"], max_loras=2, adapters={"one": str(folders["qv"])}), body)
+
+
 def test_the_longest_unused_adapter_makes_room_unless_all_are_in_use(folders: dict[str, Path]) -> None:
     async def body(made: TorchEngine) -> None:
         for name in ("qv", "all"):

@@ -93,10 +93,13 @@ class TorchEngine:
     def detokenize(self, token_ids: Several[int]) -> str:
         return self._reader().detokenize(token_ids)
 
-    async def load_adapter(self, name: str, source: str) -> None:
+    async def load_adapter(self, name: str, source: str, *, in_place: bool = False) -> None:
         self.check_health()
         adapter = await asyncio.to_thread(read_adapter, source, name, self.storage, self.bundle)
-        await self._on_engine(lambda: self._install(name, adapter))
+        old = self.keys.get(name) if in_place else None
+        await self._on_engine(lambda: self._install(name, adapter, instead_of=old))
+        if old is not None:
+            await self._on_engine(lambda: self._remove(old))
 
     async def unload_adapter(self, name: str) -> None:
         self.check_health()
@@ -248,10 +251,12 @@ class TorchEngine:
         for sequence in [one for one in (*self.scheduler.running, *self.scheduler.waiting) if one.cancelled]:
             self.scheduler.remove(sequence)
 
-    def _install(self, name: str, adapter: Adapter) -> bool:
-        if name in self.keys:
+    def _install(self, name: str, adapter: Adapter, instead_of: Key = None) -> bool:
+        if self.keys.get(name) != instead_of:
             raise ModelError(f"the adapter {name!r} is loaded already", where=name, fix="unload it first, or another name")
         self.runner.adapters.check(adapter, name)
+        if instead_of is not None:
+            self._remove(instead_of)  # its room is the new one's, unless sequences still use it
         self.num_loaded += 1
         key = (name, self.num_loaded)
         for gone in self.runner.adapters.add(key, adapter, self._keys_in_use()):
