@@ -37,6 +37,7 @@ from danlu.spec.vllm import Vllm
 STREAMED = ("classification", "pretrain", "chat")
 """Tasks whose training rows may be read from files, by need."""
 
+
 class Evaluation(Spec):
     """How often the dev split is scored, and when training stops early."""
 

@@ -142,6 +142,29 @@ def test_what_zero3_cannot_train_is_refused_with_the_reason(method: str, setting
         setting.job("pretrain", METHODS[method], ZERO3)
 
 
+FSDP = {"kind": "fsdp"}
+NOT_TAKEN = {
+    "ranks that FSDP cuts": (METHODS["adalora"], {"parallel": FSDP}, r"adalora does not go with parallel.kind=fsdp: .*; use "),
+    "8 bits that FSDP cuts": (
+        METHODS["qlora 8"],
+        {"parallel": FSDP},
+        r"tuning.bits=8 does not go with parallel.kind=fsdp.*; use tuning.bits=4",
+    ),
+    "a cache filled twice": (
+        METHODS["prefix"],
+        {"model": {"model_name_or_path": "m", "gradient_checkpointing": True}},
+        r"model.gradient_checkpointing does not go with tuning.kind=prefix.*; leave it out",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NOT_TAKEN)
+def test_what_would_fail_in_a_worker_or_train_something_else_is_refused(name: str, setting: Setting) -> None:
+    tuning, overrides, told = NOT_TAKEN[name]
+    with pytest.raises(ValidationError, match=told):
+        setting.job("pretrain", tuning, **overrides)
+
+
 PLACES = [
     pytest.param("classification", DDP, id="labels-ddp"),
     pytest.param("classification", ZERO2, id="labels-zero2", marks=pytest.mark.soak),
