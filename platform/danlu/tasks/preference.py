@@ -208,8 +208,8 @@ def kl_divergence(logps: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
 class PreferenceScores:
     """`reward_accuracy`: share of pairs whose chosen answer has the higher reward; of KTO, of answers whose reward is on their side of the
     model's divergence from its start. Rewards are beta times the log probability beyond the start model's (DPO, KTO: of the answer; IPO:
-    a token) or, without one (ORPO), beta times the mean log probability of a token. KTO's chosen are the desirable ones; 0 is told of a kind
-    that there are no rows of, and of a margin to it."""
+    a token) or, without one (ORPO), beta times the mean log probability of a token. KTO's chosen are the desirable ones; where there are
+    none of a kind, its reward and the margin are 0."""
 
     loss: float
     reward_accuracy: float
