@@ -33,24 +33,36 @@ def new_parameters(folder: Path, head: Collection[str], prefix: str) -> set[str]
 
 
 def num_layers(config: Mapping[str, Any]) -> int:
-    """Layers of a model, as its config.json says."""
-    return next((int(config[name]) for name in ("num_hidden_layers", "num_layers", "n_layers", "n_layer") if config.get(name)), 0)
+    """Layers of a model, as its config.json says; of an encoder-decoder those of both."""
+
+    def first(*names: str) -> int:
+        return next((int(config[name]) for name in names if config.get(name)), 0)
+
+    if config.get("is_encoder_decoder"):
+        encoder = first("encoder_layers", "num_layers")
+        return encoder + (first("decoder_layers", "num_decoder_layers") or encoder)
+    return first("num_hidden_layers", "n_layers", "n_layer")
 
 
-def trained_names(names: Sequence[str], tuning: Freeze, layers: int) -> list[str]:
-    """The parameters, out of a model's or of a weights file's, that `freeze` trains. SpecError if the model has not as many layers."""
-    if tuning.num_trainable_layers > layers:
+def trained_names(names: Sequence[str], tuning: Freeze) -> list[str]:
+    """The parameters, out of a model's or of a weights file's, that `freeze` trains: the last layers of each stack, an encoder's and a
+    decoder's, and what is in none. SpecError if the model has not as many layers."""
+    places = {name: (name[: found.start()], int(found.group(1))) for name in names if (found := LAYER.search(name))}
+    if not places:
+        fix = "tuning.kind=full or lora"
+        raise SpecError("the model's layers are not numbered, so there are no last ones", where="tuning.num_trainable_layers", fix=fix)
+    sizes: dict[str, int] = {}
+    for stack, number in places.values():
+        sizes[stack] = max(sizes.get(stack, 0), number + 1)
+    if tuning.num_trainable_layers > (layers := min(sizes.values())):
         raise SpecError(
             f"{tuning.num_trainable_layers} layers are to be trained; the model has {layers}",
             where="tuning.num_trainable_layers",
             fix=f"at most {layers}, or tuning.kind=full",
         )
-    numbers = {name: int(found.group(1)) for name in names if (found := LAYER.search(name))}
-    if not numbers:
-        fix = "tuning.kind=full or lora"
-        raise SpecError("the model's layers are not numbered, so there are no last ones", where="tuning.num_trainable_layers", fix=fix)
-    first = layers - tuning.num_trainable_layers
-    return [name for name in names if not is_embedding(name) and numbers.get(name, layers) >= first]
+    first = {stack: size - tuning.num_trainable_layers for stack, size in sizes.items()}
+    stays = {name for name, (stack, number) in places.items() if number < first[stack]}
+    return [name for name in names if not is_embedding(name) and name not in stays]
 
 
 def num_trainable(tuning: Tuning, shapes: Mapping[str, Weight], config: Mapping[str, Any], *, head: int) -> int:
@@ -59,7 +71,7 @@ def num_trainable(tuning: Tuning, shapes: Mapping[str, Weight], config: Mapping[
         case Full():
             return head + sum(w.num_elements for name, w in shapes.items() if not (tuning.freeze_embeddings and is_embedding(name)))
         case Freeze():
-            return head + sum(shapes[name].num_elements for name in trained_names(list(shapes), tuning, num_layers(config)))
+            return head + sum(shapes[name].num_elements for name in trained_names(list(shapes), tuning))
         case Lora() | Qlora():
             chosen = targets(shapes, tuning.target_modules)
             return head + sum(tuning.r * (rows + columns) + (rows if tuning.use_dora else 0) for rows, columns in chosen.values())
