@@ -9,7 +9,7 @@ from typing import Any
 
 from danlu.artifact.pretrained import Weight, weight_shapes
 from danlu.errors import SpecError
-from danlu.spec.tuning import Adalora, Adapter, Freeze, Full, Ia3, Lora, Prefix, Prompt, PTuning, Qlora, Tuning, VirtualTokens
+from danlu.spec.tuning import Adalora, Adapter, Freeze, Full, Ia3, Lora, Prefix, Prompt, PTuning, Qlora, Tuning, VirtualTokens, is_merged
 
 LAYER = re.compile(r"(?:^|\.)(?:layer|layers|h|block|blocks)\.(\d+)\.")
 IA3_MODULES = (("k_proj", "v_proj", "down_proj"), ("key", "value", "output.dense"), ("k_lin", "v_lin", "lin2"))
@@ -87,6 +87,35 @@ def num_trainable(tuning: Tuning, shapes: Mapping[str, Weight], config: Mapping[
             return head + sum(2 * size * tuning.bottleneck_size + size + tuning.bottleneck_size for size in sizes)
         case Prompt() | PTuning() | Prefix():
             return head + _num_in_prompt(tuning, config)
+
+
+def check_adapter_can_be_stored(tuning: Tuning, shapes: Mapping[str, Weight], shared: Collection[str], missing: Collection[str]) -> None:
+    """SpecError if what is trained could not be written down as it is: `shared` names modules that have their weights in common, `missing`
+    parameters of a language model's output layer that its weights file has not."""
+    if missing and isinstance(tuning, Lora | Qlora | Adalora | Ia3):
+        raise SpecError(
+            f"the model's weights have no {min(missing)}: its output layer starts from nothing, and tuning.kind={tuning.kind} stores none",
+            where="tuning.kind",
+            fix="full, freeze or adapter, which train it whole, or a model that was pretrained with its output layer",
+        )
+    named = getattr(tuning, "target_modules", None)
+    if is_merged(tuning) and isinstance(named, list):
+        for target in named:
+            if found := [module for module in shared if _is_one_of(module, (target,))]:
+                raise SpecError(
+                    f"{target} shares its weights with {next(other for other in shared if other != found[0])}, and merging an adapter of "
+                    "one into them would change both",
+                    where="tuning.target_modules",
+                    fix=f"leave {target} out, or tuning.kind=qlora, whose adapter stays beside the weights",
+                )
+    if isinstance(tuning, Lora) and tuning.moves_base:
+        most = min((min(shape) for shape in targets(shapes, tuning.target_modules).values()), default=tuning.r)
+        if tuning.r > most:
+            raise SpecError(
+                f"init_lora_weights={tuning.init_lora_weights} takes r={tuning.r} directions out of weights that have no more than {most}",
+                where="tuning.r",
+                fix=f"at most {most}, or init_lora_weights=default",
+            )
 
 
 def check_prompt_fits(tuning: VirtualTokens, config: Mapping[str, Any], max_length: int) -> None:

@@ -14,7 +14,7 @@ from peft import AdaLoraConfig, get_peft_model
 from peft.optimizers import create_loraplus_optimizer
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
 from danlu.artifact.runs import open_run
 from danlu.compress.load import load_judge
@@ -25,6 +25,7 @@ from danlu.evaluate.score import evaluate
 from danlu.handover import Trained, make_bundle
 from danlu.sdk import prepare
 from danlu.spec.compress import Int8
+from danlu.spec.task import MaskedLm, Pretrain
 from danlu.spec.train import TrainJob
 from danlu.spec.tuning import Adapter
 from danlu.tasks import pretrain
@@ -358,3 +359,63 @@ def test_what_cannot_be_merged_is_not_quantized(setting: Setting) -> None:
         quantize(live.trained.bundle, Int8(), setting.folder / "int8")
     with pytest.raises(ValidationError, match="compress takes full-precision weights"):
         setting.job("classification", METHODS["prompt"], compress={})
+
+
+SHARED = {
+    "lora": {"kind": "lora", "r": 4, "target_modules": ["q_proj", "lm_head"]},
+    "pissa": {"kind": "lora", "r": 4, "init_lora_weights": "pissa", "target_modules": ["embed_tokens"]},
+    "adalora": ADALORA | {"target_modules": ["lm_head"]},
+    "ia3": {"kind": "ia3", "target_modules": ["lm_head", "k_proj"]},
+}
+
+
+@pytest.mark.parametrize("method", SHARED)
+def test_an_adapter_of_weights_that_stand_in_two_places_is_refused_before_anything_starts(method: str, setting: Setting) -> None:
+    """Live it changes one of the two, merged it would change both."""
+    with pytest.raises(SpecError, match="shares its weights with") as told:
+        prepare(setting.job("pretrain", SHARED[method]), calibrate=False)
+    assert told.value.where == "tuning.target_modules"
+    beside = {"kind": "qlora", "r": 4, "target_modules": ["q_proj", "lm_head"]}
+    assert prepare(setting.job("pretrain", beside), calibrate=False)
+
+
+@pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
+def test_an_adapter_of_an_output_layer_or_embeddings_of_their_own_is_stored_as_it_is(target: str, setting: Setting, tmp_path: Path) -> None:
+    untied = shutil.copytree(setting.models["pretrain"], tmp_path / "untied")
+    torch.manual_seed(1)
+    config = AutoConfig.from_pretrained(untied, tie_word_embeddings=False)
+    AutoModelForCausalLM.from_config(config).save_pretrained(untied)
+    setting.models["pretrain"] = untied
+    live = setting.train(setting.job("pretrain", {"kind": "lora", "r": 4, "target_modules": [target]}))
+    assert_its_bundle_is_the_live_model(setting, live)
+
+
+@pytest.mark.parametrize("method", ["pissa", "olora"])
+def test_more_directions_than_weights_have_are_refused_before_anything_starts(method: str, setting: Setting) -> None:
+    with pytest.raises(SpecError, match=r"takes r=17 directions out of weights that have no more than 16"):
+        prepare(setting.job("pretrain", METHODS[method] | {"r": 17}), calibrate=False)
+    assert prepare(setting.job("pretrain", METHODS[method] | {"r": 16}), calibrate=False)
+
+
+def masked(setting: Setting, method: str) -> TrainJob:
+    return setting.job("classification", METHODS[method]).model_copy(update={"task": Pretrain(objective=MaskedLm())})
+
+
+@pytest.mark.parametrize("method", ["rslora, lora+", "qlora 4", "qlora 8", "adalora", "ia3", "pfeiffer", "freeze"])
+def test_a_masked_language_models_bundle_answers_as_the_live_model_did(method: str, setting: Setting, tmp_path: Path) -> None:
+    bert = shutil.copytree(setting.models["classification"], tmp_path / "masked")
+    torch.manual_seed(1)
+    AutoModelForMaskedLM.from_config(AutoConfig.from_pretrained(bert)).save_pretrained(bert)
+    setting.models["classification"] = bert
+    job = masked(setting, method)
+    live = setting.train(job)
+    dev = prepare(job, calibrate=False).splits.dev
+    outputs = evaluate(load_judge(live.trained.bundle), dev).outputs
+    np.testing.assert_allclose(outputs, live.outputs, rtol=BOUND, atol=10 * BOUND)
+
+
+@pytest.mark.parametrize("method", ["rslora, lora+", "qlora 4", "adalora", "ia3"])
+def test_an_output_layer_that_starts_from_nothing_is_not_an_adapters_to_store(method: str, setting: Setting) -> None:
+    with pytest.raises(SpecError, match="its output layer starts from nothing"):
+        prepare(masked(setting, method), calibrate=False)
+    assert prepare(masked(setting, "pfeiffer"), calibrate=False)
