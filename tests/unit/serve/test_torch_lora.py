@@ -9,7 +9,9 @@ from typing import Any
 
 import peft
 import pytest
+import torch
 from lm import ask, engine, greedy, ids_of, prompts, reference, with_engine, write_adapter, write_family
+from safetensors.torch import load_file, save_file
 
 from danlu.artifact.bundle import BundleMeta, Lineage, write_bundle
 from danlu.artifact.store import Store
@@ -153,6 +155,20 @@ def test_an_adapter_is_not_put_on_top_of_what_is_merged_into_its_base(folders: d
     with pytest.raises(ModelError, match="has qv merged into that") as raised:
         read_adapter(str(served.path), "qv", "runs", served)
     assert f"engine.model_name_or_path: {folders['base']}" in raised.value.fix
+
+
+def test_an_adapter_with_values_that_are_no_numbers_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
+    """One request to it would end the engine for everybody."""
+    sick = shutil.copytree(folders["qv"], tmp_path / "sick")
+    weights = load_file(sick / "adapter_model.safetensors")
+    next(iter(weights.values()))[0, 0] = torch.inf
+    save_file(weights, sick / "adapter_model.safetensors", {"format": "pt"})
+
+    async def body(made: TorchEngine) -> None:
+        with pytest.raises(ModelError, match="that are no numbers"):
+            await made.load_adapter("sick", str(sick))
+
+    with_engine(engine(folders["base"]), body)
 
 
 def test_an_adapter_that_cannot_be_served_says_why_and_nobody_notices(folders: dict[str, Path], tmp_path: Path) -> None:
