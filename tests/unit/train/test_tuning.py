@@ -262,8 +262,19 @@ def test_adalora_gives_the_losses_and_ranks_of_peft_by_hand(setting: Setting) ->
     assert len(set(kept.values())) > 1
 
 
-@pytest.mark.parametrize("method", ["adalora", "pissa"])
-@pytest.mark.parametrize("parallel", [DDP, ZERO2], ids=["ddp", "zero2"])
+KILLED = {
+    f"{method} {name}": (method, parallel)
+    for name, parallel, methods in (
+        ("ddp", DDP, ("adalora", "pissa")),
+        ("zero2", ZERO2, ("adalora", "pissa", "qlora 8")),
+        ("zero3", ZERO3, ("qlora 4", "qlora 8")),
+        ("fsdp", FSDP, ("qlora 4", "prompt")),
+    )
+    for method in methods
+}
+
+
+@pytest.mark.parametrize(("method", "parallel"), KILLED.values(), ids=KILLED)
 def test_a_killed_run_goes_on_to_the_losses_and_ranks_of_the_uninterrupted_one(
     method: str, parallel: dict[str, Any], setting: Setting
 ) -> None:
