@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
 import socket
 import subprocess
-import sys
 import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator
-from hashlib import sha256
 from pathlib import Path
 
 import pytest
+from environments import python_of
 
-ROOT = Path(__file__).parents[1]
-PACKAGES = ROOT / "tests" / "stores.txt"
+PACKAGES = Path(__file__).with_name("stores.txt")
 BUCKET = "danlu-tests"
 ENVIRONMENT = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_REGION": "us-east-1", "AWS_EC2_METADATA_DISABLED": "true"}
 
@@ -42,7 +39,7 @@ def google() -> Iterator[str]:
 def _server(*command: str) -> Iterator[int]:
     port = _free_port()
     with tempfile.TemporaryFile() as log:
-        process = subprocess.Popen([_python(), *command, str(port)], stdout=log, stderr=log)
+        process = subprocess.Popen([python_of(PACKAGES), *command, str(port)], stdout=log, stderr=log)
         try:
             _wait_for(port, process)
             yield port
@@ -75,25 +72,3 @@ def _wait_for(port: int, process: subprocess.Popen[bytes]) -> None:
         except OSError:
             time.sleep(0.02)
     pytest.fail("the server ended at once")
-
-
-def _python() -> str:
-    """The interpreter of their own environment, made once; skips where it cannot be."""
-    folder = ROOT / ".cache" / f"stores-{sha256(PACKAGES.read_bytes()).hexdigest()[:12]}"
-    if not folder.exists():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".stores-"))
-        try:
-            subprocess.run([sys.executable, "-m", "venv", partial], check=True, capture_output=True)
-            done = subprocess.run(
-                [partial / "bin" / "python", "-m", "pip", "install", "-q", "-r", PACKAGES], capture_output=True, text=True
-            )
-            if done.returncode:
-                pytest.skip(
-                    f"moto and gcp-storage-emulator could not be fetched: {(done.stderr.strip().splitlines() or ['pip failed'])[-1]}"
-                )
-            with contextlib.suppress(OSError):  # another process was faster
-                partial.rename(folder)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
-    return str(folder / "bin" / "python")

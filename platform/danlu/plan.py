@@ -10,10 +10,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from danlu.artifact.pretrained import Weight
-from danlu.artifact.trainable import HEADS, LAYER, check_prompt_fits, is_embedding, new_parameters, num_layers, num_trainable, targets
+from danlu.artifact.trainable import (
+    HEADS,
+    LAYER,
+    check_adapter_can_be_stored,
+    check_prompt_fits,
+    is_embedding,
+    new_parameters,
+    num_layers,
+    num_trainable,
+    targets,
+)
 from danlu.errors import SpecError
 from danlu.spec.optim import Adafactor, AdamW, BnbAdamW, Lion, Optimizer
 from danlu.spec.parallel import Ddp, DeepSpeed, Fsdp, GPipe, Interleaved1F1B, Pipeline, Tensor
+from danlu.spec.task import EncoderTask
 from danlu.spec.train import TrainJob
 from danlu.spec.tuning import Adalora, Full, Qlora, VirtualTokens
 
@@ -102,7 +113,7 @@ def make_plan(job: TrainJob, folder: Path, *, num_rows: int, mean_tokens: float,
     model = task.skeleton(folder, num_labels)
     config = model.config.to_dict()
     shapes = {name: Weight(tuple(parameter.shape), "F32") for name, parameter in model.named_parameters()}
-    head = _head_names(model) | new_parameters(folder, task.head_parameters(model), model.base_model_prefix)
+    head = _head_names(model) | (new := new_parameters(folder, task.head_parameters(model), model.base_model_prefix))
     num_parameters = sum(weight.num_elements for weight in shapes.values())
     embeddings = sum(weight.num_elements for name, weight in shapes.items() if is_embedding(name))
     body = {name: weight for name, weight in shapes.items() if name not in head}
@@ -127,13 +138,16 @@ def make_plan(job: TrainJob, folder: Path, *, num_rows: int, mean_tokens: float,
         )
     if isinstance(job.tuning, VirtualTokens):
         check_prompt_fits(job.tuning, config, job.model.max_length)
+    # A language model's output layer multiplies, also where it is the embeddings over again.
+    output, embedded = model.get_output_embeddings(), model.get_input_embeddings()
+    tied = output is not None and output.weight is embedded.weight
+    shared = [name for name, module in model.named_modules() if tied and (module is output or module is embedded)]
+    check_adapter_can_be_stored(job.tuning, body, shared, () if isinstance(job.task, EncoderTask) else new)
     if isinstance(job.parallel, Pipeline):
         try:
             job.parallel.layers_of_stages(layers)
         except ValueError as error:
             raise SpecError(f"{error}", where="parallel.pipeline_parallel_size") from error
-    # A language model's output layer multiplies, also where it is the embeddings over again.
-    tied = model.get_output_embeddings() is not None and "lm_head.weight" not in shapes
     multiplied = num_parameters - (0 if tied else embeddings)
     # Forward 2, backward through activations 2 and through trained weights 2 operations per multiplied parameter and token.
     backward = 4 if isinstance(job.tuning, Full) else 2

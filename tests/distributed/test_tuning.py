@@ -1,5 +1,5 @@
-"""Every way of tuning gives on two workers the losses and gradient norms it gives in one process: under DDP and ZeRO, LoRA and
-freezing also with split matrices and in a pipeline."""
+"""Every way of tuning gives on two workers the losses and gradient norms it gives in one process: under DDP, ZeRO and FSDP,
+LoRA and freezing also with split matrices and in a pipeline."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ PARALLEL: dict[str, dict[str, Any]] = {
     "ddp": {"kind": "ddp"},
     "zero2": {"kind": "deepspeed", "zero_stage": 2},
     "zero3": {"kind": "deepspeed", "zero_stage": 3},
+    "fsdp": {"kind": "fsdp"},
     "tensor": {"kind": "tensor"},
     "pipeline": {"kind": "pipeline"},
     "interleaved": {"kind": "pipeline", "schedule": {"kind": "interleaved_1f1b", "stages_per_worker": 2}},
@@ -40,6 +41,7 @@ TAKEN = {
     "ddp": METHODS.keys() - STAGED,
     "zero2": METHODS.keys() - STAGED,
     "zero3": METHODS.keys() - STAGED - {"adalora", "p_tuning"},
+    "fsdp": METHODS.keys() - STAGED - {"adalora"},
     "tensor": {"lora", "pissa", "freeze"},
     "pipeline": {"lora", "pissa", "dora", "freeze", "freeze-a-layer"},
     "interleaved": {"freeze-half"},

@@ -11,7 +11,8 @@ import openai
 import peft
 import pytest
 import torch
-from lm import greedy, reference, write_adapter, write_family
+from lm import VOCABULARY, greedy, reference, write_adapter, write_family
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, PreTrainedModel
 
 from danlu.artifact.bundle import BundleMeta, Lineage, Probe, write_bundle
@@ -19,6 +20,7 @@ from danlu.errors import ResourceError
 from danlu.metrics import catalog
 from danlu.metrics.catalog import Metric
 from danlu.serve import app
+from danlu.serve.engines.torch.forward import trial_row
 from danlu.serve.keys import create_key
 from danlu.spec.serve import Service
 from danlu.spec.task import Pretrain
@@ -79,6 +81,30 @@ def test_a_model_and_its_adapter_answer_a_clients_chat_as_by_themselves(tmp_path
 
 
 @pytest.mark.soak
+def test_a_replica_whose_model_comes_to_nan_says_so_and_is_replaced(tmp_path: Path, wait_for: Callable[..., Any]) -> None:
+    folder = write_family(tmp_path / "base", "qwen3", tie_word_embeddings=False)
+    tried = trial_row(reference(folder))  # by the engine, before it serves
+    sick = next(token for token in range(VOCABULARY - 1, 0, -1) if token not in tried)
+    weights = load_file(folder / "model.safetensors")
+    weights["model.embed_tokens.weight"][sick] = torch.nan
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    endpoint = app.run(service(engine={"model_name_or_path": str(folder)}))
+    try:
+        with httpx.Client(base_url=endpoint.url, timeout=60) as client:
+
+            def answer(*prompt: int) -> httpx.Response:
+                return client.post("/v1/completions", json={"prompt": list(prompt), "max_tokens": 4, "temperature": 0})
+
+            whole = answer(5, 6, 7).json()["choices"][0]["text"]
+            broken = answer(5, sick)
+            assert broken.status_code == 503
+            assert "no numbers" in broken.json()["error"]["message"]
+            replaced = wait_for("an answer of another replica", lambda: (found := answer(5, 6, 7)).status_code == 200 and found)
+            assert replaced.json()["choices"][0]["text"] == whole
+    finally:
+        app.stop()
+
+
 def test_the_engines_own_numbers_are_on_the_metrics_port(tmp_path: Path, metrics_port: Any, wait_for: Callable[..., Any]) -> None:
     base = write_family(tmp_path / "base", "qwen3")
     tuned = write_adapter(base, tmp_path / "tuned", 1, r=4, target_modules="all-linear")

@@ -9,7 +9,7 @@ from typing import Any
 
 from danlu.artifact.pretrained import Weight, weight_shapes
 from danlu.errors import SpecError
-from danlu.spec.tuning import Adalora, Adapter, Freeze, Full, Ia3, Lora, Prefix, Prompt, PTuning, Qlora, Tuning, VirtualTokens
+from danlu.spec.tuning import Adalora, Adapter, Freeze, Full, Ia3, Lora, Prefix, Prompt, PTuning, Qlora, Tuning, VirtualTokens, is_merged
 
 LAYER = re.compile(r"(?:^|\.)(?:layer|layers|h|block|blocks)\.(\d+)\.")
 IA3_MODULES = (("k_proj", "v_proj", "down_proj"), ("key", "value", "output.dense"), ("k_lin", "v_lin", "lin2"))
@@ -18,7 +18,7 @@ ATTENTION_OUTPUTS = ("attention.output.dense", "self_attn.o_proj", "attention.ou
 FEEDFORWARD_OUTPUTS = ("output.dense", "mlp.down_proj", "ffn.lin2")
 HEADS = ("classifier", "score", "qa_outputs")
 """What model families call the layer that a task puts on top; adapters train it whole."""
-EMBEDDINGS = ("embeddings.", "embed_tokens.", "wte.", "wpe.", "word_embedding")
+EMBEDDINGS = ("embeddings.", "embed_tokens.", "embed_positions.", "embed_in.", "wte.", "wpe.", "word_embedding", "shared.weight")
 
 
 def is_embedding(name: str) -> bool:
@@ -33,24 +33,36 @@ def new_parameters(folder: Path, head: Collection[str], prefix: str) -> set[str]
 
 
 def num_layers(config: Mapping[str, Any]) -> int:
-    """Layers of a model, as its config.json says."""
-    return next((int(config[name]) for name in ("num_hidden_layers", "n_layers", "n_layer") if config.get(name)), 0)
+    """Layers of a model, as its config.json says; of an encoder-decoder those of both."""
+
+    def first(*names: str) -> int:
+        return next((int(config[name]) for name in names if config.get(name)), 0)
+
+    if config.get("is_encoder_decoder"):
+        encoder = first("encoder_layers", "num_layers")
+        return encoder + (first("decoder_layers", "num_decoder_layers") or encoder)
+    return first("num_hidden_layers", "n_layers", "n_layer")
 
 
-def trained_names(names: Sequence[str], tuning: Freeze, layers: int) -> list[str]:
-    """The parameters, out of a model's or of a weights file's, that `freeze` trains. SpecError if the model has not as many layers."""
-    if tuning.num_trainable_layers > layers:
+def trained_names(names: Sequence[str], tuning: Freeze) -> list[str]:
+    """The parameters, out of a model's or of a weights file's, that `freeze` trains: the last layers of each stack, an encoder's and a
+    decoder's, and what is in none. SpecError if the model has not as many layers."""
+    places = {name: (name[: found.start()], int(found.group(1))) for name in names if (found := LAYER.search(name))}
+    if not places:
+        fix = "tuning.kind=full or lora"
+        raise SpecError("the model's layers are not numbered, so there are no last ones", where="tuning.num_trainable_layers", fix=fix)
+    sizes: dict[str, int] = {}
+    for stack, number in places.values():
+        sizes[stack] = max(sizes.get(stack, 0), number + 1)
+    if tuning.num_trainable_layers > (layers := min(sizes.values())):
         raise SpecError(
             f"{tuning.num_trainable_layers} layers are to be trained; the model has {layers}",
             where="tuning.num_trainable_layers",
             fix=f"at most {layers}, or tuning.kind=full",
         )
-    numbers = {name: int(found.group(1)) for name in names if (found := LAYER.search(name))}
-    if not numbers:
-        fix = "tuning.kind=full or lora"
-        raise SpecError("the model's layers are not numbered, so there are no last ones", where="tuning.num_trainable_layers", fix=fix)
-    first = layers - tuning.num_trainable_layers
-    return [name for name in names if not is_embedding(name) and numbers.get(name, layers) >= first]
+    first = {stack: size - tuning.num_trainable_layers for stack, size in sizes.items()}
+    stays = {name for name, (stack, number) in places.items() if number < first[stack]}
+    return [name for name in names if not is_embedding(name) and name not in stays]
 
 
 def num_trainable(tuning: Tuning, shapes: Mapping[str, Weight], config: Mapping[str, Any], *, head: int) -> int:
@@ -59,7 +71,7 @@ def num_trainable(tuning: Tuning, shapes: Mapping[str, Weight], config: Mapping[
         case Full():
             return head + sum(w.num_elements for name, w in shapes.items() if not (tuning.freeze_embeddings and is_embedding(name)))
         case Freeze():
-            return head + sum(shapes[name].num_elements for name in trained_names(list(shapes), tuning, num_layers(config)))
+            return head + sum(shapes[name].num_elements for name in trained_names(list(shapes), tuning))
         case Lora() | Qlora():
             chosen = targets(shapes, tuning.target_modules)
             return head + sum(tuning.r * (rows + columns) + (rows if tuning.use_dora else 0) for rows, columns in chosen.values())
@@ -75,6 +87,35 @@ def num_trainable(tuning: Tuning, shapes: Mapping[str, Weight], config: Mapping[
             return head + sum(2 * size * tuning.bottleneck_size + size + tuning.bottleneck_size for size in sizes)
         case Prompt() | PTuning() | Prefix():
             return head + _num_in_prompt(tuning, config)
+
+
+def check_adapter_can_be_stored(tuning: Tuning, shapes: Mapping[str, Weight], shared: Collection[str], missing: Collection[str]) -> None:
+    """SpecError if what is trained could not be written down as it is: `shared` names modules that have their weights in common, `missing`
+    parameters of a language model's output layer that its weights file has not."""
+    if missing and isinstance(tuning, Lora | Qlora | Adalora | Ia3):
+        raise SpecError(
+            f"the model's weights have no {min(missing)}: its output layer starts from nothing, and tuning.kind={tuning.kind} stores none",
+            where="tuning.kind",
+            fix="full, freeze or adapter, which train it whole, or a model that was pretrained with its output layer",
+        )
+    named = getattr(tuning, "target_modules", None)
+    if is_merged(tuning) and isinstance(named, list):
+        for target in named:
+            if found := [module for module in shared if _is_one_of(module, (target,))]:
+                raise SpecError(
+                    f"{target} shares its weights with {next(other for other in shared if other != found[0])}, and merging an adapter of "
+                    "one into them would change both",
+                    where="tuning.target_modules",
+                    fix=f"leave {target} out, or tuning.kind=qlora, whose adapter stays beside the weights",
+                )
+    if isinstance(tuning, Lora) and tuning.moves_base:
+        most = min((min(shape) for shape in targets(shapes, tuning.target_modules).values()), default=tuning.r)
+        if tuning.r > most:
+            raise SpecError(
+                f"init_lora_weights={tuning.init_lora_weights} takes r={tuning.r} directions out of weights that have no more than {most}",
+                where="tuning.r",
+                fix=f"at most {most}, or init_lora_weights=default",
+            )
 
 
 def check_prompt_fits(tuning: VirtualTokens, config: Mapping[str, Any], max_length: int) -> None:

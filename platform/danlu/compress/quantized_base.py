@@ -27,6 +27,7 @@ def quantized_base(
 ) -> PreTrainedModel:
     """The task's model with its body's linear layers in `tuning.bits` bits. `dtype`: what they are multiplied in."""
     need_bitsandbytes("tuning.kind")
+    whole = [*HEADS, *_on_top(task_file(task).skeleton(folder, len(label_names)))]
     match tuning.bits:
         case 4:
             config = BitsAndBytesConfig(
@@ -34,13 +35,20 @@ def quantized_base(
                 bnb_4bit_quant_type=tuning.bnb_4bit_quant_type,
                 bnb_4bit_use_double_quant=tuning.bnb_4bit_use_double_quant,
                 bnb_4bit_compute_dtype=dtype,
-                llm_int8_skip_modules=HEADS,
+                llm_int8_skip_modules=whole,
             )
         case 8:
-            config = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=HEADS)
+            config = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=whole)
     model = task_file(task).build_model(folder, label_names, dropout=dropout, quantization=config)
     keep_format(model)
     return model
+
+
+def _on_top(model: PreTrainedModel) -> list[str]:
+    """The linear layers behind a model's body, whatever its family calls them; one may share its weights with the embeddings."""
+    body = f"{model.base_model_prefix}."
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    return [] if model.base_model is model else [name for name in linears if not name.startswith(body)]
 
 
 def keep_format(model: nn.Module) -> None:

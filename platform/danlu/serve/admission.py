@@ -37,6 +37,12 @@ class Admission:
 
     def _check(self, number: int, key: Key | None) -> None:
         room = self.limits.max_ongoing_requests + self.limits.max_queued_requests
+        if key is not None and key.max_ongoing_requests and number > key.max_ongoing_requests:
+            raise RequestError(
+                f"{number} answers in one request; the key {key.name!r} may have {key.max_ongoing_requests} at once",
+                param="n",
+                fix=f"{key.max_ongoing_requests} at a time",
+            )
         if key is not None and key.max_ongoing_requests and self.of_key[key.name] + number > key.max_ongoing_requests:
             raise RequestError(
                 f"the key {key.name!r} has {self.of_key[key.name]} requests in flight; {key.max_ongoing_requests} are allowed at once",

@@ -44,6 +44,8 @@ if TYPE_CHECKING:
 START_TIMEOUT_S = 180.0
 STOP_TIMEOUT_S = 30.0
 STATS_EVERY_S = 1.0
+HEALTH_EVERY_S = 2.0
+"""Serve replaces a replica that was unhealthy three times in a row; until then it refuses everybody who is sent to it."""
 PROXIES_TIMEOUT_S = 10.0
 
 
@@ -118,6 +120,7 @@ def build(spec: Service | Mapping[str, Any]) -> serve.Application:
             upscale_delay_s=scaling.upscale_delay_s,
             downscale_delay_s=scaling.downscale_delay_s,
         ),
+        health_check_period_s=HEALTH_EVERY_S,
         graceful_shutdown_timeout_s=limits.drain_timeout_s,
         graceful_shutdown_wait_loop_s=0.1,
         # A new version starts beside the old one, which serves until the new one has answered its probes.

@@ -137,9 +137,9 @@ class TextEngine(Protocol):
         """The text of ids; RequestError for one outside the vocabulary."""
         ...
 
-    async def load_adapter(self, name: str, source: str) -> None:
+    async def load_adapter(self, name: str, source: str, *, in_place: bool = False) -> None:
         """Make a LoRA adapter (a PEFT folder, or a bundle, also of the store) answer to `name`, while others generate; ModelError names why
-        it cannot."""
+        it cannot. `in_place`: one that has the name already gives it up, once the new one is known to be servable."""
         ...
 
     async def unload_adapter(self, name: str) -> None:

@@ -304,6 +304,13 @@ AnsweredTask = EncoderTask | Pretrain | Seq2Seq
 Task = Annotated[EncoderTask | LanguageTask, Field(discriminator="kind")]
 
 
+def named(task: Task) -> str:
+    """What it is, in the words of a spec."""
+    if isinstance(task, Pretrain):
+        return f"task.kind={task.kind} with task.objective.kind={task.objective.kind}"
+    return f"task.kind={task.kind}"
+
+
 def rows_are_texts(task: Task) -> bool:
     """True if a row is one text, or two, and its label; other rows are made of messages, questions and contexts, options, answers."""
     return isinstance(task, Classification | MultiLabelClassification | Regression | Pretrain)

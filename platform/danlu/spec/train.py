@@ -28,15 +28,14 @@ from danlu.spec.task import (
     Task,
     engine_kind,
     is_decoders,
+    named,
 )
-from danlu.spec.tuning import Adalora, Freeze, Full, Lora, Tuning, VirtualTokens, is_merged
+from danlu.spec.tunable import check_tuning
+from danlu.spec.tuning import Freeze, Full, Lora, Prefix, Tuning, VirtualTokens, is_merged
 from danlu.spec.vllm import Vllm
 
 STREAMED = ("classification", "pretrain", "chat")
 """Tasks whose training rows may be read from files, by need."""
-
-PROMPTED = ("classification", "multi_label_classification", "regression")
-"""Encoders' tasks that learn behind virtual tokens, as every decoder's task does."""
 
 
 class Evaluation(Spec):
@@ -84,12 +83,6 @@ class Checkpointing(Spec):
     """Save every so many steps; unset: five times in the run. The last step is always saved."""
     save_total_limit: Annotated[int, Field(ge=2)] = 2
     """Keep the newest so many (at least two: if one is damaged, the one before it serves), and the best one besides."""
-
-
-def _named(task: Task) -> str:
-    if isinstance(task, Pretrain):
-        return f"task.kind={task.kind} with task.objective.kind={task.objective.kind}"
-    return f"task.kind={task.kind}"
 
 
 class TrainJob(Spec):
@@ -179,7 +172,7 @@ class TrainJob(Spec):
         if not is_decoders(self.task):
             raise ValueError(
                 "parallel.context_parallel_size shares out the tokens of long rows that predict the next one; "
-                f"{_named(self.task)} reads whole rows: leave it out"
+                f"{named(self.task)} reads whole rows: leave it out"
             )
         if isinstance(self.tuning, VirtualTokens):
             raise ValueError(
@@ -256,7 +249,7 @@ class TrainJob(Spec):
                 "vllm": "continues texts",
             }
             raise ValueError(
-                f"serve.engine.kind={engine.kind} {does[engine.kind]}, and {_named(self.task)} does not; serve.engine.kind="
+                f"serve.engine.kind={engine.kind} {does[engine.kind]}, and {named(self.task)} does not; serve.engine.kind="
                 f"{' or '.join(kinds)}, or leave it out"
             )
         if isinstance(engine, Torch | Vllm):
@@ -295,7 +288,6 @@ class TrainJob(Spec):
 
     @model_validator(mode="after")
     def _tuning_goes_with_the_rest(self) -> Self:
-        sharded = isinstance(self.parallel, DeepSpeed) and self.parallel.zero_stage == 3
         if isinstance(self.task, Pretrain) and self.task.from_scratch is not None and self.tuning.kind != "full":
             raise ValueError(f"task.from_scratch leaves nothing to tune by tuning.kind={self.tuning.kind}; tuning.kind=full trains all")
         if isinstance(self.task, Preference) and self.task.has_reference and isinstance(self.tuning, VirtualTokens):
@@ -303,35 +295,12 @@ class TrainJob(Spec):
                 f"task.loss.kind={self.task.loss.kind} compares with the pretrained model, which tuning.kind={self.tuning.kind} does not "
                 "start as; tuning.kind=lora, or task.loss.kind=orpo"
             )
-        match self.tuning:
-            case Adalora():
-                if sharded:
-                    raise ValueError(
-                        "tuning.kind=adalora does not go with parallel.zero_stage=3: ranks move by whole weights and gradients, "
-                        "which ZeRO-3 does not keep; use parallel.zero_stage=2, or tuning.kind=lora"
-                    )
-                if self.precision == "fp16" and isinstance(self.parallel, DeepSpeed):
-                    raise ValueError(
-                        "tuning.kind=adalora weighs gradients, which parallel.kind=deepspeed holds scaled under precision=fp16; "
-                        "precision=bf16, or parallel.kind=ddp"
-                    )
-                if self.max_steps is not None and self.tuning.tinit + self.tuning.tfinal >= self.max_steps:
-                    raise ValueError(
-                        f"tuning.tinit={self.tuning.tinit} and tuning.tfinal={self.tuning.tfinal} leave no step of max_steps="
-                        f"{self.max_steps} to move ranks in; lower them, or raise max_steps"
-                    )
-            case VirtualTokens() if sharded:
-                raise ValueError(
-                    f"tuning.kind={self.tuning.kind} does not go with parallel.zero_stage=3: the prompt is made outside the modules whose "
-                    "weights ZeRO-3 gathers; use parallel.zero_stage=2, or tuning.kind=lora"
-                )
-            case VirtualTokens() if self.task.kind not in PROMPTED and not is_decoders(self.task):
-                raise ValueError(
-                    f"tuning.kind={self.tuning.kind} puts a prompt in front of a text, which {_named(self.task)} does not take; "
-                    f"it goes with: {', '.join(PROMPTED)} and decoders' tasks; or use tuning.kind=lora"
-                )
-            case _:
-                pass
+        check_tuning(self.tuning, self.task, self.parallel, self.precision, self.max_steps)
+        if isinstance(self.tuning, Prefix) and self.model.gradient_checkpointing:
+            raise ValueError(
+                "model.gradient_checkpointing does not go with tuning.kind=prefix: its keys and values stand in a cache, which a second "
+                "forward would fill again; leave it out, or tuning.kind=prompt"
+            )
         if self.compress is not None and not is_merged(self.tuning):
             raise ValueError(
                 f"compress takes full-precision weights of the model's own shape, which tuning.kind={self.tuning.kind} does not end in; "

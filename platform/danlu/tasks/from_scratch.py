@@ -134,6 +134,8 @@ def fresh_model(shape: Path, from_scratch: FromScratch, tokenizer: PreTrainedTok
     loader = AutoModelForMaskedLM if masked else AutoModelForCausalLM
     try:
         model: PreTrainedModel = loader.from_config(config, dtype=torch.float32)
+        with torch.no_grad():
+            model(input_ids=torch.tensor([[0, 1]]))  # heads that do not go into each other are only noticed here
     except (ValueError, RuntimeError, ZeroDivisionError, TypeError) as error:
         raise ModelError(f"no model of this shape can be built: {error}", where=FIELD) from error
     return model

@@ -7,6 +7,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from danlu.errors import ModelError
 from danlu.tasks.context import Context
 from danlu.tasks.custom_autograd import use_custom_autograd
 from danlu.tasks.packed import PackedModel, padded_rows, try_packing
@@ -17,7 +18,13 @@ entries are 0.6 GB in float32; a small vocabulary need not make its logits twice
 
 
 def token_losses(
-    hidden: torch.Tensor, head: nn.Module, targets: torch.Tensor, *, softcap: float | None = None, chunk_tokens: int | None = None
+    hidden: torch.Tensor,
+    head: nn.Module,
+    targets: torch.Tensor,
+    *,
+    softcap: float | None = None,
+    scale: float = 1.0,
+    chunk_tokens: int | None = None,
 ) -> torch.Tensor:
     """Cross-entropy of each position, float32 [tokens], 0 where the target is -100. hidden: [tokens, hidden]; targets: int64 [tokens].
 
@@ -28,19 +35,21 @@ def token_losses(
     pieces = []
     for some, aims in zip(torch.split(hidden, chunk_tokens), torch.split(targets, chunk_tokens), strict=True):
         if torch.is_grad_enabled() and hidden.requires_grad and len(hidden) > chunk_tokens:
-            piece = checkpoint(_chunk_losses, some, head, aims, softcap, use_reentrant=False)
+            piece = checkpoint(_chunk_losses, some, head, aims, softcap, scale, use_reentrant=False)
         else:
-            piece = _chunk_losses(some, head, aims, softcap)
+            piece = _chunk_losses(some, head, aims, softcap, scale)
         pieces.append(piece)
     return torch.cat(pieces)
 
 
 @torch.no_grad()
-def token_scores(hidden: torch.Tensor, head: nn.Module, targets: torch.Tensor, *, softcap: float | None = None) -> torch.Tensor:
+def token_scores(
+    hidden: torch.Tensor, head: nn.Module, targets: torch.Tensor, *, softcap: float | None = None, scale: float = 1.0
+) -> torch.Tensor:
     """Each position's cross-entropy and whether the most probable token is the target, float32 [tokens, 2]."""
     pieces = []
     for some, aims in zip(torch.split(hidden, CHUNK_TOKENS), torch.split(targets, CHUNK_TOKENS), strict=True):
-        logits = _logits(some, head, softcap)
+        logits = _logits(some, head, softcap, scale)
         losses = nn.functional.cross_entropy(logits, aims, reduction="none", ignore_index=-100)
         pieces.append(torch.stack([losses, (logits.argmax(-1) == aims).float()], dim=1))
     return torch.cat(pieces)
@@ -51,12 +60,14 @@ def _chunk_of(head: nn.Module) -> int:
     return max(CHUNK_TOKENS, CHUNK_NUMBERS // entries) if isinstance(entries, int) else CHUNK_TOKENS
 
 
-def _chunk_losses(hidden: torch.Tensor, head: nn.Module, targets: torch.Tensor, softcap: float | None) -> torch.Tensor:
-    return nn.functional.cross_entropy(_logits(hidden, head, softcap), targets, reduction="none", ignore_index=-100)
+def _chunk_losses(hidden: torch.Tensor, head: nn.Module, targets: torch.Tensor, softcap: float | None, scale: float) -> torch.Tensor:
+    return nn.functional.cross_entropy(_logits(hidden, head, softcap, scale), targets, reduction="none", ignore_index=-100)
 
 
-def _logits(hidden: torch.Tensor, head: nn.Module, softcap: float | None) -> torch.Tensor:
+def _logits(hidden: torch.Tensor, head: nn.Module, softcap: float | None, scale: float) -> torch.Tensor:
     logits: torch.Tensor = head(hidden).float()
+    if scale != 1.0:
+        logits = logits * scale
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
@@ -82,6 +93,8 @@ class PackedDecoder(PackedModel):
         self.model = model
         self.pad_token_id = int(model.config.pad_token_id or 0)
         use_custom_autograd(model)
+        self.softcap: float | None = getattr(model.config, "final_logit_softcapping", None)
+        self.scale = scale_of_logits(model, self.softcap)
         try_packing(self, _lengths(model), self.hidden)
 
     def forward(
@@ -111,8 +124,7 @@ class PackedDecoder(PackedModel):
             learned = targets != -100
             hidden, targets, rows = hidden[learned], targets[learned], rows[learned]
         head = self.model.get_output_embeddings()
-        softcap = getattr(self.model.config, "final_logit_softcapping", None)
-        found = (token_scores if with_hits else token_losses)(hidden, head, targets, softcap=softcap)
+        found = (token_scores if with_hits else token_losses)(hidden, head, targets, softcap=self.softcap, scale=self.scale)
         by_row = torch.zeros(len(lengths), *found.shape[1:], device=found.device).index_add(0, rows, found)
         return by_row if self.context is None else self.context.whole_sum(by_row)
 
@@ -136,6 +148,29 @@ class PackedDecoder(PackedModel):
         output = backbone(input_ids=padded_rows(input_ids, lengths, self.pad_token_id), attention_mask=mask, use_cache=False)
         flat: torch.Tensor = output.last_hidden_state[mask.bool()]
         return flat
+
+
+@torch.no_grad()
+def scale_of_logits(model: PreTrainedModel, softcap: float | None) -> float:
+    """What a model multiplies its output layer's numbers by (Cohere's `logit_scale`, Granite's `logits_scaling`), found in its own logits;
+    ModelError if they are made in another way, which losses made of the output layer would not follow."""
+    was_training = model.training
+    model.eval()
+    ids = torch.randint(3, model.config.vocab_size, (1, 16), generator=torch.Generator().manual_seed(1)).to(model.device)
+    hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state[0]
+    ours = _logits(hidden, model.get_output_embeddings(), softcap, 1.0)
+    own = model(input_ids=ids, use_cache=False).logits[0].float()
+    model.train(was_training)
+    within = 1e-3 if hidden.dtype == torch.float32 else 5e-2
+    fitted = float((own * ours).sum() / ours.square().sum().clamp_min(1e-30))
+    for scale in (1.0, fitted) if softcap is None else (1.0,):
+        if torch.allclose(own, scale * ours, rtol=within, atol=within * float(own.abs().max())):
+            return scale
+    raise ModelError(
+        f"{type(model).__name__} does more to its output layer's numbers than to multiply them, so losses made here would not be its own",
+        where="model.model_name_or_path",
+        fix="a model of another family",
+    )
 
 
 def _lengths(model: PreTrainedModel) -> list[int]:

@@ -208,7 +208,8 @@ def kl_divergence(logps: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
 class PreferenceScores:
     """`reward_accuracy`: share of pairs whose chosen answer has the higher reward; of KTO, of answers whose reward is on their side of the
     model's divergence from its start. Rewards are beta times the log probability beyond the start model's (DPO, KTO: of the answer; IPO:
-    a token) or, without one (ORPO), beta times the mean log probability of a token. KTO's chosen are the desirable ones."""
+    a token) or, without one (ORPO), beta times the mean log probability of a token. KTO's chosen are the desirable ones; where there are
+    none of a kind, its reward and the margin are 0."""
 
     loss: float
     reward_accuracy: float
@@ -266,11 +267,11 @@ def scores(outputs: np.ndarray, split: Split, label_names: Sequence[str], task: 
 def _kto_scores(logps: torch.Tensor, reference: torch.Tensor, desirable: torch.Tensor, kto: Kto) -> PreferenceScores:
     rewards = kto.beta * (logps - reference)[:, 0]
     border = kto.beta * kl_divergence(logps, reference)
-    chosen, rejected = float(rewards[desirable].mean()), float(rewards[~desirable].mean())
+    chosen, rejected = (float(some.mean()) if len(some) else 0.0 for some in (rewards[desirable], rewards[~desirable]))
     return PreferenceScores(
         loss=float(kto_losses(logps, reference, desirable, kto).mean()),
         reward_accuracy=float(torch.where(desirable, rewards > border, rewards < border).double().mean()),
-        reward_margin=chosen - rejected,
+        reward_margin=chosen - rejected if desirable.any() and not desirable.all() else 0.0,
         reward_chosen=chosen,
         reward_rejected=rejected,
         num_rows=len(rewards),

@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from danlu.artifact.trainable import HEADS, is_embedding, new_parameters, num_layers, trained_names
+from danlu.artifact.trainable import HEADS, is_embedding, new_parameters, trained_names
 from danlu.errors import ModelError
 from danlu.spec.train import TrainJob
 from danlu.spec.tuning import Adalora, Adapter, Freeze, Full, Ia3, Lora, Prefix, Prompt, PTuning, Qlora
@@ -137,7 +137,7 @@ def _freeze(model: PreTrainedModel, tuning: Full | Freeze) -> None:
         case Full():
             frozen = {name for name in parameters if tuning.freeze_embeddings and is_embedding(name)}
         case Freeze():
-            frozen = set(parameters) - set(trained_names(list(parameters), tuning, num_layers(model.config.to_dict())))
+            frozen = set(parameters) - set(trained_names(list(parameters), tuning))
     for name in frozen:
         parameters[name].requires_grad_(False)
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from danlu.artifact.trainable import is_embedding
 from danlu.errors import SpecError
 from danlu.spec.optim import Adafactor, AdamW, BnbAdamW, Constant, Cosine, Linear, Lion, OneCycle, Optim, Wsd
 
@@ -51,7 +52,8 @@ def _below_top(name: str, num_layers: int) -> int:
     """How many steps down a parameter stands: 0 above the layers, 1 the last layer, one more than the layers for the embeddings."""
     if match := LAYER.search(name):
         return num_layers - int(match[1])
-    return num_layers + 1 if "embed" in name or ".wte." in name or ".wpe." in name else 0
+    is_output = "embed_out" in name or "prompt_encoder" in name  # GPT-NeoX's output layer, and what PEFT puts before a row
+    return num_layers + 1 if not is_output and ("embed" in name or is_embedding(name)) else 0
 
 
 def make_optimizer(groups: list[dict[str, Any]], optim: Optim) -> torch.optim.Optimizer:

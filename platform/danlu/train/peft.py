@@ -122,7 +122,9 @@ def export_prompt(model: PeftModel, state: Mapping[str, torch.Tensor], folder: P
     encoder, prefix = model.prompt_encoder[ADAPTER], f"prompt_encoder.{ADAPTER}."
     weights = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
     tokens = torch.arange(model.peft_config[ADAPTER].num_virtual_tokens)
-    tensors = get_peft_model_state_dict(model, state_dict=dict(state))
+    whole = f".modules_to_save.{ADAPTER}."
+    # PEFT's own way to gather these would compute the prompt of the live weights, which a strategy may have cut apart.
+    tensors = {name.replace(whole, "."): tensor for name, tensor in state.items() if whole in name}
     tensors["prompt_embeddings"] = torch.func.functional_call(encoder, weights, (tokens,))
     _write(tensors, model.peft_config[ADAPTER], folder)
 

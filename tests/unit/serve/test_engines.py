@@ -190,6 +190,30 @@ def test_a_forward_that_breaks_fails_its_requests_and_no_other(predictor: Predic
     assert asyncio.run(life())[0].label == predictor.predict(TEXTS[:1])[0].label
 
 
+def test_outputs_that_are_no_numbers_fail_their_request_and_no_other(predictor: Predictor, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, usual = predictor.forward, max(predictor.encode([Text(text) for text in TEXTS[:2]]).lengths)
+
+    def sick(batch: Packed) -> np.ndarray:
+        outputs = whole(batch).copy()
+        outputs[batch.cu_seqlens.diff().numpy() > usual] = np.nan
+        return outputs
+
+    async def life() -> list[Any]:
+        engine = encoder(predictor)
+        await engine.start()
+        monkeypatch.setattr(predictor, "forward", sick)
+        texts = [TEXTS[0], " ".join(TEXTS[:3]), TEXTS[1]]
+        found = await asyncio.gather(*(engine.predict([Text(text)]) for text in texts), return_exceptions=True)
+        engine.check_health()
+        await engine.stop()
+        return found
+
+    first, longest, other = asyncio.run(life())
+    assert isinstance(longest, FloatingPointError)
+    monkeypatch.undo()
+    assert [first[0].label, other[0].label] == [answer.label for answer in predictor.predict(TEXTS[:2])]
+
+
 def test_an_engine_whose_answers_are_not_the_evaluations_does_not_start(predictor: Predictor) -> None:
     (answer,) = predictor.predict(TEXTS[:1])
     shifted = [answer.probabilities[1], answer.probabilities[2], answer.probabilities[0]]

@@ -180,6 +180,9 @@ def test_a_key_with_a_limit_hears_429_beyond_it_and_others_are_answered(path: Pa
                 chat(url, limited)
             assert int(refused.value.response.headers["retry-after"]) >= 1
             assert chat(url, other) == "a"
+            with pytest.raises(openai.BadRequestError, match="2 answers in one request; the key 'limited' may have 1 at once") as never:
+                client.chat.completions.create(model="echo", messages=[{"role": "user", "content": "a"}], n=2)
+            assert never.value.param == "n", "what no waiting helps is no rate limit"
             stream.close()
         deadline = time.monotonic() + 10
         while gateway.in_flight and time.monotonic() < deadline:

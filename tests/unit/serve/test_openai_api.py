@@ -22,8 +22,8 @@ from danlu.errors import RequestError
 from danlu.metrics import catalog
 from danlu.serve.engines.echo import EchoTextEngine
 from danlu.serve.gateway import Gateway
-from danlu.serve.generation import Delta, Generation
-from danlu.serve.openai.chat import ChatRequest, UserMessage
+from danlu.serve.generation import Delta, Generation, TokenLogprob, Usage
+from danlu.serve.openai.chat import ChatRequest, UserMessage, chat_response
 from danlu.serve.openai.sampling import generations, sampling
 from danlu.spec.serve import EchoText, Limits
 
@@ -209,6 +209,17 @@ def test_logprobs_are_in_openais_two_forms(client: OpenAI) -> None:
     assert older.logprobs.top_logprobs[2].keys() == {"a", "b"}
 
 
+def test_a_piece_of_a_character_has_no_bytes_that_it_is_not() -> None:
+    """OpenAI's clients put answers together again of tokens' bytes; null is OpenAI's word for having none."""
+    request = ChatRequest.model_validate({"messages": [{"role": "user", "content": "a"}], "logprobs": True})
+    tokens = (TokenLogprob(1, "\N{REPLACEMENT CHARACTER}", -1.0), TokenLogprob(2, "小", -2.0, ((2, "小", -2.0),)))
+    answer = Delta("小", (1, 2), tokens, finish_reason="stop")
+    (choice,) = chat_response(request, {}, [answer], Usage(1, 0, 2))["choices"]
+    piece, whole = choice["logprobs"]["content"]
+    assert piece["bytes"] is None
+    assert whole["bytes"] == whole["top_logprobs"][0]["bytes"] == [229, 176, 143]
+
+
 def test_models_are_the_base_and_its_adapters(client: OpenAI, url: str, tmp_path: Path) -> None:
     assert [model.id for model in client.models.list()] == ["echo", "formal"]
     assert client.models.retrieve("formal").parent == "echo"  # type: ignore[attr-defined]
@@ -219,6 +230,8 @@ def test_models_are_the_base_and_its_adapters(client: OpenAI, url: str, tmp_path
     assert client.models.retrieve("org/new:1").id == "org/new:1"
     assert httpx.post(f"{url}/v1/load_lora_adapter", json=new).status_code == 400
     assert httpx.post(f"{url}/v1/load_lora_adapter", json=new | {"load_inplace": True}).status_code == 200
+    assert httpx.post(f"{url}/v1/load_lora_adapter", json=new | {"lora_path": "/nosuch", "load_inplace": True}).status_code == 400
+    assert client.models.retrieve("org/new:1").id == "org/new:1", "a folder that is none takes nothing away"
     assert httpx.post(f"{url}/v1/load_lora_adapter", json=new | {"lora_name": "b", "lora_path": "/nosuch"}).status_code == 400
     assert "removed successfully" in httpx.post(f"{url}/v1/unload_lora_adapter", json={"lora_name": "org/new:1"}).text
     assert httpx.post(f"{url}/v1/unload_lora_adapter", json={"lora_name": "org/new:1"}).status_code == 404

@@ -210,6 +210,41 @@ def test_a_step_that_fails_fails_every_request_and_health(qwen3: Path) -> None:
     asyncio.run(life())
 
 
+ASKED = {
+    "greedy": GREEDY,
+    "drawn": Sampling(max_tokens=24, temperature=1.0, seed=1),
+    "within a nucleus": Sampling(max_tokens=24, temperature=1.0, top_p=0.5, seed=1),
+    "penalized": Sampling(max_tokens=24, temperature=0.0, presence_penalty=1.0),
+    "scored": Sampling(max_tokens=0, logprobs=1, prompt_logprobs=True),
+}
+
+
+@pytest.mark.parametrize("how", ASKED)
+def test_logits_that_are_no_numbers_fail_every_request_and_health(how: str, qwen3: Path) -> None:
+    """Else NaN would be a token: an answer that reads like one, and numbers that are no JSON."""
+
+    async def life() -> None:
+        made = engine(qwen3)
+        await made.start()
+        forward, calls = made.runner.forward, 0
+
+        def sick(batch: object, cache: object) -> torch.Tensor:
+            nonlocal calls
+            calls += 1
+            logits = forward(batch, cache)  # type: ignore[arg-type]
+            return logits if calls < 3 and how != "scored" else logits.index_fill(1, torch.tensor([17]), torch.nan)
+
+        object.__setattr__(made.runner, "forward", sick)
+        for error in await asyncio.gather(*(ask(made, (7, i), ASKED[how]) for i in (5, 6)), return_exceptions=True):
+            assert isinstance(error, ResourceError)
+            assert "no numbers" in str(error)
+        with pytest.raises(ResourceError, match="no numbers"):
+            made.check_health()
+        await made.stop()
+
+    asyncio.run(life())
+
+
 def test_a_step_that_never_ends_fails_every_request_and_health(qwen3: Path) -> None:
     release = threading.Event()
 

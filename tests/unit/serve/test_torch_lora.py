@@ -9,7 +9,9 @@ from typing import Any
 
 import peft
 import pytest
+import torch
 from lm import ask, engine, greedy, ids_of, prompts, reference, with_engine, write_adapter, write_family
+from safetensors.torch import load_file, save_file
 
 from danlu.artifact.bundle import BundleMeta, Lineage, write_bundle
 from danlu.artifact.store import Store
@@ -83,6 +85,28 @@ def test_adapters_come_and_go_while_others_are_answered(folders: dict[str, Path]
     with_engine(engine(folders["base"], adapters={"qv": str(folders["qv"])}), body)
 
 
+def test_an_adapter_takes_anothers_place_while_that_one_is_used_and_only_if_it_can_be_served(folders: dict[str, Path]) -> None:
+    prompt = prompts(1, 30, seed=7)[0]
+
+    async def body(made: TorchEngine) -> None:
+        with pytest.raises(ModelError, match="holds no adapter"):
+            await made.load_adapter("one", "/nosuch", in_place=True)
+        assert ids_of(await ask(made, prompt, GREEDY, adapter="one")) == expected(folders, "qv", prompt), "the old one is still there"
+        long = asyncio.create_task(ask(made, prompt, Sampling(max_tokens=80, temperature=0.0, ignore_eos=True), adapter="one"))
+        await asyncio.sleep(0.01)
+        going = asyncio.create_task(made.load_adapter("one", str(folders["all"]), in_place=True))
+        while not going.done():  # nobody is told that there is none meanwhile
+            await ask(made, prompt, GREEDY, adapter="one")
+        await going
+        assert ids_of(await ask(made, prompt, GREEDY, adapter="one")) == expected(folders, "all", prompt)
+        assert ids_of(await long)[:16] == expected(folders, "qv", prompt)
+        await made.load_adapter("one", str(folders["qv"]), in_place=True)
+        assert made.adapters() == ["one"]
+        assert len(made.runner.adapters.loaded) == 1
+
+    with_engine(engine(folders["base"], max_loras=2, adapters={"one": str(folders["qv"])}), body)
+
+
 def test_the_longest_unused_adapter_makes_room_unless_all_are_in_use(folders: dict[str, Path]) -> None:
     async def body(made: TorchEngine) -> None:
         for name in ("qv", "all"):
@@ -131,6 +155,20 @@ def test_an_adapter_is_not_put_on_top_of_what_is_merged_into_its_base(folders: d
     with pytest.raises(ModelError, match="has qv merged into that") as raised:
         read_adapter(str(served.path), "qv", "runs", served)
     assert f"engine.model_name_or_path: {folders['base']}" in raised.value.fix
+
+
+def test_an_adapter_with_values_that_are_no_numbers_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
+    """One request to it would end the engine for everybody."""
+    sick = shutil.copytree(folders["qv"], tmp_path / "sick")
+    weights = load_file(sick / "adapter_model.safetensors")
+    next(iter(weights.values()))[0, 0] = torch.inf
+    save_file(weights, sick / "adapter_model.safetensors", {"format": "pt"})
+
+    async def body(made: TorchEngine) -> None:
+        with pytest.raises(ModelError, match="that are no numbers"):
+            await made.load_adapter("sick", str(sick))
+
+    with_engine(engine(folders["base"]), body)
 
 
 def test_an_adapter_that_cannot_be_served_says_why_and_nobody_notices(folders: dict[str, Path], tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from transformers.generation import (
 )
 
 from danlu.errors import RequestError
+from danlu.metrics import catalog
 from danlu.serve.engines.torch.engine import TorchEngine
 from danlu.serve.engines.torch.sampler import Chooser, choose
 from danlu.serve.engines.torch.text import TextMaker
@@ -168,6 +169,39 @@ def test_penalties_bias_and_minimum_are_openais_and_vllms() -> None:
         assert one.token_id == max(range(12), key=values.__getitem__)
 
 
+def test_penalties_count_more_distinct_tokens_than_there_was_room_for() -> None:
+    """A long answer to a short prompt."""
+    how = Sampling(temperature=0.0, frequency_penalty=0.5, presence_penalty=0.25, repetition_penalty=2.0)
+    chooser = Chooser(how, [0, 1], [])
+    made = [token for token in range(1, 300) for _ in range(1 + token % 3)]
+    for token in made:
+        chooser.add(token)
+    logits = torch.linspace(-1, 1, VOCABULARY)[None]
+    counts = torch.bincount(torch.tensor(made), minlength=VOCABULARY)
+    seen = (torch.arange(VOCABULARY) < 300)[None]
+    expected = torch.where(seen, torch.where(logits > 0, logits / 2, logits * 2), logits) - 0.5 * counts - 0.25 * (counts > 0)
+    choose(logits, [chooser])  # in place
+    torch.testing.assert_close(logits, expected)
+
+
+def test_an_odd_penalty_harms_nobody(folder: Path) -> None:
+    """Its numbers leave float32 on the way, and NaN or infinity in logits is what the engine ends for."""
+
+    async def body(made: TorchEngine) -> None:
+        prompt = tuple(range(5, 40))
+        odd = [replace(GREEDY, repetition_penalty=how) for how in (0.01, 100.0)]
+        odd += [replace(one, temperature=1.0, seed=1, logit_bias={7: 100.0, 8: -100.0}) for one in odd]
+        guides = [None, None, Guide("regex", "[a-c]{30}"), Guide("regex", "[a-c]{30}")]
+        for deltas in await asyncio.gather(*(ask(made, prompt, how, guide=guide) for how, guide in zip(odd, guides, strict=True))):
+            assert ids_of(deltas)
+        for wrong in (1e-308, 1e300):
+            with pytest.raises(RequestError, match="repetition_penalty"):
+                await ask(made, prompt, replace(GREEDY, repetition_penalty=wrong))
+        made.check_health()
+
+    with_engine(engine(folder), body)
+
+
 def test_a_stop_text_ends_the_answer_before_it_however_the_tokens_cut_it(folder: Path) -> None:
     async def body(made: TorchEngine) -> None:
         whole = text_of(await ask(made, (7, 8, 9), GREEDY))
@@ -266,6 +300,30 @@ def test_a_guide_that_does_not_compile_is_refused(folder: Path) -> None:
         with pytest.raises(RequestError, match="min_tokens"):
             await ask(made, (7, 8), replace(GREEDY, min_tokens=3), guide=Guide("regex", "a"))
         assert ids_of(await ask(made, (7, 8), GREEDY))
+
+    with_engine(engine(folder), body)
+
+
+TOO_MUCH = {
+    "regex": Guide("regex", "(a?){500}a{500}", "guided_regex"),
+    "json_schema": Guide("json_schema", json.dumps({"type": "object", "properties": {f"k{i}": {"type": "integer"} for i in range(2000)}})),
+}
+"""They compile, and the parser gives up at their first token."""
+
+
+@pytest.mark.parametrize("kind", TOO_MUCH)
+def test_a_guide_that_is_too_much_for_the_parser_fails_its_own_request_and_no_other(kind: str, folder: Path) -> None:
+    async def body(made: TorchEngine) -> None:
+        guided, free = await asyncio.gather(
+            ask(made, (7, 8, 9), GREEDY, guide=TOO_MUCH[kind]), ask(made, (7, 8, 9), GREEDY), return_exceptions=True
+        )
+        assert isinstance(guided, RequestError)
+        assert f"the {kind} cannot be followed" in str(guided)
+        assert guided.param == TOO_MUCH[kind].param
+        assert not isinstance(free, BaseException)
+        assert ids_of(free) == greedy(reference(folder), (7, 8, 9), 24)
+        made.check_health()
+        assert made.stats()[catalog.SERVE_RUNNING] == made.stats()[catalog.SERVE_WAITING] == 0
 
     with_engine(engine(folder), body)
 

@@ -208,6 +208,11 @@ def test_adapters_come_and_go_and_one_in_use_stays_until_it_is_done(spec: Callab
         assert [delta async for delta in answer][-1].finish_reason == "length"
         await going
         await engine.load_adapter("first", str(small))
+        with pytest.raises(ModelError, match="rank 40; max_lora_rank=8"):
+            await engine.load_adapter("first", str(large), in_place=True)
+        assert engine.adapters() == ["first"], "what cannot be served takes nothing away"
+        await engine.load_adapter("first", str(small), in_place=True)
+        assert engine.adapters() == ["first"]
         await engine.stop()
         plain = VllmEngine(spec())
         await plain.start()

@@ -241,3 +241,8 @@ def test_what_cannot_start_from_scratch_is_refused_before_anything_starts(
     task = Pretrain(from_scratch=FromScratch(config_overrides={"num_hiden_layers": 2}))
     with pytest.raises(ModelError, match="modernbert has no field 'num_hiden_layers'"):
         start_folder(job.model.model_copy(update={"model_name_or_path": str(shape)}), job.data, task, seed=1)
+    sizes: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 32}
+    heads = shape_of(tmp_path / "heads", Qwen3Config(**sizes, num_key_value_heads=2, head_dim=8))
+    task = Pretrain(from_scratch=FromScratch(config_overrides={"num_attention_heads": 3}))
+    with pytest.raises(ModelError, match="no model of this shape can be built"):
+        start_folder(job.model.model_copy(update={"model_name_or_path": str(heads)}), job.data, task, seed=1)

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    CohereConfig,
     Gemma2Config,
     GPT2Config,
+    GraniteConfig,
     LlamaConfig,
+    LlamaForCausalLM,
     MistralConfig,
     PretrainedConfig,
     Qwen2Config,
@@ -19,6 +23,7 @@ from transformers import (
 )
 
 from danlu.data.pack import pack
+from danlu.errors import ModelError
 from danlu.tasks.packed_decoder import PackedDecoder, next_tokens, token_losses
 
 SMALL = {
@@ -38,6 +43,8 @@ FAMILIES: dict[str, PretrainedConfig] = {
     "qwen3": Qwen3Config(**SMALL, head_dim=8, tie_word_embeddings=True),
     "gpt2": GPT2Config(vocab_size=90, n_embd=32, n_layer=2, n_head=4, n_positions=128, initializer_range=0.3, pad_token_id=0),
     "mistral-window": MistralConfig(**SMALL, sliding_window=8),
+    "granite-divides": GraniteConfig(**SMALL, logits_scaling=4.0, attention_multiplier=0.5, embedding_multiplier=3.0),
+    "cohere-multiplies": CohereConfig(**SMALL, logit_scale=0.25),
 }
 PADDED: dict[str, PretrainedConfig] = {
     "gemma2-softcap": Gemma2Config(**SMALL, head_dim=8, sliding_window=8, attn_logit_softcapping=5.0, final_logit_softcapping=3.0),
@@ -48,6 +55,21 @@ ROWS = [np.random.default_rng(i).integers(3, 90, size=n) for i, n in enumerate([
 def model_of(config: PretrainedConfig) -> torch.nn.Module:
     torch.manual_seed(1)
     return AutoModelForCausalLM.from_config(copy.deepcopy(config), attn_implementation="eager").eval()
+
+
+class SquaredLogits(LlamaForCausalLM):
+    """No family: logits that no factor makes of the output layer's."""
+
+    def forward(self, **inputs: Any) -> Any:
+        output = super().forward(**inputs)
+        output.logits = output.logits.square()
+        return output
+
+
+def test_logits_that_are_made_in_another_way_are_refused() -> None:
+    """Losses are made of the output layer here, a chunk at a time, and not by the model."""
+    with pytest.raises(ModelError, match="SquaredLogits does more to its output layer's numbers"):
+        PackedDecoder(SquaredLogits(LlamaConfig(**SMALL)))
 
 
 def alone_losses(model: torch.nn.Module) -> torch.Tensor:

@@ -383,3 +383,14 @@ def test_kto_learns_what_is_desirable(model: Path, tmp_path: Path) -> None:
     assert found["reward_margin"] == pytest.approx(found["reward_chosen"] - found["reward_rejected"], abs=1e-6)
     with pytest.raises(ValidationError, match=r"micro_batch_size=1 leaves task\.loss\.kind=kto one row"):
         job_of(model, tmp_path, micro_batch_size=1, task={"kind": "preference", "loss": {"kind": "kto"}})
+
+
+@pytest.mark.parametrize("kind", [True, False])
+def test_ktos_scores_of_rows_of_one_kind_are_numbers(kind: bool) -> None:
+    """A dev split may have no undesirable row, and a bundle's scores are JSON."""
+    logps = torch.randn(4, 2, generator=torch.Generator().manual_seed(0)).double()
+    found = preference._kto_scores(logps, torch.zeros_like(logps), torch.full((4,), kind), Kto(beta=0.5))
+    assert all(math.isfinite(number) for number in found.metrics().values())
+    own, other = (found.reward_chosen, found.reward_rejected) if kind else (found.reward_rejected, found.reward_chosen)
+    assert own == pytest.approx(0.5 * float(logps[:, 0].mean()))
+    assert (other, found.reward_margin) == (0.0, 0.0)

@@ -8,11 +8,21 @@ from typing import Any
 import pytest
 import torch
 from pydantic import TypeAdapter, ValidationError
-from transformers import AutoModelForSequenceClassification, get_scheduler
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    BartConfig,
+    GPTNeoXConfig,
+    T5Config,
+    get_scheduler,
+)
 
+from danlu.artifact.trainable import num_layers, trained_names
 from danlu.spec import optim as spec
 from danlu.spec.optim import Optim
 from danlu.spec.train import TrainJob
+from danlu.spec.tuning import Freeze
 from danlu.tasks import classification
 from danlu.tasks.tokenizer import load_tokenizer
 from danlu.train.ema import Ema
@@ -142,6 +152,51 @@ def test_each_layer_learns_slower_than_the_one_above_it(tiny_model: Path) -> Non
     decays = {id(p): group["weight_decay"] for group in param_groups(model, optim, head, {}) for p in group["params"]}
     assert decays[id(model.classifier.bias)] == 0.0
     assert decays[id(model.classifier.weight)] == 0.01
+
+
+FAMILIES = {
+    "t5": (T5Config(d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, vocab_size=40), "shared.weight", "encoder.block.0."),
+    "bart": (
+        BartConfig(
+            d_model=16,
+            encoder_layers=2,
+            decoder_layers=2,
+            encoder_attention_heads=2,
+            decoder_attention_heads=2,
+            encoder_ffn_dim=32,
+            decoder_ffn_dim=32,
+            vocab_size=40,
+            max_position_embeddings=32,
+        ),
+        "model.shared.weight",
+        "model.encoder.layers.0.",
+    ),
+    "gpt_neox": (
+        GPTNeoXConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, vocab_size=40),
+        "gpt_neox.embed_in.weight",
+        "gpt_neox.layers.0.",
+    ),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_embeddings_are_found_in_other_families_whatever_they_are_called(family: str) -> None:
+    """They learn slowest, and stay where only the last layers are trained; an output layer of its own is not one of them."""
+    config, embeddings, first = FAMILIES[family]
+    kind = AutoModelForCausalLM if family == "gpt_neox" else AutoModelForSeq2SeqLM
+    model = kind.from_config(config)
+    names = [name for name, _ in model.named_parameters()]
+    groups = param_groups(model, Optim(layer_learning_rate_decay=0.5), set(), {})
+    scales = {id(p): group["lr_scale"] for group in groups for p in group["params"]}
+    by_name = {name: scales[id(parameter)] for name, parameter in model.named_parameters()}
+    assert by_name[embeddings] == 0.125
+    assert {scale for name, scale in by_name.items() if name.startswith(first)} == {0.25}
+    assert by_name.get("embed_out.weight", 1.0) == 1.0
+    trained = trained_names(names, Freeze(num_trainable_layers=1))
+    assert trained
+    assert embeddings not in trained
+    assert not any(name.startswith(first) for name in trained)
+    assert num_layers(config.to_dict()) == (2 if family == "gpt_neox" else 4)
 
 
 def job_of(model: Path, files: dict[str, str], folder: Path, **overrides: Any) -> TrainJob:

@@ -14,7 +14,7 @@ from peft import AdaLoraConfig, get_peft_model
 from peft.optimizers import create_loraplus_optimizer
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
 from danlu.artifact.runs import open_run
 from danlu.compress.load import load_judge
@@ -25,6 +25,7 @@ from danlu.evaluate.score import evaluate
 from danlu.handover import Trained, make_bundle
 from danlu.sdk import prepare
 from danlu.spec.compress import Int8
+from danlu.spec.task import MaskedLm, Pretrain
 from danlu.spec.train import TrainJob
 from danlu.spec.tuning import Adapter
 from danlu.tasks import pretrain
@@ -142,6 +143,29 @@ def test_what_zero3_cannot_train_is_refused_with_the_reason(method: str, setting
         setting.job("pretrain", METHODS[method], ZERO3)
 
 
+FSDP = {"kind": "fsdp"}
+NOT_TAKEN = {
+    "ranks that FSDP cuts": (METHODS["adalora"], {"parallel": FSDP}, r"adalora does not go with parallel.kind=fsdp: .*; use "),
+    "8 bits that FSDP cuts": (
+        METHODS["qlora 8"],
+        {"parallel": FSDP},
+        r"tuning.bits=8 does not go with parallel.kind=fsdp.*; use tuning.bits=4",
+    ),
+    "a cache filled twice": (
+        METHODS["prefix"],
+        {"model": {"model_name_or_path": "m", "gradient_checkpointing": True}},
+        r"model.gradient_checkpointing does not go with tuning.kind=prefix.*; leave it out",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NOT_TAKEN)
+def test_what_would_fail_in_a_worker_or_train_something_else_is_refused(name: str, setting: Setting) -> None:
+    tuning, overrides, told = NOT_TAKEN[name]
+    with pytest.raises(ValidationError, match=told):
+        setting.job("pretrain", tuning, **overrides)
+
+
 PLACES = [
     pytest.param("classification", DDP, id="labels-ddp"),
     pytest.param("classification", ZERO2, id="labels-zero2", marks=pytest.mark.soak),
@@ -238,8 +262,19 @@ def test_adalora_gives_the_losses_and_ranks_of_peft_by_hand(setting: Setting) ->
     assert len(set(kept.values())) > 1
 
 
-@pytest.mark.parametrize("method", ["adalora", "pissa"])
-@pytest.mark.parametrize("parallel", [DDP, ZERO2], ids=["ddp", "zero2"])
+KILLED = {
+    f"{method} {name}": (method, parallel)
+    for name, parallel, methods in (
+        ("ddp", DDP, ("adalora", "pissa")),
+        ("zero2", ZERO2, ("adalora", "pissa", "qlora 8")),
+        ("zero3", ZERO3, ("qlora 4", "qlora 8")),
+        ("fsdp", FSDP, ("qlora 4", "prompt")),
+    )
+    for method in methods
+}
+
+
+@pytest.mark.parametrize(("method", "parallel"), KILLED.values(), ids=KILLED)
 def test_a_killed_run_goes_on_to_the_losses_and_ranks_of_the_uninterrupted_one(
     method: str, parallel: dict[str, Any], setting: Setting
 ) -> None:
@@ -335,3 +370,63 @@ def test_what_cannot_be_merged_is_not_quantized(setting: Setting) -> None:
         quantize(live.trained.bundle, Int8(), setting.folder / "int8")
     with pytest.raises(ValidationError, match="compress takes full-precision weights"):
         setting.job("classification", METHODS["prompt"], compress={})
+
+
+SHARED = {
+    "lora": {"kind": "lora", "r": 4, "target_modules": ["q_proj", "lm_head"]},
+    "pissa": {"kind": "lora", "r": 4, "init_lora_weights": "pissa", "target_modules": ["embed_tokens"]},
+    "adalora": ADALORA | {"target_modules": ["lm_head"]},
+    "ia3": {"kind": "ia3", "target_modules": ["lm_head", "k_proj"]},
+}
+
+
+@pytest.mark.parametrize("method", SHARED)
+def test_an_adapter_of_weights_that_stand_in_two_places_is_refused_before_anything_starts(method: str, setting: Setting) -> None:
+    """Live it changes one of the two, merged it would change both."""
+    with pytest.raises(SpecError, match="shares its weights with") as told:
+        prepare(setting.job("pretrain", SHARED[method]), calibrate=False)
+    assert told.value.where == "tuning.target_modules"
+    beside = {"kind": "qlora", "r": 4, "target_modules": ["q_proj", "lm_head"]}
+    assert prepare(setting.job("pretrain", beside), calibrate=False)
+
+
+@pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
+def test_an_adapter_of_an_output_layer_or_embeddings_of_their_own_is_stored_as_it_is(target: str, setting: Setting, tmp_path: Path) -> None:
+    untied = shutil.copytree(setting.models["pretrain"], tmp_path / "untied")
+    torch.manual_seed(1)
+    config = AutoConfig.from_pretrained(untied, tie_word_embeddings=False)
+    AutoModelForCausalLM.from_config(config).save_pretrained(untied)
+    setting.models["pretrain"] = untied
+    live = setting.train(setting.job("pretrain", {"kind": "lora", "r": 4, "target_modules": [target]}))
+    assert_its_bundle_is_the_live_model(setting, live)
+
+
+@pytest.mark.parametrize("method", ["pissa", "olora"])
+def test_more_directions_than_weights_have_are_refused_before_anything_starts(method: str, setting: Setting) -> None:
+    with pytest.raises(SpecError, match=r"takes r=17 directions out of weights that have no more than 16"):
+        prepare(setting.job("pretrain", METHODS[method] | {"r": 17}), calibrate=False)
+    assert prepare(setting.job("pretrain", METHODS[method] | {"r": 16}), calibrate=False)
+
+
+def masked(setting: Setting, method: str) -> TrainJob:
+    return setting.job("classification", METHODS[method]).model_copy(update={"task": Pretrain(objective=MaskedLm())})
+
+
+@pytest.mark.parametrize("method", ["rslora, lora+", "qlora 4", "qlora 8", "adalora", "ia3", "pfeiffer", "freeze"])
+def test_a_masked_language_models_bundle_answers_as_the_live_model_did(method: str, setting: Setting, tmp_path: Path) -> None:
+    bert = shutil.copytree(setting.models["classification"], tmp_path / "masked")
+    torch.manual_seed(1)
+    AutoModelForMaskedLM.from_config(AutoConfig.from_pretrained(bert)).save_pretrained(bert)
+    setting.models["classification"] = bert
+    job = masked(setting, method)
+    live = setting.train(job)
+    dev = prepare(job, calibrate=False).splits.dev
+    outputs = evaluate(load_judge(live.trained.bundle), dev).outputs
+    np.testing.assert_allclose(outputs, live.outputs, rtol=BOUND, atol=10 * BOUND)
+
+
+@pytest.mark.parametrize("method", ["rslora, lora+", "qlora 4", "adalora", "ia3"])
+def test_an_output_layer_that_starts_from_nothing_is_not_an_adapters_to_store(method: str, setting: Setting) -> None:
+    with pytest.raises(SpecError, match="its output layer starts from nothing"):
+        prepare(masked(setting, method), calibrate=False)
+    assert prepare(masked(setting, "pfeiffer"), calibrate=False)

@@ -133,7 +133,8 @@ class EchoTextEngine:
         raw = b"".join(NAMES[token].encode() if token in NAMES else bytes([token]) for token in token_ids)
         return raw.decode("utf-8", "replace")
 
-    async def load_adapter(self, name: str, source: str) -> None:
+    async def load_adapter(self, name: str, source: str, *, in_place: bool = False) -> None:
+        """As TextEngine has it."""
         if not Path(source).is_dir():
             raise ModelError(f"{source} is not a folder", where=name, fix="a PEFT folder or a bundle")
         self.loaded[name] = source

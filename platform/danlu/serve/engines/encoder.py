@@ -257,8 +257,10 @@ class EncoderEngine:
         with self.wake:
             self.jobs = deque(job for job in self.jobs if id(job) not in gone)
 
-    def _answers(self, predictor: Answerer, job: Job) -> list[Answer]:
+    def _answers(self, predictor: Answerer, job: Job) -> list[Answer] | Exception:
         assert job.encoded is not None
+        if any(map(_has_nan, job.outputs)):
+            return FloatingPointError("the model's outputs are no numbers: NaN")
         found = predictor.made_of(job.outputs, job.encoded, job.inputs)
         return [Answer(one, int(length)) for one, length in zip(found, job.encoded.lengths, strict=True)]
 
@@ -287,6 +289,16 @@ class EncoderEngine:
                         f"where its evaluation answered {probe.label!r} {probe.probabilities}"
                     ),
                 )
+
+
+def _has_nan(output: Any) -> bool:
+    """Of what a model gave for a sequence: a head's outputs, a masked model's (probabilities, tokens), or tokens that were written."""
+    match output:
+        case np.ndarray():
+            return bool(np.isnan(output).any())
+        case (torch.Tensor() as probabilities, _):
+            return bool(probabilities.isnan().any())
+    return False
 
 
 def _sequences(job: Job) -> Encoded:

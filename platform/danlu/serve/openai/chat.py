@@ -279,7 +279,8 @@ def _finish_reason(answer: Delta, parser: ToolCallParser | None) -> str | None:
 
 def _logprobs(tokens: Sequence[TokenLogprob]) -> dict[str, Any]:
     def one(text: str, logprob: float | None) -> dict[str, Any]:
-        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+        # Of a piece of a character there are no bytes here, and those of the sign in its place would be a lie.
+        return {"token": text, "logprob": logprob, "bytes": None if "\N{REPLACEMENT CHARACTER}" in text else list(text.encode())}
 
     entries = [one(token.text, token.logprob) | {"top_logprobs": [one(text, value) for _, text, value in token.top]} for token in tokens]
     return {"content": entries, "refusal": None}

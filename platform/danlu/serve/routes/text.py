@@ -131,9 +131,7 @@ class TextApi:
         if request.lora_name == self.model or (there and not request.load_inplace):
             raise RequestError(f"there is a model {request.lora_name!r} already", param="lora_name", fix="another name")
         try:
-            if there:
-                await self.engine.unload_adapter(request.lora_name)
-            await self.engine.load_adapter(request.lora_name, request.lora_path)
+            await self.engine.load_adapter(request.lora_name, request.lora_path, in_place=request.load_inplace)
         except DanluError as error:
             self.count(catalog.SERVE_ADAPTER_LOADS, 1, outcome="failed")
             if isinstance(error, ModelError | StorageError):

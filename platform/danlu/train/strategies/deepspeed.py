@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -218,8 +218,16 @@ class DeepSpeedState:
                     state["step"] = state["step"].clone()
 
     def _load(self, folder: Path) -> None:
-        # Frozen weights are not in the checkpoint: they are the pretrained ones, which the model was built with.
-        self.engine.load_checkpoint(str(folder), tag=TAG, load_module_strict=False, load_lr_scheduler_states=False)
+        # Frozen weights are not in the checkpoint: they are the pretrained ones, which the model was built with. Scales of an 8-bit base
+        # are, and bitsandbytes refuses them where ZeRO-3 holds its weights.
+        module = self.engine.module
+        own = {name for name, parameter in module.named_parameters(remove_duplicate=False) if parameter.requires_grad}
+        own |= {name for name, _ in module.named_buffers(remove_duplicate=False)}
+
+        def load(src: Mapping[str, torch.Tensor], dst: nn.Module) -> None:
+            dst.load_state_dict({name: tensor for name, tensor in src.items() if name in own}, strict=False)
+
+        self.engine.load_checkpoint(str(folder), tag=TAG, load_module_strict=False, load_lr_scheduler_states=False, custom_load_fn=load)
 
     def weights(self, names: Collection[str]) -> dict[str, torch.Tensor]:
         from deepspeed.runtime.zero.partition_parameters import GatheredParameters

@@ -93,10 +93,13 @@ class TorchEngine:
     def detokenize(self, token_ids: Several[int]) -> str:
         return self._reader().detokenize(token_ids)
 
-    async def load_adapter(self, name: str, source: str) -> None:
+    async def load_adapter(self, name: str, source: str, *, in_place: bool = False) -> None:
         self.check_health()
         adapter = await asyncio.to_thread(read_adapter, source, name, self.storage, self.bundle)
-        await self._on_engine(lambda: self._install(name, adapter))
+        old = self.keys.get(name) if in_place else None
+        await self._on_engine(lambda: self._install(name, adapter, instead_of=old))
+        if old is not None:
+            await self._on_engine(lambda: self._remove(old))
 
     async def unload_adapter(self, name: str) -> None:
         self.check_health()
@@ -248,10 +251,12 @@ class TorchEngine:
         for sequence in [one for one in (*self.scheduler.running, *self.scheduler.waiting) if one.cancelled]:
             self.scheduler.remove(sequence)
 
-    def _install(self, name: str, adapter: Adapter) -> bool:
-        if name in self.keys:
+    def _install(self, name: str, adapter: Adapter, instead_of: Key = None) -> bool:
+        if self.keys.get(name) != instead_of:
             raise ModelError(f"the adapter {name!r} is loaded already", where=name, fix="unload it first, or another name")
         self.runner.adapters.check(adapter, name)
+        if instead_of is not None:
+            self._remove(instead_of)  # its room is the new one's, unless sequences still use it
         self.num_loaded += 1
         key = (name, self.num_loaded)
         for gone in self.runner.adapters.add(key, adapter, self._keys_in_use()):
@@ -302,12 +307,13 @@ class TorchEngine:
                 only_read.append((sequence.stream, Delta("", (), (), tuple(sequence.prompt_logprobs), "length", usage, sequence.begun)))
             elif piece.is_last:
                 last.append((piece, row - 1 - len(piece.draft)))
-        made = self._made(last, logits)
-        return only_read + [(piece.sequence.stream, joined(deltas)) for (piece, _), deltas in zip(last, made, strict=True)]
+        return only_read + self._made(last, logits)
 
-    def _made(self, pieces: list[tuple[Piece, int]], logits: torch.Tensor) -> list[list[Delta]]:
-        """Of each piece, whose logits begin at a row: a token more, and another one for each token that was guessed right."""
+    def _made(self, pieces: list[tuple[Piece, int]], logits: torch.Tensor) -> Outbox:
+        """Of each piece, whose logits begin at a row: a token more, and another one for each token that was guessed right; or an error,
+        where a guide goes no further."""
         made: list[list[Delta]] = [[] for _ in pieces]
+        failed: Outbox = []
         going = list(range(len(pieces)))
         turn = 0
         while going:
@@ -319,13 +325,18 @@ class TorchEngine:
                 sequence, draft = pieces[i][0].sequence, pieces[i][0].draft
                 is_right = turn < len(draft) and one.token_id == draft[turn]
                 sequence.num_computed += is_right  # before the sequence may end and leave its slot to the prefix cache
-                made[i].append(self._add(sequence, one))
+                try:
+                    made[i].append(self._add(sequence, one))
+                except RequestError as error:
+                    self.scheduler.remove(sequence)
+                    failed.append((sequence.stream, error))
+                    continue
                 if is_right and made[i][-1].finish_reason is None:
                     following.append(i)
                 elif draft:
                     self._judge(sequence, len(draft), turn + is_right)
             going, turn = following, turn + 1
-        return made
+        return [(piece.sequence.stream, joined(deltas)) for (piece, _), deltas in zip(pieces, made, strict=True) if deltas] + failed
 
     def _judge(self, sequence: Sequence, guessed: int, right: int) -> None:
         sequence.drafter.judge(sequence.tokens, right)

@@ -34,27 +34,30 @@ class Guides:
         matcher = llguidance.LLMatcher(self.tokenizer, grammar, log_level=0)
         if matcher.is_error():
             raise _refusal(guide, matcher.get_error().splitlines()[0])
-        return Matcher(matcher, self.tokenizer.vocab_size)
+        return Matcher(matcher, self.tokenizer.vocab_size, guide)
 
 
 class Matcher:
     """How far one sequence has come in its guide."""
 
-    def __init__(self, matcher: llguidance.LLMatcher, vocab_size: int) -> None:
-        self.matcher = matcher
+    def __init__(self, matcher: llguidance.LLMatcher, vocab_size: int, guide: Guide) -> None:
+        self.matcher, self.guide = matcher, guide
         self.bits = np.zeros((1, (vocab_size + 31) // 32), dtype=np.int32)
 
     def mask(self, logits: torch.Tensor) -> None:
         """Take what may not follow out of logits [vocabulary], in place."""
         llguidance.numpy.fill_next_token_bitmask(self.matcher, self.bits)
+        if self.matcher.is_error():
+            return  # `add` says so
         allowed = torch.from_numpy(np.unpackbits(self.bits.view(np.uint8), bitorder="little")[: len(logits)]).bool()
         logits[: len(allowed)].masked_fill_(~allowed.to(logits.device), -torch.inf)
         logits[len(allowed) :] = -torch.inf
 
     def add(self, token_id: int) -> None:
-        """A token that was chosen. A RuntimeError means that the mask let one pass that it should not have."""
+        """A token that was chosen. RequestError if the guide goes no further: some compile, and are then too much for the parser."""
         if not self.matcher.consume_token(token_id):
-            raise RuntimeError(f"the guide refused token {token_id}, which its mask had allowed: {self.matcher.get_error()}")
+            told = self.matcher.get_error() or f"it refuses token {token_id}, which its mask had allowed"
+            raise _refusal(self.guide, told.splitlines()[0])
 
     @property
     def is_complete(self) -> bool:

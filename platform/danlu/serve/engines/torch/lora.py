@@ -154,6 +154,8 @@ def read_adapter(source: str, name: str, storage: str, served: Bundle | None = N
         if key.endswith(".lora_A.weight"):
             up = tensors[key.replace(".lora_A.", ".lora_B.")].float() * _scaling(config, layer, down.shape[0])
             weights[layer] = (down.float(), up)
+    if sick := next((layer for layer, both in weights.items() if not all(bool(torch.isfinite(one).all()) for one in both)), None):
+        raise ModelError(f"{source} holds values of {sick} that are no numbers", where=name, fix="copy or train it again")
     if not weights:
         raise ModelError(f"{source} changes nothing", where=name, fix="an adapter with lora_A and lora_B weights")
     return Adapter(weights)

@@ -120,7 +120,7 @@ def _check(sampling: Sampling, vocab_size: int) -> None:
         ("seed", s.seed, s.seed is None or 0 <= s.seed < 2**64, "between 0 and 2^64 - 1"),
         ("presence_penalty", s.presence_penalty, -2 <= s.presence_penalty <= 2, "between -2 and 2"),
         ("frequency_penalty", s.frequency_penalty, -2 <= s.frequency_penalty <= 2, "between -2 and 2"),
-        ("repetition_penalty", s.repetition_penalty, 0 < s.repetition_penalty <= 100, "above 0; 1 is none"),
+        ("repetition_penalty", s.repetition_penalty, 0.01 <= s.repetition_penalty <= 100, "between 0.01 and 100; 1 is none"),
         ("stop", s.stop, all(s.stop), "texts that are not empty"),
         ("logprobs", s.logprobs, s.logprobs is None or 0 <= s.logprobs <= vocab_size, f"between 0 and {vocab_size}"),
     ]

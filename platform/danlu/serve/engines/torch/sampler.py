@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,6 +17,10 @@ BLOCK = 512
 
 WIDTHS = (64, 1024)
 """top_p looks at so many of the most probable tokens first, and at all only if these have less than top_p of the probability."""
+
+LARGEST = 1e30
+
+NO_NUMBERS = "the model's logits are no numbers: NaN or infinity"
 
 
 class Chooser:
@@ -59,7 +64,8 @@ class Seen:
             self._place(token_id)
 
     def add(self, token_id: int) -> None:
-        self.counts[self._place(token_id)] += 1
+        place = self._place(token_id)  # which may put longer arrays in their place
+        self.counts[place] += 1
 
     def _place(self, token_id: int) -> int:
         place = self.place.setdefault(token_id, len(self.place))
@@ -89,6 +95,9 @@ def choose(logits: torch.Tensor, choosers: Sequence[Chooser]) -> list[Chosen]:
         _mask(logits, choosers)
         _penalize(logits, choosers)
     ids = logits.argmax(-1)
+    # NaN is the highest of a row that has it, and no token follows from such a row.
+    if not bool((logits.gather(1, ids[:, None]) < torch.inf).all()):
+        raise FloatingPointError(NO_NUMBERS)
     drawn = [i for i, one in enumerate(choosers) if one.draws is not None]
     if drawn:
         some = logits if len(drawn) == len(choosers) else logits[drawn]
@@ -104,6 +113,8 @@ def choose(logits: torch.Tensor, choosers: Sequence[Chooser]) -> list[Chosen]:
 def logprobs(raw: torch.Tensor, token_ids: Sequence[int], numbers: Sequence[int]) -> list[Chosen]:
     """The log probability of a token of each row of `raw` (log probabilities, [rows, vocabulary]), and the rows' most probable ones."""
     own = raw.gather(1, torch.tensor(token_ids, device=raw.device)[:, None])[:, 0].tolist()
+    if any(map(math.isnan, own)):
+        raise FloatingPointError(NO_NUMBERS)
     most = min(max(numbers, default=0), raw.shape[1])
     if not most:
         return [Chosen(token_id, logprob) for token_id, logprob in zip(token_ids, own, strict=True)]
@@ -136,7 +147,8 @@ def _penalize(logits: torch.Tensor, choosers: Sequence[Chooser]) -> None:
     ).repeat_interleave(torch.tensor(lengths, device=logits.device), dim=0)
     rows, repetition, frequency, presence = of_row[:, 0].long(), *of_row[:, 1:].to(logits.dtype).unbind(1)
     values = logits[rows, ids]
-    values = torch.where(values > 0, values / repetition, values * repetition)
+    # An odd penalty is its request's affair: only the model itself may come to infinity.
+    values = torch.where(values > 0, values / repetition, values * repetition).clamp_max(LARGEST)
     logits[rows, ids] = values - frequency * counts - presence * (counts > 0)
 
 

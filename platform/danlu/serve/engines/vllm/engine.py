@@ -105,18 +105,21 @@ class VllmEngine:
         self.check_health()
         return self.reader.detokenize(token_ids)
 
-    async def load_adapter(self, name: str, source: str) -> None:
+    async def load_adapter(self, name: str, source: str, *, in_place: bool = False) -> None:
         self.check_health()
         if not has_lora(self.spec):
             raise ModelError(
                 f"{name!r} cannot be loaded: vLLM was started without LoRA", where=name, fix="engine.allow_runtime_lora_updating: true"
             )
-        if name in self.loaded or name in self.loading:
+        if name in self.loading or (name in self.loaded and not in_place):
             raise ModelError(f"the adapter {name!r} is loaded already", where=name, fix="unload it first, or another name")
         self.loading.add(name)
         try:
             rank = self.spec.max_lora_rank
             folder = await asyncio.to_thread(servable_folder, source, name, self.storage, self.bundle, max_lora_rank=rank)
+            if name in self.loaded:
+                await self.unload_adapter(name)
+                self.loading.add(name)
             try:
                 await self._ask("POST", "/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(folder)}, timeout_s=None)
             except DanluError as error:
