@@ -248,13 +248,14 @@ def render(spec: SpecFile, set_: Set = None) -> None:
 @app.command()
 def doctor(
     storage: Annotated[str, typer.Option("--storage", help="Where runs would be kept.")] = "runs",
+    on: Annotated[str | None, typer.Option("--on", help="k8s: a cluster is needed; local: none is asked; unset: if there is one.")] = None,
     context: cli_cluster.Context = None,
     namespace: cli_cluster.Namespace = None,
 ) -> None:
     """What this machine and the cluster have and lack, and what to do. Exits with 3 if something is missing."""
     from danlu import doctor as examination
 
-    findings = examination.examine(storage, context=context, namespace=namespace)
+    findings = examination.examine(storage, on=on, context=context, namespace=namespace)
     typer.echo(examination.table(findings))
     if any(finding.verdict == "missing" for finding in findings):
         raise typer.Exit(3)

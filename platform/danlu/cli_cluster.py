@@ -34,7 +34,7 @@ def list_jobs(on: On = "k8s", storage: Storage = None, context: Context = None, 
     for one in found:
         typer.echo(as_json(one) if json_ else f"{one.name:<48} {one.state:<10} {one.created}")
     if not found and not json_:
-        typer.echo("there are none", err=True)
+        typer.echo(f"there are none in {places.name_of(at)}", err=True)
 
 
 @jobs.command("show")
@@ -128,7 +128,7 @@ def list_services(on: On = "k8s", context: Context = None, namespace: Namespace 
     for one in found:
         typer.echo(as_json(one) if json_ else f"{one.name:<48} {one.phase:<10} {one.endpoints}")
     if not found and not json_:
-        typer.echo("there are none", err=True)
+        typer.echo(f"there are none in {places.name_of(at)}", err=True)
 
 
 @services.command("show")
@@ -155,8 +155,8 @@ def scale_service(
     from danlu import places
 
     verbs, at = places.services_at(on, context=context, namespace=namespace)
-    scaling = verbs.scale(at, name, min_replicas=min_, max_replicas=max_).autoscaling
-    typer.echo(f"{name} has {scaling.min_replicas} to {scaling.max_replicas} replicas")
+    spec, how = verbs.scale(at, name, min_replicas=min_, max_replicas=max_)
+    typer.echo(f"{name} has {spec.autoscaling.min_replicas} to {spec.autoscaling.max_replicas} replicas" + (f"\n  {how}" if how else ""))
 
 
 @services.command("rollback")
@@ -165,8 +165,10 @@ def rollback_service(name: Name, on: On = "k8s", context: Context = None, namesp
     from danlu import places
 
     verbs, at = places.services_at(on, context=context, namespace=namespace)
-    spec = verbs.rollback(at, name)
+    spec, how = verbs.rollback(at, name)
     typer.echo(f"{name} goes back to {spec.bundle or spec.engine.kind}; danlu services show {name} says when it is there")
+    if how:
+        typer.echo(f"  {how}")
 
 
 @services.command("delete")

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from danlu.errors import ClusterError, DanluError
+from danlu.errors import ClusterError, DanluError, SpecError
 
 Verdict = Literal["ok", "warning", "missing"]
 GIB = 1 << 30
@@ -20,6 +20,7 @@ RIGHTS = (
     ("create", "ray.io", "rayjobs"),
     ("delete", "ray.io", "rayjobs"),
     ("patch", "ray.io", "rayservices"),
+    ("patch", "ray.io", "rayclusters"),
     ("create", "", "configmaps"),
     ("list", "", "pods"),
     ("get", "", "pods/log"),
@@ -39,8 +40,11 @@ class Finding:
     fix: str = ""
 
 
-def examine(storage: str, *, context: str | None = None, namespace: str | None = None) -> list[Finding]:
-    """Everything, in the order in which a job needs it."""
+def examine(storage: str, *, on: str | None = None, context: str | None = None, namespace: str | None = None) -> list[Finding]:
+    """Everything, in the order in which a job needs it. `on` is where jobs are to run: `local` asks no cluster, and `k8s` needs one."""
+    if on not in (None, "local", "k8s"):
+        fix = "local or k8s; a Ray cluster's answers are those of danlu jobs list --on"
+        raise SpecError(f"{on!r} is no place that is looked at", where="--on", fix=fix)
     checks: Sequence[Callable[[], Iterator[Finding]]] = (
         _python,
         _torch,
@@ -50,7 +54,7 @@ def examine(storage: str, *, context: str | None = None, namespace: str | None =
         lambda: _disk(storage),
         lambda: _storage(storage),
         _hub,
-        lambda: _kubernetes(context, namespace),
+        lambda: iter(()) if on == "local" else _kubernetes(context, namespace, needed=on == "k8s"),
     )
     return [finding for check in checks for finding in check()]
 
@@ -169,16 +173,22 @@ def _hub() -> Iterator[Finding]:
         yield Finding("model hub", "ok" if status < 500 else "warning", f"{endpoint} answers {status}")
 
 
-def _kubernetes(context: str | None, namespace: str | None) -> Iterator[Finding]:
+def _kubernetes(context: str | None, namespace: str | None, *, needed: bool = False) -> Iterator[Finding]:
+    needed = needed or context is not None
     try:
         from danlu.k8s import client
     except ImportError:
-        yield Finding("Kubernetes", "warning", "the client is not installed", "pip install 'danlu[k8s]' if jobs are to run there")
+        yield Finding(
+            "Kubernetes",
+            "missing" if needed else "warning",
+            "the client is not installed",
+            "pip install 'danlu[k8s]' if jobs are to run there",
+        )
         return
     try:
         kube = client.connect(context, namespace)
     except ClusterError as error:
-        yield Finding("Kubernetes", "warning" if context is None else "missing", error.problem, error.fix)
+        yield Finding("Kubernetes", "missing" if needed else "warning", error.problem, error.fix)
         return
     try:
         denied = [f"{verb} {resource}" for verb, group, resource in RIGHTS if not client.may(kube, verb, group, resource)]
@@ -189,6 +199,7 @@ def _kubernetes(context: str | None, namespace: str | None) -> Iterator[Finding]
         else:
             yield Finding("Kubernetes", "ok", f"{found}: everything that is needed is allowed")
         yield from _kuberay(client.crd(kube, "rayjobs.ray.io"))
+        yield _kueue(client.crd(kube, "workloads.kueue.x-k8s.io"))
         yield _prometheus(client.crd(kube, "podmonitors.monitoring.coreos.com"))
     except client.Refused as refused:
         if refused.status == 403:
@@ -212,6 +223,15 @@ def _kuberay(crd: dict[str, object] | None) -> Iterator[Finding]:
         yield Finding("KubeRay", "warning", f"its CRDs are older than 1.7: no {', '.join(lacks)}", fix)
     else:
         yield Finding("KubeRay", "ok", "ray.io/v1, 1.7 or newer")
+
+
+def _kueue(crd: dict[str, Any] | None) -> Finding:
+    if crd is None:
+        return Finding("Kueue", "ok", "none, which cluster.scheduler.kind=kueue would need")
+    served = [one["name"] for one in crd["spec"]["versions"] if one.get("served", True)]
+    if "v1beta2" in served:
+        return Finding("Kueue", "ok", "v1beta2, 0.15 or newer")
+    return Finding("Kueue", "warning", f"older than 0.15: it serves {', '.join(served)}", "Kueue 0.15 or newer, for services 0.17")
 
 
 def _prometheus(crd: dict[str, Any] | None) -> Finding:

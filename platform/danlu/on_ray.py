@@ -175,7 +175,7 @@ def service(at: RayCluster, name: str) -> ServiceStatus:
     return _service_status(at, name, _application(at, name))
 
 
-def scale(at: RayCluster, name: str, *, min_replicas: int | None, max_replicas: int | None) -> Service:
+def scale(at: RayCluster, name: str, *, min_replicas: int | None, max_replicas: int | None) -> tuple[Service, str]:
     """Change how many replicas a service has; the spec it has now."""
     changes = {"min_replicas": min_replicas, "max_replicas": max_replicas}
     overrides = [f"autoscaling.{field}={number}" for field, number in changes.items() if number is not None]
@@ -183,17 +183,17 @@ def scale(at: RayCluster, name: str, *, min_replicas: int | None, max_replicas: 
         raise SpecError("neither --min nor --max is given", where="services scale", fix=f"danlu services scale {name} --on {at.on} --max 8")
     changed = parse(Service, dump(_deployed(at, name)), overrides, source=f"the spec of {name}")
     deploy(at, changed)
-    return changed
+    return changed, ""
 
 
-def rollback(at: RayCluster, name: str) -> Service:
+def rollback(at: RayCluster, name: str) -> tuple[Service, str]:
     """Go back to the spec that was deployed before; again goes forward."""
     now = _deployed(at, name)
     for record in reversed([one for one in _submissions(at, "serve") if one.metadata[NAME] == name]):
         before = parse(Service, record.metadata[SPEC], source=f"the spec of {name}")
         if before.model_copy(update={"cluster": None}) != now:
             deploy(at, before)
-            return before
+            return before, ""
     raise ClusterError(f"{name} was deployed once only: there is nothing before it", where="services", fix=f"danlu serve SPEC --on {at.on}")
 
 

@@ -37,9 +37,9 @@ class Services(Protocol):
 
     def service(self, at: Any, name: str) -> ServiceStatus: ...
 
-    def scale(self, at: Any, name: str, *, min_replicas: int | None, max_replicas: int | None) -> Service: ...
+    def scale(self, at: Any, name: str, *, min_replicas: int | None, max_replicas: int | None) -> tuple[Service, str]: ...
 
-    def rollback(self, at: Any, name: str) -> Service: ...
+    def rollback(self, at: Any, name: str) -> tuple[Service, str]: ...
 
     def delete_service(self, at: Any, name: str) -> str: ...
 
@@ -110,3 +110,8 @@ def services_at(on: str, *, context: str | None, namespace: str | None) -> tuple
             from danlu.k8s import client
 
             return remote, client.connect(context, namespace)
+
+
+def name_of(at: Any) -> str:
+    """Where that is, for a person who may have meant another place."""
+    return f"namespace {at.namespace} of context {at.context}" if hasattr(at, "namespace") else str(getattr(at, "on", at))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -15,7 +16,7 @@ from danlu.errors import ClusterError, DanluError, SpecError
 from danlu.k8s.manifests import render
 from danlu.k8s.pods import KIND, NAME, Object
 from danlu.k8s.rayjob import SPEC_FILE, config_map, config_map_name, ray_job
-from danlu.k8s.rayservice import ray_service, upgrade
+from danlu.k8s.rayservice import keeps_its_pods, ray_service, upgrade
 from danlu.k8s.status import ENDED, JobStatus, ServiceStatus, job_status, queue_of, service_status
 from danlu.spec.files import dump, parse
 from danlu.spec.serve import Service
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
 SPEC, PREVIOUS = "danlu.ai/spec", "danlu.ai/previous-spec"
 """Annotations of a RayService: the spec it was deployed from, and the one before it."""
+SUBMISSION = "danlu.ai/submission"
+"""Annotation of a RayJob: which call of `submit` has made it."""
 LOG_TAIL = 200
 CONFLICTS = 20
 """How often a job may change between a look at it and its change."""
@@ -61,16 +64,13 @@ def submit(kube: Kube, job: TrainJob, *, dry_run: bool = False) -> None:
     if trace := traces.to_environment(traces.carrier()):
         # The trace goes on in the job's driver, which Ray starts with this environment.
         order["spec"]["runtimeEnvYAML"] = yaml.safe_dump({"env_vars": trace})
+    order["metadata"]["annotations"] = {SUBMISSION: uuid.uuid4().hex}
     try:
         made = client.create(kube, order, dry_run=dry_run)
-    except client.Refused as refused:
-        if refused.reason != "AlreadyExists":
+    except ClusterError as error:
+        if isinstance(error, client.Refused) and error.reason != "AlreadyExists":
             raise
-        raise ClusterError(
-            f"there is a job named {job.name!r} already ({status(kube, job.name).state})",
-            where="name",
-            fix=f"danlu jobs resume {job.name} goes on with it; danlu jobs delete {job.name} makes room; or --set name=...",
-        ) from refused
+        made = _made_after_all(kube, order, error)
     spec = config_map(job)
     if not dry_run:
         meta = made["metadata"]
@@ -82,6 +82,26 @@ def submit(kube: Kube, job: TrainJob, *, dry_run: bool = False) -> None:
         if not dry_run:  # else its pods would wait for the spec for ever
             client.delete(kube, "RayJob", job.name)
         raise
+
+
+def _made_after_all(kube: Kube, order: Object, error: ClusterError) -> Object:
+    """The RayJob of an order whose answer got lost, or was an error after the deed; ClusterError if it is not ours, or not there."""
+    from danlu.k8s import client
+
+    name, found = order["metadata"]["name"], None
+    with suppress(ClusterError):
+        found = client.get(kube, "RayJob", name)
+    if found is None:
+        raise error
+    if found["metadata"].get("annotations", {}).get(SUBMISSION) == order["metadata"]["annotations"][SUBMISSION]:
+        return found
+    deleting = "deletionTimestamp" in found["metadata"]
+    fix = f"danlu jobs resume {name} goes on with it; danlu jobs delete {name} makes room; or --set name=..."
+    raise ClusterError(
+        f"there is a job named {name!r} already ({'being deleted' if deleting else job_status(found).state})",
+        where="name",
+        fix="once more in a moment" if deleting else fix,
+    ) from error
 
 
 def jobs(kube: Kube) -> list[JobStatus]:
@@ -107,13 +127,20 @@ def logs(kube: Kube, name: str, *, follow: bool) -> Iterator[str]:
         for pod in _submitters(kube, name):
             if pod["metadata"]["name"] not in seen and pod.get("status", {}).get("phase") in ("Running", "Succeeded", "Failed"):
                 seen.add(pod["metadata"]["name"])
-                yield from client.pod_log(kube, pod["metadata"]["name"], follow=follow)
+                try:
+                    yield from client.pod_log(kube, pod["metadata"]["name"], follow=follow)
+                except client.Refused as refused:
+                    if not follow or refused.status != 404:  # a try's pod that goes while it is followed: the next one is
+                        raise
         if job_status(one).state in ENDED:
             break
     if not seen:
         found = _explained(kube, _job(kube, name))
+        storage = _storage(kube, name) if found.state in ENDED else ""
         raise ClusterError(
-            f"{name} has written no log: it is {found.state}{', ' + found.why if found.why else ''}", where="jobs logs", fix=found.fix
+            f"{name} has {'no log any more' if storage else 'written no log'}: it is {found.state}{', ' + found.why if found.why else ''}",
+            where="jobs logs",
+            fix=f"danlu jobs logs {name} --on local --storage {storage}, which outlives its pods" if storage else found.fix,
         )
 
 
@@ -142,9 +169,9 @@ def cancel(kube: Kube, name: str) -> str:
         if "kueue.x-k8s.io/queue-name" in job["metadata"].get("labels", {}) or not job["spec"].get("shutdownAfterJobFinishes"):
             client.delete(kube, "RayJob", name)
             return f"{name} is deleted; `danlu train` of the same spec goes on from its last checkpoint"
-        version = {"metadata": {"resourceVersion": job["metadata"].get("resourceVersion", "")}}
+        version = {"resourceVersion": job["metadata"].get("resourceVersion", "")}
         try:
-            client.patch(kube, "RayJob", name, {**version, "spec": {"suspend": True}})
+            client.patch(kube, "RayJob", name, {"metadata": version, "spec": {"suspend": True}})
         except client.Refused as refused:
             if refused.status == 409:  # it changed meanwhile: it may have ended
                 continue
@@ -161,7 +188,7 @@ def resume(kube: Kube, name: str) -> str:
     found = job_status(job)
     if found.state not in ENDED:
         raise ClusterError(f"{name} is {found.state} already", where="jobs resume", fix=f"danlu jobs logs -f {name}")
-    if job["spec"].get("suspend"):
+    if job["spec"].get("suspend") and "deletionTimestamp" not in job["metadata"]:
         client.patch(kube, "RayJob", name, {"spec": {"suspend": False}})
     else:
         spec = _spec(kube, name)
@@ -195,10 +222,27 @@ def deploy(kube: Kube, service: Service, *, dry_run: bool = False) -> str:
     client.apply(kube, asked, dry_run=dry_run)
     if before is None:
         return "new: it answers once its pods are up"
+    was = before if last is None else _rendered(last)
+    if was and keeps_its_pods(was, one) and not dry_run:
+        _set_pods(kube, before, one)
     if last == notes[SPEC]:
         return "as it was"
-    was = before if last is None else _rendered(last)
     return upgrade(was, one) if was else "changed: KubeRay finds out how, since the spec before is another Danlu's"
+
+
+def _set_pods(kube: Kube, before: Object, after: Object) -> None:
+    """Give the clusters there are the pods that are asked for now: KubeRay does so for new ones only (ray-project/kuberay#4568)."""
+    from danlu.k8s import client
+
+    (asked,) = after["spec"]["rayClusterConfig"]["workerGroupSpecs"]
+    wanted = {name: asked[name] for name in ("minReplicas", "maxReplicas")}
+    if asked["minReplicas"] == asked["maxReplicas"]:  # else how many there are is Ray's autoscaler's to say
+        wanted["replicas"] = asked["replicas"]
+    clusters = [(before.get("status") or {}).get(which) or {} for which in ("activeServiceStatus", "pendingServiceStatus")]
+    for name in [str(one["rayClusterName"]) for one in clusters if one.get("rayClusterName")]:
+        cluster = client.get(kube, "RayCluster", name)
+        if cluster and any(cluster["spec"]["workerGroupSpecs"][0].get(field) != number for field, number in wanted.items()):
+            client.set_values(kube, "RayCluster", name, {f"/spec/workerGroupSpecs/0/{field}": number for field, number in wanted.items()})
 
 
 def _rendered(spec: str) -> Object | None:
@@ -227,26 +271,24 @@ def service(kube: Kube, name: str) -> ServiceStatus:
 
     one = _service(kube, name)
     workloads = client.find(kube, "Workload") if queue_of(one) else []
-    return service_status(one, client.find(kube, "Pod", {NAME: name}), client.find(kube, "Event"), workloads)
+    return service_status(one, _pods(kube, "serve", name), client.find(kube, "Event"), workloads)
 
 
-def scale(kube: Kube, name: str, *, min_replicas: int | None, max_replicas: int | None) -> Service:
-    """Change how many replicas a service has; the spec it has now."""
+def scale(kube: Kube, name: str, *, min_replicas: int | None, max_replicas: int | None) -> tuple[Service, str]:
+    """Change how many replicas a service has; the spec it has now, and how it is brought there."""
     spec = _deployed(kube, name, SPEC)
     changes = {"min_replicas": min_replicas, "max_replicas": max_replicas}
     overrides = [f"autoscaling.{field}={number}" for field, number in changes.items() if number is not None]
     if not overrides:
         raise SpecError("neither --min nor --max is given", where="services scale", fix=f"danlu services scale {name} --max 8")
     changed = parse(Service, dump(spec), overrides, source=f"the spec of {name}")
-    deploy(kube, changed)
-    return changed
+    return changed, deploy(kube, changed)
 
 
-def rollback(kube: Kube, name: str) -> Service:
-    """Go back to the spec that was deployed before; again goes forward."""
+def rollback(kube: Kube, name: str) -> tuple[Service, str]:
+    """Go back to the spec that was deployed before, and how; again goes forward."""
     spec = _deployed(kube, name, PREVIOUS)
-    deploy(kube, spec)
-    return spec
+    return spec, deploy(kube, spec)
 
 
 def delete_service(kube: Kube, name: str) -> str:
@@ -254,13 +296,14 @@ def delete_service(kube: Kube, name: str) -> str:
     return _delete(kube, "RayService", name)
 
 
-def dry_run(kube: Kube, spec: TrainJob | Service) -> Sequence[str]:
-    """Ask the API server whether it would take a spec's objects; their names."""
+def dry_run(kube: Kube, spec: TrainJob | Service) -> tuple[Sequence[str], str]:
+    """Ask the API server whether it would take a spec's objects; their names, and how a service would be brought there."""
+    how = ""
     if isinstance(spec, TrainJob):
         submit(kube, spec, dry_run=True)
     else:
-        deploy(kube, spec, dry_run=True)
-    return [f"{one['kind']} {one['metadata']['name']}" for one in render(spec)]
+        how = deploy(kube, spec, dry_run=True)
+    return [f"{one['kind']} {one['metadata']['name']}" for one in render(spec)], how
 
 
 def _delete(kube: Kube, kind: str, name: str) -> str:
@@ -275,24 +318,38 @@ def _explained(kube: Kube, job: Object) -> JobStatus:
     from danlu.k8s import client
 
     name, found = job["metadata"]["name"], job_status(job)
-    pods = client.find(kube, "Pod", {NAME: name})
+    pods = _pods(kube, "train", name)
     log: list[str] = []
-    if found.state == "failed":
-        for pod in _submitters(kube, name)[-1:]:
-            with suppress(ClusterError):  # its node may be gone; the state is known without
-                log = list(client.pod_log(kube, pod["metadata"]["name"], tail=LOG_TAIL))
+    for pod in _submitters(kube, name)[-1:] if found.state == "failed" else []:
+        with suppress(ClusterError):  # its node may be gone; the state is known without
+            log = list(client.pod_log(kube, pod["metadata"]["name"], tail=LOG_TAIL))
     workloads = client.find(kube, "Workload") if found.state == "queued" else []
     events = client.find(kube, "Event") if found.state == "starting" else []
-    return job_status(job, pods, events, workloads, log)
+    status = job_status(job, pods, events, workloads, log)
+    if found.state not in ENDED or not (storage := _storage(kube, name)):
+        return status
+    record = f"danlu jobs show {name} --on local --storage {storage} reads its record"
+    return replace(status, files=(f"{storage}/runs/{name}",), fix=status.fix or ("" if log else record))
+
+
+def _storage(kube: Kube, name: str) -> str:
+    """Where a job keeps its runs; empty if its spec is gone, or another Danlu's."""
+    with suppress(DanluError):
+        return _spec(kube, name).storage.rstrip("/")
+    return ""
 
 
 def _submitters(kube: Kube, name: str) -> list[Object]:
     """The pods that follow the driver's log, the oldest first: one for each try."""
+    found = [pod for pod in _pods(kube, "train", name) if pod["spec"]["containers"][0]["name"] == "ray-job-submitter"]
+    return sorted(found, key=lambda pod: pod["metadata"].get("creationTimestamp", ""))
+
+
+def _pods(kube: Kube, kind: str, name: str) -> list[Object]:
+    """A job and a service may have one name: what a job trains, a service of its name often serves."""
     from danlu.k8s import client
 
-    pods = client.find(kube, "Pod", {NAME: name})
-    found = [pod for pod in pods if pod["spec"]["containers"][0]["name"] == "ray-job-submitter"]
-    return sorted(found, key=lambda pod: pod["metadata"].get("creationTimestamp", ""))
+    return client.find(kube, "Pod", {KIND: kind, NAME: name})
 
 
 def _job(kube: Kube, name: str) -> Object:

@@ -37,7 +37,7 @@ def submit(
 
         kube = connect(context, _namespace(namespace, job.cluster))
         if dry_run:
-            _show_taken(kube.context, remote.dry_run(kube, job))
+            _show_taken(kube.context, *remote.dry_run(kube, job))
             return
         with traces.span("submit", {"danlu.train_job": job.name}, kind="client"):
             remote.submit(kube, job)
@@ -70,7 +70,7 @@ def deploy(
 
         kube = connect(context, _namespace(namespace, service.cluster))
         if dry_run:
-            _show_taken(kube.context, remote.dry_run(kube, service))
+            _show_taken(kube.context, *remote.dry_run(kube, service))
             return
         show(f"  {remote.deploy(kube, service)}")
         where, options = f"{kube.context}, namespace {kube.namespace}", _to_it(context, _namespace(namespace, service.cluster))
@@ -101,5 +101,7 @@ def _to_it(context: str | None, namespace: str | None) -> str:
     return "".join(f" --{name} {value}" for name, value in options.items() if value)
 
 
-def _show_taken(context: str, names: Sequence[str]) -> None:
+def _show_taken(context: str, names: Sequence[str], how: str) -> None:
     show(f"{context} would take {', '.join(names)}")
+    if how:
+        show(f"  {how}")

@@ -101,7 +101,7 @@ def test_a_job_runs_on_where_the_clock_was_set_forward_and_a_number_given_anew_i
 
 def test_where_no_job_has_run_that_is_said(tmp_path: Path) -> None:
     said = danlu("jobs", "list", "--on", "local", "--storage", str(tmp_path))
-    assert (said.stdout, said.stderr, said.exit_code) == ("", "there are none\n", 0)
+    assert (said.stdout, said.stderr, said.exit_code) == ("", f"there are none in {tmp_path}\n", 0)
     assert danlu("jobs", "list", "--json", "--on", "local", "--storage", str(tmp_path)).output == ""
 
 

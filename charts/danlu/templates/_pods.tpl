@@ -209,7 +209,7 @@ spec:
   affinity:
     podAffinity:
       requiredDuringSchedulingIgnoredDuringExecution:
-        - labelSelector: {matchLabels: {danlu.ai/name: {{ .name | quote }}, ray.io/node-type: worker}}
+        - labelSelector: {matchLabels: {danlu.ai/kind: {{ .kind }}, danlu.ai/name: {{ .name | quote }}, ray.io/node-type: worker}}
           topologyKey: {{ $c.same_topology | quote }}
   {{- else if and (not $worker) $spot }}
   affinity:
@@ -224,7 +224,7 @@ spec:
     - maxSkew: 1
       topologyKey: {{ $c.spread_over | quote }}
       whenUnsatisfiable: ScheduleAnyway
-      labelSelector: {matchLabels: {danlu.ai/name: {{ .name | quote }}, ray.io/node-type: worker}}
+      labelSelector: {matchLabels: {danlu.ai/kind: {{ .kind }}, danlu.ai/name: {{ .name | quote }}, ray.io/node-type: worker}}
   {{- end }}
   volumes:
     {{- include "danlu.scratchVolumes" . | nindent 4 }}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import types
 import typing
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
 from pydantic import BaseModel
@@ -73,13 +73,19 @@ def _defaults(spec: type[BaseModel]) -> dict[str, Any]:
 
 
 def _about(name: str, field: FieldInfo) -> list[str]:
-    kind = _model(field.annotation)
-    comment = [f"# {line}" for line in _words(field.description or (kind.__doc__ if kind else "") or "").splitlines()]
-    if kind is not None and isinstance(field.default, BaseModel):
-        inner = [f"  {line}" for key, part in kind.model_fields.items() for line in _about(key, part)]
+    kinds = _models(field.annotation)
+    said = field.description or (kinds[0].__doc__ if kinds else "") or ""
+    comment = [f"# {line}" for line in _words(said).splitlines()]
+    if kinds and isinstance(field.default, BaseModel):
+        inner = [f"  {line}" for key, part in kinds[0].model_fields.items() for line in _about(key, part)]
         return [*comment, f"{name}:", *inner]
-    if kind is not None and kind.__module__.endswith("install"):
-        comment += ["# Its fields:", *(f"#   {key}: {_words(_field_words(part))}" for key, part in kind.model_fields.items())]
+    for kind in kinds:
+        if kind.__module__.endswith("install"):
+            of = f" with kind: {kind.model_fields['kind'].default}. {_words(kind.__doc__ or '')}" if len(kinds) > 1 else ":"
+            comment += [
+                f"# Its fields{of}",
+                *(f"#   {key}: {_words(_field_words(part))}" for key, part in kind.model_fields.items() if key != "kind"),
+            ]
     return [*comment, f"{name}: {_yaml(field.default)}"]
 
 
@@ -96,10 +102,10 @@ def _yaml(value: object) -> str:
     return yaml.safe_dump(value, default_flow_style=True).removesuffix("...\n").strip()
 
 
-def _model(annotation: Any) -> type[BaseModel] | None:
-    """The spec in `X`, `list[X]` or `X | None`."""
+def _models(annotation: Any) -> list[type[BaseModel]]:
+    """The specs in `X`, `list[X]`, `X | None` or a tagged union."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    if typing.get_origin(annotation) in (list, types.UnionType, typing.Union):
-        return next((found for part in typing.get_args(annotation) if (found := _model(part))), None)
-    return None
+        return [annotation]
+    if typing.get_origin(annotation) in (list, types.UnionType, typing.Union, Annotated):
+        return [found for part in typing.get_args(annotation) for found in _models(part)]
+    return []

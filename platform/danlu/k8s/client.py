@@ -30,6 +30,7 @@ WATCH_S = 300
 OUTAGE_S = 600.0
 """How long a watch that has begun waits for a server that does not answer: its own upgrade takes minutes."""
 NAME = re.compile(r"[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?")
+NAMESPACE = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
 TOO_BUSY = (429, 500, 502, 503, 504)
 
 PATHS = {
@@ -43,6 +44,7 @@ PATHS = {
 }
 MERGE = "application/merge-patch+json"
 APPLY = "application/apply-patch+yaml"
+JSON_PATCH = "application/json-patch+json"
 
 
 @dataclass(frozen=True)
@@ -64,8 +66,10 @@ class Refused(ClusterError):
 
 def connect(context: str | None = None, namespace: str | None = None) -> Kube:
     """By the kubeconfig ($KUBECONFIG or ~/.kube/config), or inside a pod by its service account."""
-    if namespace is not None and not NAME.fullmatch(namespace):
-        raise ClusterError(f"{namespace!r} cannot be a namespace's name", where="--namespace", fix="lower-case letters, digits and dashes")
+    if namespace is not None and not NAMESPACE.fullmatch(namespace):
+        raise ClusterError(
+            f"{namespace!r} cannot be a namespace's name", where="--namespace", fix="lower-case letters, digits and dashes, 63 at most"
+        )
     try:
         # As config.list_kube_config_contexts, which cannot do without a current one.
         file = config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION
@@ -73,34 +77,45 @@ def connect(context: str | None = None, namespace: str | None = None) -> Kube:
         contexts, active = loader.list_contexts(), loader.current_context
     except ConfigException as error:
         return _without_a_context(context, namespace, error)
+    except Exception as error:  # it reads what it has found as it comes, whatever that is
+        raise ClusterError(f"{file} is no kubeconfig: {_first_line(error)}", where="kubeconfig", fix="kubectl config view") from error
     by_name = {one["name"]: one for one in contexts}
-    chosen = by_name.get(context or active["name"])
-    if chosen is None:
-        raise ClusterError(f"the kubeconfig has no context {context!r}", where="--context", fix=f"one of: {', '.join(sorted(by_name))}")
+    chosen = by_name[context or active["name"]]
     try:
-        config.load_kube_config(context=chosen["name"], client_configuration=(loaded := _configuration()))
+        loader.load_and_set(loaded := _configuration())
     except ConfigException as error:
         raise ClusterError(f"context {chosen['name']!r} cannot be used: {error}", where="kubeconfig") from error
+    user = loader._user.value if loader._user is not None else {}
+    if "exec" in user and not (loaded.api_key or loaded.cert_file):  # it has logged why, and goes on as nobody
+        command = " ".join([user["exec"]["command"], *(user["exec"].get("args") or [])])
+        raise ClusterError(f"no credentials from `{command}`", where="kubeconfig", fix="run it by hand, and log in as it says")
     return Kube(ApiClient(loaded), namespace or chosen["context"].get("namespace") or "default", chosen["name"])
 
 
-def _without_a_context(context: str | None, namespace: str | None, error: Exception) -> Kube:
+def _without_a_context(context: str | None, namespace: str | None, error: ConfigException) -> Kube:
     """What there is where the kubeconfig has no such context, or no current one, or is not there."""
-    names = sorted(one["name"] for one in _contexts())
-    if context is not None and names:
+    names, current = _contexts()
+    if context is not None and names and context not in names:
         raise ClusterError(f"the kubeconfig has no context {context!r}", where="--context", fix=f"one of: {', '.join(names)}") from error
-    if names:
-        fix = f"--context, one of: {', '.join(names)}; or kubectl config use-context"
-        raise ClusterError("the kubeconfig names no current context", where="kubeconfig", fix=fix) from error
-    return _inside_a_pod(context, namespace, error)
+    if (chosen := context or current) in names:
+        raise ClusterError(f"context {chosen!r} cannot be used: {_first_line(error)}", where="kubeconfig") from error
+    if not names:
+        return _inside_a_pod(context, namespace, error)
+    fix = f"--context, one of: {', '.join(names)}; or kubectl config use-context"
+    raise ClusterError("the kubeconfig names no current context", where="kubeconfig", fix=fix) from error
 
 
-def _contexts() -> list[Object]:
+def _contexts() -> tuple[list[str], str | None]:  # the current one, too
     try:
         merged = config.kube_config.KubeConfigMerger(config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION).config
-        return list(merged.value.get("contexts") or []) if merged is not None else []
     except (ConfigException, OSError):
-        return []
+        return [], None
+    found = {} if merged is None else merged.value
+    return sorted(one["name"] for one in found.get("contexts") or []), found.get("current-context")
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
 
 
 def _inside_a_pod(context: str | None, namespace: str | None, error: Exception) -> Kube:
@@ -140,6 +155,12 @@ def apply(kube: Kube, one: Object, *, dry_run: bool = False) -> Object:
 def patch(kube: Kube, kind: str, name: str, changes: Object) -> Object:
     """Merge changes into an object. With `metadata.resourceVersion` among them, Refused with status 409 if it has changed meanwhile."""
     return _json(_call(kube, "PATCH", _path(kube, kind, kube.namespace, name), {"fieldManager": FIELD_MANAGER}, changes, MERGE))
+
+
+def set_values(kube: Kube, kind: str, name: str, values: Mapping[str, Any]) -> Object:
+    """Change single values of an object, each by its path: /spec/workerGroupSpecs/0/maxReplicas."""
+    changes = [{"op": "add", "path": path, "value": value} for path, value in values.items()]
+    return _json(_call(kube, "PATCH", _path(kube, kind, kube.namespace, name), {"fieldManager": FIELD_MANAGER}, changes, JSON_PATCH))
 
 
 def get(kube: Kube, kind: str, name: str) -> Object | None:
@@ -271,7 +292,7 @@ def _call(
     method: str,
     path: str,
     query: Mapping[str, str] | None = None,
-    body: Object | None = None,
+    body: Object | list[Object] | None = None,
     content_type: str = "application/json",
     *,
     timeout: Any = TIMEOUT_S,
@@ -324,12 +345,12 @@ def _refused(kube: Kube, method: str, path: str, response: Any) -> Refused:
     fix = {
         401: "log in again (your cloud's CLI, or a new kubeconfig): the credentials are not valid, or no longer",
         403: f"ask for the right to {_verb(method, path)} in namespace {kube.namespace}; charts/danlu has a Role for it",
-        404: "",
-        409: "",
         422: "the cluster's KubeRay may be older than 1.7; `danlu doctor` compares",
         429: "the API server is overloaded; try again later",
     }.get(response.status, "")
-    if response.status == 404 and not reason:  # a path that the server does not know, not an object
+    if response.status == 404 and (status.get("details") or {}).get("kind") == "namespaces":
+        fix = "--namespace for one that is there: kubectl get namespaces; or kubectl create namespace"
+    elif response.status == 404 and not reason:  # a path that the server does not know, not an object
         fix = "KubeRay is not installed there: helm install kuberay-operator kuberay/kuberay-operator --version 1.7.0"
     return Refused(said, where=where, fix=fix, status=response.status, reason=reason)
 

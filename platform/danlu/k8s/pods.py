@@ -301,7 +301,7 @@ def _affinity(cluster: Cluster, name: str, *, worker: bool) -> Object:
     if not isinstance(cluster, JobCluster):
         return {}
     if worker and cluster.same_topology:
-        term = {"labelSelector": {"matchLabels": _workers_of(name)}, "topologyKey": cluster.same_topology}
+        term = {"labelSelector": {"matchLabels": _workers_of("train", name)}, "topologyKey": cluster.same_topology}
         return {"podAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": [term]}}
     if not worker and (spot := _spot(cluster)):
         off = {"matchExpressions": [{"key": spot[0], "operator": "NotIn", "values": [spot[1]]}]}
@@ -317,13 +317,13 @@ def _spread(cluster: Cluster, name: str) -> list[Object]:
             "maxSkew": 1,
             "topologyKey": cluster.spread_over,
             "whenUnsatisfiable": "ScheduleAnyway",
-            "labelSelector": {"matchLabels": _workers_of(name)},
+            "labelSelector": {"matchLabels": _workers_of("serve", name)},
         }
     ]
 
 
-def _workers_of(name: str) -> dict[str, str]:
-    return {NAME: name, "ray.io/node-type": "worker"}
+def _workers_of(kind: str, name: str) -> dict[str, str]:
+    return {**labels(kind, name), "ray.io/node-type": "worker"}
 
 
 def _spot(cluster: Cluster) -> tuple[str, str, bool] | None:

@@ -86,16 +86,17 @@ def _cleanup(cluster: JobCluster) -> Object:
                 "shutdownAfterJobFinishes": False,
                 "deletionStrategy": {
                     "deletionRules": [
-                        _rule("SUCCEEDED", rules.after_success_s, "DeleteCluster"),
-                        _rule("FAILED", rules.workers_after_failure_s, "DeleteWorkers"),
-                        _rule("FAILED", rules.head_after_failure_s, "DeleteCluster"),
+                        _rule({"jobStatus": "SUCCEEDED"}, rules.after_success_s, "DeleteCluster"),
+                        # The RayJob's own failure, which a deadline is, too: Ray knows nothing of that one.
+                        _rule({"jobDeploymentStatus": "Failed"}, rules.workers_after_failure_s, "DeleteWorkers"),
+                        _rule({"jobDeploymentStatus": "Failed"}, rules.head_after_failure_s, "DeleteCluster"),
                     ]
                 },
             }
 
 
-def _rule(status: str, seconds: int, policy: str) -> Object:
-    return {"condition": {"jobStatus": status, "ttlSeconds": seconds}, "policy": policy}
+def _rule(ended: Object, seconds: int, policy: str) -> Object:
+    return {"condition": {**ended, "ttlSeconds": seconds}, "policy": policy}
 
 
 def _submitter(cluster: JobCluster, name: str) -> Object:

@@ -23,13 +23,15 @@ def ray_service(service: Service) -> Object:
     assert cluster is not None
     _keys_are_mounted(service, cluster)
     each = cluster.replicas_per_pod
+    low, high = math.ceil(scaling.min_replicas / each), math.ceil(scaling.max_replicas / each)
     return {
         "apiVersion": "ray.io/v1",
         "kind": "RayService",
         "metadata": metadata(cluster, "serve", service.name),
         "spec": {
             "serveConfigV2": yaml.safe_dump(serve_config(service), sort_keys=False, allow_unicode=True),
-            "excludeHeadPodFromServeSvc": True,
+            # Where no worker has to be, the head's proxy keeps a request until one is there.
+            "excludeHeadPodFromServeSvc": low > 0,
             "upgradeStrategy": _upgrade(cluster),
             "rayClusterConfig": {
                 **({"gcsFaultToleranceOptions": _redis(cluster)} if cluster.redis else {}),
@@ -39,7 +41,7 @@ def ray_service(service: Service) -> Object:
                     service.name,
                     cpus=(1 if isinstance(engine, Echo | EchoText) else engine.num_threads) * each,
                     gpus=(0 if isinstance(engine, Echo | EchoText) else engine.num_gpus) * each,
-                    pods=(math.ceil(scaling.min_replicas / each), math.ceil(scaling.max_replicas / each)),
+                    pods=(low, high),
                     env={"RAY_SERVE_ENABLE_HA_PROXY": "1"} if service.http.haproxy else {},
                     leave_s=LEAVE_S + math.ceil(service.limits.drain_timeout_s),
                 ),
@@ -48,18 +50,29 @@ def ray_service(service: Service) -> Object:
     }
 
 
+def keeps_its_pods(before: Object, after: Object) -> bool:
+    """Whether the pods there are go on, more or fewer of them."""
+    had, has = (_pods_alone(one["spec"]["rayClusterConfig"]) for one in (before, after))
+    return had == has or after["spec"]["upgradeStrategy"]["type"] == "None"
+
+
 def upgrade(before: Object, after: Object) -> str:
     """How KubeRay brings a service from one RayService to another, and what that needs."""
     step = after["spec"]["upgradeStrategy"]
     had, has = (_pods_alone(one["spec"]["rayClusterConfig"]) for one in (before, after))
     if had == has:
-        return "in place: no pod is replaced, new replicas take over on those there are"
+        return f"in place: no pod is replaced, new replicas take over on those there are{_scaled(before, after)}"
     if step["type"] == "None":
         return "in place: cluster.upgrade.kind=in_place keeps the pods as they are, and the new image or resources are left out"
     gpus, pods = _asked(after)
     surge = step.get("clusterUpgradeOptions", {}).get("maxSurgePercent", 100)
     more = math.ceil(pods * surge / 100)
-    needs = f"{more} more pods than now" + (f" and {more * gpus} more GPUs" if gpus else "") + " until the old ones have gone"
+    needs = (
+        _count(more, "more pod")
+        + " than now"
+        + (f" and {_count(more * gpus, 'more GPU')}" if gpus else "")
+        + " until the old ones have gone"
+    )
     if step["type"] == "NewCluster":
         return f"new cluster: a second set of pods takes over once it is ready; at least {needs}"
     moved = f"{step['clusterUpgradeOptions']['stepSizePercent']} % of the requests at a time"
@@ -75,6 +88,20 @@ def _pods_alone(config: Object) -> Object:
     return {**config, "workerGroupSpecs": groups}
 
 
+def _scaled(before: Object, after: Object) -> str:
+    """What a change of the number of pods alone needs."""
+    (had,), (has,) = (one["spec"]["rayClusterConfig"]["workerGroupSpecs"] for one in (before, after))
+    if (had["minReplicas"], had["maxReplicas"]) == (has["minReplicas"], has["maxReplicas"]):
+        return ""
+    gpus, _ = _asked(after)
+    at_most = f", {_count(has['maxReplicas'] * gpus, 'GPU')} at most" if gpus else ""
+    return f"; {has['minReplicas']} to {_count(has['maxReplicas'], 'pod')} instead of {had['minReplicas']} to {had['maxReplicas']}{at_most}"
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
 def _asked(service: Object) -> tuple[int, int]:
     """GPUs of a pod, and pods at least."""
     (group,) = service["spec"]["rayClusterConfig"]["workerGroupSpecs"]
@@ -85,9 +112,11 @@ def _asked(service: Object) -> tuple[int, int]:
 def serve_config(service: Service) -> Object:
     """Ray Serve's own configuration. Its arguments are the spec without `cluster:`, so that other pods are no new application."""
     spec = yaml.safe_load(dump(service.model_copy(update={"cluster": None})))
+    # Of a language model's answer only the gateway knows whether it still moves: a long one is not a late one.
+    timeout_s = None if service.is_language_model else service.limits.request_timeout_s + 5
     return {
         "proxy_location": "EveryNode",
-        "http_options": {"host": "0.0.0.0", "port": PORT, "request_timeout_s": service.limits.request_timeout_s + 5},
+        "http_options": {"host": "0.0.0.0", "port": PORT, "request_timeout_s": timeout_s},
         "applications": [{"name": service.name, "route_prefix": "/", "import_path": IMPORT_PATH, "args": spec}],
     }
 

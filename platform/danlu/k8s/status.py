@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -12,9 +12,19 @@ from danlu.k8s.pods import Object
 
 State = Literal["queued", "starting", "running", "retrying", "succeeded", "failed", "cancelled"]
 ENDED: frozenset[State] = frozenset({"succeeded", "failed", "cancelled"})
+RAY_ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
+"""A Ray job's own last states. Its RayJob is still `Running` then, until the pod that follows its log has ended too."""
 LAST_LINES = 12
 
 Phase = Literal["starting", "running", "updating", "failing"]
+
+NOT_MADE = {
+    "violates PodSecurity": "cluster.volumes and cluster.image as the namespace's Pod Security takes them",
+    "no PriorityClass": "cluster.priority_class, one of: kubectl get priorityclasses",
+    "serviceaccount": "cluster.service_account must exist in that namespace: access.service_account of charts/danlu makes one",
+    "must specify": "a LimitRange in that namespace gives defaults to what KubeRay adds to the pods",
+}
+"""What an API server says that lets no pod be made, and what would help."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +71,8 @@ def job_status(
     """A RayJob's state. `log` is the end of its driver's log."""
     name, found = job["metadata"]["name"], job.get("status") or {}
     times = {"created": job["metadata"].get("creationTimestamp", ""), "ended": found.get("endTime") or ""}
+    if job["metadata"].get("deletionTimestamp"):
+        return JobStatus(name, "cancelled", "it is being deleted", **times)
     match found.get("jobDeploymentStatus") or "":
         case "Complete" if found.get("jobStatus") == "SUCCEEDED":
             return JobStatus(name, "succeeded", **times)
@@ -75,12 +87,14 @@ def job_status(
             return JobStatus(name, "retrying", f"attempt {found.get('failed', 0) + 1} of {job['spec'].get('backoffLimit', 0) + 1}", **times)
         case "Running" if found.get("jobStatus") == "RUNNING":
             return JobStatus(name, "running", _memory_kill(pods)[0], **times)
+        case "Running" if found.get("jobStatus") in RAY_ENDED:
+            return JobStatus(name, "running", f"it has ended ({found['jobStatus']}), and its log is being closed", **times)
         case _ if job["spec"].get("suspend"):
             if queue := queue_of(job):
                 return JobStatus(name, "queued", _why_queued(queue, job, workloads), **times)
             return JobStatus(name, "cancelled", "it is suspended", f"danlu jobs resume {name}", **times)
         case _:
-            why, fix = _why_starting(pods, events)
+            why, fix = _why_starting(pods, events, {("RayJob", name), ("Job", name), ("RayCluster", found.get("rayClusterName"))})
             return JobStatus(name, "starting", why, fix, **times)
 
 
@@ -92,22 +106,24 @@ def service_status(
     conditions = {one["type"]: one for one in found.get("conditions", [])}
     ready = conditions.get("Ready", {}).get("status") == "True" or found.get("serviceStatus") == "Running"
     endpoints = int(found.get("numServeEndpoints") or 0)
+    clusters = [found.get(which) or {} for which in ("pendingServiceStatus", "activeServiceStatus")]
+    makers = {("RayService", name), *(("RayCluster", cluster.get("rayClusterName")) for cluster in clusters)}
     told = [
         f"{application}: {one.get('message', '').strip().splitlines()[-1]}"
-        for cluster in ("pendingServiceStatus", "activeServiceStatus")
-        for application, one in ((found.get(cluster) or {}).get("applicationStatuses") or {}).items()
+        for cluster in clusters
+        for application, one in (cluster.get("applicationStatuses") or {}).items()
         if one.get("status") in ("DEPLOY_FAILED", "UNHEALTHY") and one.get("message", "").strip()
     ]
     if told:
         return ServiceStatus(name, "failing", told[0], f"danlu services rollback {name}", endpoints)
     if conditions.get("UpgradeInProgress", {}).get("status") == "True":
-        why, fix = _why_starting(pods, events)
+        why, fix = _why_starting(pods, events, makers)
         return ServiceStatus(name, "updating", why or "new pods take over when they are ready", fix, endpoints)
     if ready:
         return ServiceStatus(name, "running", endpoints=endpoints)
     if (queue := queue_of(service)) and not pods:
         return ServiceStatus(name, "starting", _why_queued(queue, service, workloads), endpoints=endpoints)
-    why, fix = _why_starting(pods, events)
+    why, fix = _why_starting(pods, events, makers)
     return ServiceStatus(name, "starting", why, fix, endpoints)
 
 
@@ -140,8 +156,8 @@ def _why_queued(queue: str, job: Object, workloads: Sequence[Object]) -> str:
     return f"waiting in queue {queue}"
 
 
-def _why_starting(pods: Sequence[Object], events: Sequence[Object]) -> tuple[str, str]:
-    """The first thing that keeps a pod from running, and what would help."""
+def _why_starting(pods: Sequence[Object], events: Sequence[Object], makers: Set[tuple[str, str | None]]) -> tuple[str, str]:
+    """The first thing that keeps a pod from running, or from being made by one of its `makers`, and what would help."""
     for pod in pods:
         for one in _containers(pod):
             waiting = one.get("state", {}).get("waiting") or {}
@@ -150,8 +166,10 @@ def _why_starting(pods: Sequence[Object], events: Sequence[Object]) -> tuple[str
         for condition in (pod.get("status") or {}).get("conditions", []):
             if condition["type"] == "PodScheduled" and condition["status"] == "False":
                 return _why_unscheduled(pod, condition.get("message", ""))
+    if found := _why_not_made(pods, events, makers):
+        return found
     names = {pod["metadata"]["name"] for pod in pods if (pod.get("status") or {}).get("phase") == "Pending"}
-    for event in reversed(list(events)):
+    for event in sorted(events, key=_time_of, reverse=True):
         if event.get("involvedObject", {}).get("name") in names and event.get("reason") in (
             "FailedMount",
             "FailedAttachVolume",
@@ -170,6 +188,27 @@ def _why_starting(pods: Sequence[Object], events: Sequence[Object]) -> tuple[str
     return (f"{waits} of {len(pods)} pods are not up yet" if waits else f"all {len(pods)} pods are up"), ""
 
 
+def _why_not_made(pods: Sequence[Object], events: Sequence[Object], makers: Set[tuple[str, str | None]]) -> tuple[str, str] | None:
+    """What the API server said to KubeRay, or to the submitter's Job, that wanted to make a pod; None once a pod was made since."""
+    newest = max((pod["metadata"].get("creationTimestamp", "") for pod in pods), default="")
+    for event in sorted(events, key=_time_of, reverse=True):
+        about, reason = event.get("involvedObject", {}), event.get("reason", "")
+        told = (about.get("kind"), about.get("name")) in makers and reason.startswith(("FailedCreate", "FailedToCreate", "Invalid"))
+        if not told or _time_of(event) < newest:
+            continue
+        said = event.get("message", "").strip()
+        if "exceeded quota" in said:
+            quota = "what ends in this namespace makes room: kubectl describe resourcequota; or a smaller job"
+            return f"behind the namespace's quota: {said}", quota
+        fix = next((fix for mark, fix in NOT_MADE.items() if mark in said), "")
+        return (f"KubeRay refuses it: {said}" if reason.startswith("Invalid") else f"its pods cannot be made: {said}"), fix
+    return None
+
+
+def _time_of(event: Object) -> str:
+    return event.get("lastTimestamp") or event.get("eventTime") or event["metadata"].get("creationTimestamp") or ""
+
+
 def _why_waiting(pod: Object, container: Object, waiting: Object) -> tuple[str, str] | None:
     name, message = pod["metadata"]["name"], waiting.get("message", "")
     match waiting.get("reason"):
@@ -181,7 +220,7 @@ def _why_waiting(pod: Object, container: Object, waiting: Object) -> tuple[str, 
         case "CreateContainerConfigError" | "CreateContainerError":
             return f"pod {name}: {message}", "the Secrets and keys that cluster.secret_env names must exist"
         case "CrashLoopBackOff":
-            return f"pod {name} starts and ends again: {message}", f"kubectl logs {name} --previous"
+            return f"pod {name} starts and ends again: {message}", f"kubectl logs {name} -n {pod['metadata'].get('namespace')} --previous"
         case _:
             return None
 
@@ -190,16 +229,22 @@ def _why_unscheduled(pod: Object, message: str) -> tuple[str, str]:
     asked = pod["spec"]["containers"][0].get("resources", {}).get("limits", {})
     gpu_type = pod["spec"].get("nodeSelector", {}).get("nvidia.com/gpu.product")
     what = f"pod {pod['metadata']['name']} fits no node: {message}"
+    # Of a node the first thing that is against it is told, and its taints come before its labels.
+    taints = [taint for taint in re.findall(r"untolerated taint\(?s?\)? ?\{([^}]*)\}", message) if "node-role.kubernetes.io" not in taint]
     if gpu_type and "affinity/selector" in message and "Insufficient" not in message:
-        return what, f"no node has nvidia.com/gpu.product={gpu_type}: kubectl get nodes -L nvidia.com/gpu.product says which there are"
+        kubectl = "kubectl get nodes -L nvidia.com/gpu.product says which there are"
+        tainted = f", unless those with the taint {taints[0].rstrip(': ')} do, which cluster.tolerations allows" if taints else ""
+        return what, f"no node has nvidia.com/gpu.product={gpu_type}{tainted}: {kubectl}"
     if "Insufficient nvidia.com/gpu" in message:
-        return what, f"fewer cluster.workers_per_pod (a pod asks for {asked.get('nvidia.com/gpu')} GPUs), or wait for nodes"
+        gpus = int(asked.get("nvidia.com/gpu", 1))
+        fewer = f"fewer cluster.workers_per_pod (a pod asks for {gpus} GPUs), or " if gpus > 1 else ""
+        return what, f"{fewer}wait for nodes with a GPU that is free: kubectl describe nodes | grep nvidia.com/gpu says who has them"
     if "Insufficient" in message:
         return what, f"a smaller pod (it asks for {asked.get('cpu')} cores and {asked.get('memory')})"
     if "taint" in message:
         return what, "cluster.tolerations for that taint"
     if "persistentvolumeclaim" in message.lower():
-        return what, "the claims that cluster.volumes names must exist in that namespace"
+        return what, "the claims that cluster.volumes names must exist in that namespace, and be bound: kubectl get pvc"
     return what, ""
 
 

@@ -10,6 +10,8 @@ from danlu.spec.base import MEMORY, NonNegativeInt, PositiveInt, Spec
 
 KubeName = Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?$")]
 """The name of an object: a DNS subdomain."""
+Namespace = Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$")]
+"""The name of a namespace: a DNS label."""
 LabelKey = Annotated[str, Field(pattern=r"^([a-z0-9]([-a-z0-9.]*[a-z0-9])?/)?[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?$")]
 LabelValue = Annotated[str, Field(pattern=r"^([A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?)?$")]
 QueueName = Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9.]{0,61}[a-z0-9])?$")]
@@ -108,7 +110,7 @@ class _Cluster(Spec):
     """The image of every pod: Danlu and its libraries, as ops/docker/Dockerfile builds it."""
     image_pull_policy: Literal["Always", "IfNotPresent", "Never"] | None = None
     image_pull_secrets: list[KubeName] = []
-    namespace: KubeName | None = None
+    namespace: Namespace | None = None
     """Unset: that of the kubeconfig's context, or of the Helm release."""
     service_account: KubeName | None = None
     """Also what an object store knows the pods by (workload identity), so that no key has to stand in a Secret."""
@@ -223,7 +225,8 @@ class NewCluster(Spec):
 
 
 class Incremental(Spec):
-    """A changed service comes up on a second set of pods, and traffic moves over step by step. Needs the Gateway API."""
+    """A changed service comes up on a second set of pods, and traffic moves over step by step. Needs the Gateway API, the feature gate
+    RayServiceIncrementalUpgrade of KubeRay's operator, and requests that come by the Gateway it makes, NAME-gateway: no others move."""
 
     kind: Literal["incremental"] = "incremental"
     gateway_class: KubeName

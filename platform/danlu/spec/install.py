@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from danlu.spec.base import PositiveInt, Spec
-from danlu.spec.cluster import Bytes, KubeName
+from danlu.spec.cluster import Bytes, KubeName, Namespace
 from danlu.spec.serve import Service
 from danlu.spec.train import TrainJob
 
@@ -70,30 +70,42 @@ class ClusterQueue(Spec):
     """ClusterQueues of one cohort lend each other what they do not use, and take it back from lower priorities."""
 
 
-class Gateway(Spec):
-    """How a service is reached from outside: an Ingress, or a route of a Gateway that is there."""
-
-    kind: Literal["ingress", "http_route"]
+class _Gateway(Spec):
     service: KubeName
     """The name of one of `services`."""
     host: Annotated[str, Field(min_length=1)]
-    class_name: KubeName | None = None
-    """The Ingress' class."""
-    tls_secret: KubeName | None = None
-    """The Ingress' certificate."""
-    gateway: KubeName | None = None
-    """The Gateway that a route hangs on; its listener has the certificate."""
     annotations: dict[str, str] = {}
+
+
+class Ingress(_Gateway):
+    """An Ingress. Long answers want a long timeout of its class: nginx.ingress.kubernetes.io/proxy-read-timeout."""
+
+    kind: Literal["ingress"] = "ingress"
+    class_name: KubeName | None = None
+    tls_secret: KubeName | None = None
+    """The certificate of `host`."""
+
+
+class HttpRoute(_Gateway):
+    """A route of a Gateway that is there, whose listener has the certificate."""
+
+    kind: Literal["http_route"] = "http_route"
+    gateway: KubeName
+    gateway_namespace: Namespace | None = None
+    """Unset: that of the service. Another one's listener has to allow routes from here."""
+
+
+Gateway = Annotated[Ingress | HttpRoute, Field(discriminator="kind")]
 
 
 class Network(Spec):
     """NetworkPolicies: nothing comes in but among the pods of a job or service, from the ingress and from Prometheus."""
 
     enabled: bool = True
-    ingress_namespace: KubeName | None = None
+    ingress_namespace: Namespace | None = None
     """The namespace that requests to services come from; unset: every namespace, to the serving port."""
-    monitoring_namespace: KubeName = "monitoring"
-    operator_namespace: KubeName = "kuberay-operator"
+    monitoring_namespace: Namespace = "monitoring"
+    operator_namespace: Namespace = "kuberay-operator"
     """KubeRay's operator asks the head for its state."""
 
 
@@ -134,6 +146,7 @@ class Install(Spec):
     cluster_queues: list[ClusterQueue] = []
     queues: list[Queue] = []
     gateways: list[Gateway] = []
+    """How services are reached from outside. One with `cluster.upgrade.kind: incremental` has a Gateway of KubeRay's, and none here."""
     network: Network = Network()
     quota: Quota | None = None
     disruption_budget: bool = True

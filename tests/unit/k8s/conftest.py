@@ -23,6 +23,7 @@ Object = dict[str, Any]
 KINDS = {
     "rayjobs": ("ray.io/v1", "RayJob"),
     "rayservices": ("ray.io/v1", "RayService"),
+    "rayclusters": ("ray.io/v1", "RayCluster"),
     "configmaps": ("v1", "ConfigMap"),
     "pods": ("v1", "Pod"),
     "events": ("v1", "Event"),
@@ -141,6 +142,11 @@ class Handler(kmock.KubernetesScaffold):  # type: ignore[misc]
             self.valid(change)
             before = self.store.get((plural, request.namespace, request.name), {"metadata": {"namespace": request.namespace}})
             one = merged({key: value for key, value in before.items() if key != "spec"}, change)
+        elif request.headers["Content-Type"] == "application/json-patch+json":
+            one = copy.deepcopy(self.there(request))
+            for step in change:
+                assert step["op"] == "add"
+                put(one, step["path"], step["value"])
         else:
             before = self.there(request)
             asked = change.get("metadata", {}).get("resourceVersion")
@@ -173,6 +179,14 @@ def merged(one: Any, change: Any) -> Any:
         else:
             found[name] = merged(found.get(name), value)
     return found
+
+
+def put(one: Any, path: str, value: Any) -> None:
+    """RFC 6902's `add`, of a member of an object that is there."""
+    *above, last = (int(part) if part.isdecimal() else part for part in path.strip("/").split("/"))
+    for part in above:
+        one = one[part]
+    one[last] = value
 
 
 class Api:

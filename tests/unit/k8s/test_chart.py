@@ -55,6 +55,10 @@ VALUES: dict[str, Object] = {
         "gateways": [{"kind": "ingress", "class_name": "nginx", "tls_secret": "cert", "annotations": {"a/b": "c"}, **GATEWAY}],
     },
     "a route": {"services": [SERVICE], "gateways": [{"kind": "http_route", "gateway": "public", **GATEWAY}]},
+    "a route of a Gateway elsewhere": {
+        "services": [SERVICE],
+        "gateways": [{"kind": "http_route", "gateway": "public", "gateway_namespace": "infra", **GATEWAY}],
+    },
     "no policies": {"jobs": [JOB], "services": [SERVICE], "network": {"enabled": False}, "disruption_budget": False},
     "narrow policies": {"services": [SERVICE], "network": {"ingress_namespace": "ingress-nginx", "monitoring_namespace": "prometheus"}},
     "keys from values": {
@@ -302,7 +306,27 @@ BAD: dict[str, tuple[Object, str]] = {
         "auth.keys_file: /etc/danlu-keys/keys.json",
     ),
     "keys that are none": ({"api_keys": [{"secret": "danlu-keys", "keys": ""}]}, "/api_keys/0/keys"),
-    "a route without a gateway": ({"services": [SERVICE], "gateways": [{"kind": "http_route", **GATEWAY}]}, "needs gateway:"),
+    "a route without a gateway": ({"services": [SERVICE], "gateways": [{"kind": "http_route", **GATEWAY}]}, "/gateways/0"),
+    "a route with an Ingress' class": (
+        {"services": [SERVICE], "gateways": [{"kind": "http_route", "gateway": "g", "class_name": "nginx", **GATEWAY}]},
+        "/gateways/0",
+    ),
+    "annotations of nothing": ({"access": {"annotations": {"a/b": "c"}}}, "no effect without access.service_account"),
+    "a namespace that is none": (
+        {"services": [SERVICE | {"cluster": {"image": "i", "namespace": "a.b"}}]},
+        "/services/0/cluster/namespace",
+    ),
+    "a way round KubeRay's own Gateway": (
+        {
+            "services": [
+                SERVICE
+                | {"autoscaling": {"max_replicas": 2}}
+                | {"cluster": SERVICE["cluster"] | {"upgrade": {"kind": "incremental", "gateway_class": "istio"}}}
+            ],
+            "gateways": [{"kind": "ingress", **GATEWAY}],
+        },
+        "KubeRay's own Gateway topics-gateway",
+    ),
 }
 
 
@@ -312,6 +336,47 @@ def test_bad_values_are_refused_with_a_path(name: str, tmp_path: Path) -> None:
     done = template(values, tmp_path)
     assert done.returncode
     assert where in done.stderr or where.replace("/", ".").lstrip(".") in done.stderr, done.stderr
+
+
+def test_the_plain_manifests_of_a_platform_are_the_charts() -> None:
+    folder = ROOT / "k8s" / "platform"
+    command = [tool("helm"), "template", "danlu", str(CHART), "--namespace", "danlu", "--values", str(folder / "values.yaml")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    lines = (folder / "platform.yaml").read_text().splitlines()
+    assert lines[2:] == done.stdout.splitlines(), f"stale: run {lines[1].strip('# ')}, and put it under the first two lines"
+
+
+def test_a_ready_service_is_asked_by_a_pod_that_fits_a_quota_and_where_no_key_is_needed(tmp_path: Path) -> None:
+    from danlu.serve.keys import OPEN_PATHS
+
+    (pod,) = [one for one in rendered(VALUES["keys from values"], tmp_path) if one["kind"] == "Pod"]
+    (container,) = pod["spec"]["containers"]
+    assert "/" + container["command"][-1].rpartition("/")[2] in OPEN_PATHS
+    assert container["resources"]["requests"].keys() == {"cpu", "memory"}
+    assert container["securityContext"]["readOnlyRootFilesystem"] is True
+
+
+def test_the_notes_say_what_to_do_next_and_nothing_of_what_is_not_there(tmp_path: Path) -> None:
+    def notes(values: Object) -> str:
+        (tmp_path / "values.yaml").write_text(yaml12.write(values))
+        command = [tool("helm"), "install", "name", str(CHART), "--namespace", "team", "--values", str(tmp_path / "values.yaml")]
+        done = subprocess.run([*command, "--dry-run=client"], capture_output=True, text=True, check=True)
+        return done.stdout.partition("NOTES:")[2]
+
+    empty = notes({})
+    assert "Nothing runs yet" in empty
+    assert "access.groups" in empty
+    assert "helm test" not in empty
+    queued = JOB | {"cluster": JOB["cluster"] | {"scheduler": {"kind": "kueue", "queue": "q"}}}
+    found = notes({**VALUES["keys from values"], "jobs": [queued], "gateways": [{"kind": "http_route", "gateway": "g", **GATEWAY}]})
+    for told in (
+        "danlu jobs logs -f topics -n team",
+        "https://topics.example.com/v1/models, with one of its API keys",
+        "Kueue 0.15 or newer: danlu doctor --on k8s -n team",
+        "helm test name -n team",
+    ):
+        assert told in found, told
+    assert "Nothing runs yet" not in found
 
 
 def test_lint_has_nothing_against_it(tmp_path: Path) -> None:

@@ -184,7 +184,7 @@ def test_a_create_that_is_lost_on_the_way_is_not_repeated(api: Any, kube: client
 
 
 def test_a_dry_run_asks_the_server_and_makes_nothing(api: Any, kube: client.Kube) -> None:
-    assert remote.dry_run(kube, JOB) == ["ConfigMap topics-spec", "RayJob topics"]
+    assert remote.dry_run(kube, JOB) == (["ConfigMap topics-spec", "RayJob topics"], "")
     assert api.get("rayjobs", "topics") is None
     assert api.get("configmaps", "topics-spec") is None
     assert len(api.requests("POST")) == 1

@@ -11,17 +11,22 @@ from typer.testing import CliRunner
 
 from danlu import doctor
 from danlu.cli import app
+from danlu.errors import SpecError
 
 REVIEW = "post /apis/authorization.k8s.io/v1/selfsubjectaccessreviews"
+KUEUE = "get /apis/apiextensions.k8s.io/v1/customresourcedefinitions/workloads.kueue.x-k8s.io"
 PODMONITORS = "get /apis/apiextensions.k8s.io/v1/customresourcedefinitions/podmonitors.monitoring.coreos.com"
 CRD = "get /apis/apiextensions.k8s.io/v1/customresourcedefinitions/rayjobs.ray.io"
 
 
-def found(api: Any, *, allowed: bool = True, fields: tuple[str, ...] = doctor.NEW_FIELDS) -> dict[str, doctor.Finding]:
+def found(
+    api: Any, *, allowed: bool = True, fields: tuple[str, ...] = doctor.NEW_FIELDS, kueue: str = "v1beta2"
+) -> dict[str, doctor.Finding]:
     """Findings of the cluster by name."""
     api.answer(REVIEW, {"status": {"allowed": allowed}})
     schema = {"openAPIV3Schema": {"properties": {"spec": {"properties": {name: {} for name in fields}}}}}
     api.answer(CRD, {"spec": {"versions": [{"name": "v1", "schema": schema}]}})
+    api.answer(KUEUE, {"spec": {"versions": [{"name": kueue, "served": True}]}})
     api.answer(PODMONITORS, {"metadata": {"annotations": {"operator.prometheus.io/version": "0.88.1"}}})
     return {one.what: one for one in doctor._kubernetes(None, None)}
 
@@ -47,12 +52,20 @@ def test_an_older_kuberay_is_told_by_the_fields_it_lacks(api: Any) -> None:
     assert "--server-side" in one.fix
 
 
+def test_an_older_kueue_is_told_by_the_version_it_serves(api: Any) -> None:
+    one = found(api, kueue="v1beta1")["Kueue"]
+    assert (one.verdict, one.found) == ("warning", "older than 0.15: it serves v1beta1")
+    assert "Kueue 0.15" in one.fix
+
+
 def test_a_cluster_without_kuberay(api: Any) -> None:
     api.answer(REVIEW, {"status": {"allowed": True}})
     api.answer(CRD, 404, {"reason": "NotFound", "message": "not found"})
     api.answer(PODMONITORS, 404, {"reason": "NotFound", "message": "not found"})
-    (_, kuberay, prometheus) = doctor._kubernetes(None, None)
+    api.answer(KUEUE, 404, {"reason": "NotFound", "message": "not found"})
+    (_, kuberay, kueue, prometheus) = doctor._kubernetes(None, None)
     assert (kuberay.verdict, kuberay.what) == ("missing", "KubeRay")
+    assert (kueue.verdict, kueue.found) == ("ok", "none, which cluster.scheduler.kind=kueue would need")
     assert (prometheus.verdict, "kube-prometheus-stack" in prometheus.fix) == ("warning", True)
 
 
@@ -62,6 +75,16 @@ def test_without_a_cluster_a_machine_is_well_enough(monkeypatch: pytest.MonkeyPa
     assert one.verdict == "warning"
     (one,) = doctor._kubernetes("somewhere", None)
     assert one.verdict == "missing", "a context that was asked for"
+
+
+def test_where_jobs_are_to_run_there_a_cluster_is_needed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", str(tmp_path / "nowhere"))
+    monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
+    (one,) = doctor._kubernetes(None, None, needed=True)
+    assert (one.what, one.verdict) == ("Kubernetes", "missing")
+    result = CliRunner().invoke(app, ["doctor", "--on", "ray://host"])
+    assert isinstance(result.exception, SpecError)
+    assert result.exception.where == "--on"
 
 
 def test_a_machine_without_a_compiler_is_told_what_is_slower(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ import pytest
 from danlu.k8s.rayservice import ray_service
 from danlu.plan import make_plan
 from danlu.serve.engines.vllm.command import command
+from danlu.spec.cluster import in_bytes
 from danlu.spec.files import load
 from danlu.spec.serve import Service
 from danlu.spec.train import TrainJob
@@ -64,6 +65,18 @@ def test_a_workers_share_of_an_example_fits_its_gpu(name: str, tmp_path: Path) -
         assert job.parallel.workers_per_model == job.cluster.workers_per_pod, "a layer is shared inside a node only"
         assert [config["num_attention_heads"] % 8, config["num_key_value_heads"] % 8] == [0, 0]
     assert job.workers.num_workers // job.cluster.workers_per_pod == {"qwen2.5-7b-qlora": 1, "llama-3.1-8b-zero3": 1}.get(name, 4)
+
+
+def test_workers_of_the_job_on_cpus_fit_their_pods(tmp_path: Path) -> None:
+    """all-MiniLM-L6-v2 with a pooler and eight labels."""
+    sizes = {"vocab_size": 30_522, "hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 6, "num_attention_heads": 12}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert", "architectures": ["BertModel"], **sizes}))
+    job = load(TrainJob, EXAMPLES / "reuters-r8-cluster.yaml")
+    plan = make_plan(job, tmp_path, num_rows=5485, mean_tokens=30, num_labels=8, calibrate=False)
+    assert plan.num_parameters == 22_713_216 + 384 * 8 + 8
+    assert plan.num_steps == -(-5485 // job.global_batch_size)
+    assert job.cluster is not None
+    assert plan.worker_bytes * job.cluster.workers_per_pod < 0.92 * in_bytes(job.cluster.memory), plan.text(job)
 
 
 def test_the_service_on_vllm_has_three_adapters_and_none_to_eight_gpus(tmp_path: Path) -> None:

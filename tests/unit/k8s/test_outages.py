@@ -19,7 +19,7 @@ from danlu.spec.files import dump
 from danlu.spec.serve import Service
 
 Object = dict[str, Any]
-PODS = {"labels": {"danlu.ai/name": "topics"}}
+PODS = {"labels": {"danlu.ai/kind": "train", "danlu.ai/name": "topics"}}
 SUBMITTER = {"metadata": PODS, "spec": {"containers": [{"name": "ray-job-submitter"}]}}
 
 
@@ -101,7 +101,7 @@ def test_rolling_back_twice_is_where_it_began(api: Any) -> None:
     first = SERVICE.model_copy(update={"limits": SERVICE.limits.model_copy(update={"max_ongoing_requests": 7})})
     remote.deploy(kube, first)
     remote.deploy(kube, SERVICE)
-    assert [remote.rollback(kube, "echo") for _ in range(3)] == [first, SERVICE, first]
+    assert [remote.rollback(kube, "echo")[0] for _ in range(3)] == [first, SERVICE, first]
 
 
 def test_a_specs_own_namespace_is_where_everything_of_it_is_done(api: Any, tmp_path: Path) -> None:
@@ -121,6 +121,50 @@ def test_a_specs_own_namespace_is_where_everything_of_it_is_done(api: Any, tmp_p
     refused = danlu("train", str(tmp_path / "job.yaml"), "--on", "k8s", "--namespace", "mine")
     assert isinstance(refused.exception, SpecError)
     assert "--set cluster.namespace=mine" in refused.exception.fix
+
+
+@pytest.mark.parametrize(
+    ("text", "told", "fix"),
+    [
+        ("a: [b", "is no kubeconfig: while parsing a flow sequence", "kubectl config view"),
+        ("just text", "is no kubeconfig", "kubectl config view"),
+        ("", "no kubeconfig that can be read", "KUBECONFIG="),
+    ],
+)
+def test_a_file_that_is_no_kubeconfig_is_named(text: str, told: str, fix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "broken"
+    file.write_text(text)
+    monkeypatch.setattr("kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", str(file))
+    monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
+    with pytest.raises(ClusterError, match=told) as raised:
+        client.connect()
+    assert fix in raised.value.fix
+
+
+def test_a_context_that_cannot_be_used_is_told_with_what_it_lacks(api: Any) -> None:
+    """Its cluster is not in the file, a file that it names is not there, or its login command gives no credentials."""
+    file = api.kubeconfig(here="default", there="research")
+    document = yaml.safe_load(file.read_text())
+    document["contexts"][1]["context"]["cluster"] = "nowhere"
+    document["users"] += [
+        {"name": "login", "user": {"exec": {"apiVersion": "client.authentication.k8s.io/v1", "command": "no-such-login", "args": ["now"]}}},
+        {"name": "certificate", "user": {"client-certificate": "/nowhere/c.crt", "client-key": "/nowhere/c.key"}},
+    ]
+    document["clusters"].append({"name": "s", "cluster": {"server": "https://127.0.0.1:9"}})
+    document["contexts"] += [{"name": user, "context": {"cluster": "s", "user": user}} for user in ("login", "certificate")]
+    file.write_text(yaml.safe_dump(document))
+    for context, told in (
+        ("there", "context 'there' cannot be used: .*nowhere"),
+        ("login", "no credentials from `no-such-login now`"),
+        ("certificate", "context 'certificate' cannot be used: File does not exist: /nowhere/c.crt"),
+    ):
+        with pytest.raises(ClusterError, match=told):
+            client.connect(context)
+    assert client.connect("here").context == "here"
+    document["current-context"] = "there"
+    file.write_text(yaml.safe_dump(document))
+    with pytest.raises(ClusterError, match="context 'there' cannot be used"):
+        client.connect()
 
 
 def test_a_kubeconfig_without_a_current_context_does_with_one_that_is_named(api: Any) -> None:
@@ -152,6 +196,8 @@ def test_the_role_of_the_chart_allows_every_request_that_the_commands_make(api: 
     (role,) = [one for one in rendered({"access": {"groups": ["ml"]}}, tmp_path) if one["kind"] == "Role"]
     may = {(verb, resource) for rule in role["rules"] for resource in rule["resources"] for verb in rule["verbs"]}
     remote.deploy(kube, SERVICE)
+    api.put("rayservices", "echo", status={"activeServiceStatus": {"rayClusterName": "echo-a"}})
+    api.put("rayclusters", "echo-a", spec={"workerGroupSpecs": [{"minReplicas": 1, "maxReplicas": 2}]})
     api.put("pods", "topics-submit", **SUBMITTER, status={"phase": "Failed"})
     api.answer("get /api/v1/namespaces/default/pods/topics-submit/log", 200, b"a line\n")
     for state in ("Running", "Failed"):

@@ -54,7 +54,7 @@ def pod(name: str, container: str = "ray-worker", **status: Any) -> dict[str, An
     """Fields of a pod of the job."""
     limits = {"cpu": "1", "memory": "16Gi", "nvidia.com/gpu": "1"}
     return {
-        "metadata": {"labels": {"danlu.ai/name": "topics", "ray.io/node-type": "worker"}},
+        "metadata": {"labels": {"danlu.ai/kind": "train", "danlu.ai/name": "topics", "ray.io/node-type": "worker"}},
         "spec": {
             "containers": [{"name": container, "resources": {"limits": limits}}],
             "nodeSelector": {"nvidia.com/gpu.product": "NVIDIA-H100"},
@@ -178,7 +178,7 @@ STARTING: dict[str, tuple[dict[str, Any], str, str]] = {
     "no free GPU": (
         {"phase": "Pending", "conditions": unscheduled("0/9 nodes are available: 9 Insufficient nvidia.com/gpu.")},
         "9 Insufficient nvidia.com/gpu",
-        "a pod asks for 1 GPUs",
+        "wait for nodes with a GPU that is free",
     ),
     "no memory": (
         {"phase": "Pending", "conditions": unscheduled("0/9 nodes are available: 9 Insufficient memory.")},
@@ -189,6 +189,17 @@ STARTING: dict[str, tuple[dict[str, Any], str, str]] = {
         {"phase": "Pending", "conditions": unscheduled("0/1 nodes are available: 1 node(s) had untolerated taint {team: a}.")},
         "untolerated taint",
         "cluster.tolerations",
+    ),
+    "a taint or another GPU": (
+        {
+            "phase": "Pending",
+            "conditions": unscheduled(
+                "0/4 nodes are available: 1 node(s) had untolerated taint {node-role.kubernetes.io/control-plane: }, "
+                "1 node(s) had untolerated taint {gpu: h100}, 2 node(s) didn't match Pod's node affinity/selector."
+            ),
+        },
+        "fits no node",
+        "no node has nvidia.com/gpu.product=NVIDIA-H100, unless those with the taint gpu: h100 do, which cluster.tolerations allows",
     ),
     "a claim": (
         {"phase": "Pending", "conditions": unscheduled('0/1 nodes are available: persistentvolumeclaim "c" not found.')},
@@ -203,7 +214,7 @@ STARTING: dict[str, tuple[dict[str, Any], str, str]] = {
     "a crash": (
         {"phase": "Running", "containerStatuses": waiting("CrashLoopBackOff", "back-off 5m0s")},
         "starts and ends again",
-        "kubectl logs w-0 --previous",
+        "kubectl logs w-0 -n default --previous",
     ),
     "time": ({"phase": "Pending"}, "1 of 1 pods are not up yet", ""),
 }
@@ -265,6 +276,7 @@ def test_a_failed_job_says_which_rank_what_limit_which_step_and_its_last_lines(a
     failed(api)
     result = danlu("jobs", "show", "topics")
     assert result.exit_code == 0
+    assert "left: s3://b/runs/runs/topics" in result.output
     for told in ("failed", "rank 3", "more than 16Gi of memory", "after step 40/155", "larger cluster.memory", "| error: workers:"):
         assert told in result.output, told
     assert json.loads(danlu("jobs", "show", "topics", "--json").output)["state"] == "failed"
@@ -274,6 +286,7 @@ def test_a_failed_job_says_which_rank_what_limit_which_step_and_its_last_lines(a
     ("status", "state", "why"),
     [
         ({"jobDeploymentStatus": "Running", "jobStatus": "RUNNING"}, "running", ""),
+        ({"jobDeploymentStatus": "Running", "jobStatus": "SUCCEEDED"}, "running", "it has ended (SUCCEEDED), and its log is being closed"),
         ({"jobDeploymentStatus": "Retrying", "failed": 1}, "retrying", "attempt 2 of 1"),
         ({"jobDeploymentStatus": "Complete", "jobStatus": "SUCCEEDED"}, "succeeded", ""),
         ({"jobDeploymentStatus": "Complete", "jobStatus": "STOPPED"}, "cancelled", "stopped"),
@@ -295,6 +308,19 @@ def test_an_unknown_job_is_answered_with_those_there_are(api: Any, submitted: cl
         result = danlu("jobs", command, "topic")
         assert isinstance(result.exception, ClusterError), command
         assert "no job named 'topic' in namespace default; there is: topics" in str(result.exception)
+
+
+def test_what_outlives_the_pods_of_a_job_is_told_with_its_storage(api: Any, submitted: client.Kube) -> None:
+    api.put("rayjobs", "topics", status={"jobDeploymentStatus": "Complete", "jobStatus": "SUCCEEDED"})
+    assert danlu("jobs", "show", "topics").output.splitlines() == [
+        "topics: succeeded",
+        "  try: danlu jobs show topics --on local --storage s3://b/runs reads its record",
+        "  left: s3://b/runs/runs/topics",
+    ]
+    result = danlu("jobs", "logs", "topics")
+    assert isinstance(result.exception, ClusterError)
+    assert "no log any more" in result.exception.problem
+    assert result.exception.fix.startswith("danlu jobs logs topics --on local --storage s3://b/runs")
 
 
 # Following, waiting, cancelling, resuming.
@@ -328,6 +354,17 @@ def test_a_log_is_followed_over_retries_until_the_end(api: Any, submitted: clien
 
     threading.Timer(0.2, second).start()
     assert danlu("jobs", "logs", "-f", "topics").output.splitlines() == ["try 1", "try 2"]
+
+
+def test_a_try_whose_pod_goes_while_it_is_followed_does_not_end_the_log(api: Any, submitted: client.Kube) -> None:
+    api.put("pods", "topics-x", **pod("topics-x", "ray-job-submitter", phase="Running"))
+    gone = {"reason": "NotFound", "message": 'pods "topics-x" not found'}
+    api.answer("get /api/v1/namespaces/default/pods/topics-x/log", 404, gone)
+    ended = {"jobDeploymentStatus": "Complete", "jobStatus": "SUCCEEDED"}
+    threading.Timer(0.2, lambda: api.put("rayjobs", "topics", status=ended)).start()
+    assert list(remote.logs(submitted, "topics", follow=True)) == []
+    with pytest.raises(client.Refused, match="not found"):
+        list(remote.logs(submitted, "topics", follow=False))
 
 
 def test_a_job_that_has_no_log_yet_says_why(api: Any, submitted: client.Kube) -> None:
@@ -380,7 +417,8 @@ def test_a_queued_job_is_cancelled_by_deletion_since_suspending_is_the_queues(ap
 def test_delete_deletes(api: Any, submitted: client.Kube) -> None:
     assert "what it stored stays" in danlu("jobs", "delete", "topics").output
     assert api.get("rayjobs", "topics") is None
-    assert danlu("jobs", "list").stdout == ""
+    none = danlu("jobs", "list")
+    assert (none.stdout, none.stderr) == ("", "there are none in namespace default of context here\n")
 
 
 # Services.
@@ -397,9 +435,13 @@ def test_a_service_is_deployed_scaled_and_rolled_back(api: Any, service_file: st
     assert "new: it answers once its pods are up" in first
     assert "echo is deployed to here" in first
     again = danlu("serve", service_file, "--on", "k8s", "--set", "cluster.image=registry/danlu:2")
-    assert "new cluster: a second set of pods takes over once it is ready; at least 1 more pods than now" in again.output
-    assert danlu("services", "rollback", "echo").exit_code == 0
-    assert danlu("services", "scale", "echo", "--max", "5").output == "echo has 1 to 5 replicas\n"
+    assert "new cluster: a second set of pods takes over once it is ready; at least 1 more pod than now" in again.output
+    assert "new cluster: a second set of pods" in danlu("services", "rollback", "echo").output
+    asked = danlu("serve", service_file, "--on", "k8s", "--dry-run=server", "--set", "cluster.image=registry/danlu:3").output
+    assert "new cluster: a second set of pods" in asked
+    told = danlu("services", "scale", "echo", "--max", "5").output.splitlines()
+    assert told[0] == "echo has 1 to 5 replicas"
+    assert told[1].endswith("on those there are; 1 to 5 pods instead of 1 to 2")
     assert deployed().autoscaling.max_replicas == 5
     assert api.get("rayservices", "echo")["spec"]["rayClusterConfig"]["workerGroupSpecs"][0]["maxReplicas"] == 5
     assert danlu("services", "rollback", "echo").exit_code == 0

@@ -19,7 +19,7 @@ from kube import check, core_errors, crd_errors, tool
 from danlu.errors import SpecError
 from danlu.k8s import pods
 from danlu.k8s.manifests import render, text
-from danlu.k8s.rayservice import upgrade
+from danlu.k8s.rayservice import serve_config, upgrade
 from danlu.spec.files import load, parse, read, which
 from danlu.spec.serve import Service
 from danlu.spec.train import TrainJob
@@ -196,6 +196,9 @@ def test_a_queued_job_waits_suspended_and_any_other_does_not() -> None:
 def test_rules_and_a_time_to_live_never_stand_together() -> None:
     rules = ray_job(job(**JOB_CLUSTERS["rules"]))
     assert not rules["shutdownAfterJobFinishes"]
+    # A job that took too long has failed as a RayJob; Ray, which was not asked, still calls it running.
+    conditions = [rule["condition"] for rule in rules["deletionStrategy"]["deletionRules"]]
+    assert [one.get("jobStatus") or one.get("jobDeploymentStatus") for one in conditions] == ["SUCCEEDED", "Failed", "Failed"]
     assert "ttlSecondsAfterFinished" not in rules
     assert ray_job(job(cleanup={"kind": "ttl", "ttl_seconds_after_finished": 5}))["ttlSecondsAfterFinished"] == 5
 
@@ -293,7 +296,7 @@ INCREMENTAL = {"upgrade": {"kind": "incremental", "gateway_class": "istio", "ste
     ("change", "told"),
     [
         ({"bundle": "topics@v2"}, "in place: "),
-        ({"autoscaling": {"min_replicas": 1, "max_replicas": 9}}, "in place: "),
+        ({"autoscaling": {"min_replicas": 1, "max_replicas": 9}}, "in place: .*; 1 to 9 pods instead of 3 to \\d, 9 GPUs at most"),
         ({"cluster": {"image": "registry/danlu:2"}}, "new cluster: .* 3 more pods than now and 3 more GPUs"),
         ({"cluster": {"image": "registry/danlu:1", "memory": "32Gi"}}, "new cluster: "),
         (
@@ -373,15 +376,77 @@ def test_pods_run_ray_as_a_laptop_does_and_as_the_image_has_it() -> None:
     assert f"\nray=={pods.RAY_VERSION}\n" in (ROOT / "constraints.txt").read_text()
 
 
-@pytest.mark.parametrize("overlay", ["dev", "prod"])
-def test_an_overlay_is_whole_and_in_one_namespace(overlay: str) -> None:
+def overlaid(overlay: str) -> list[dict[str, Any]]:
+    """The objects of an overlay, each of which an API server would take."""
     command = [tool("kubectl"), "kustomize", str(ROOT / "k8s" / "overlays" / overlay)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = list(yaml.safe_load_all(done.stdout))
-    kinds = [one["kind"] for one in found]
-    assert kinds.count("RayJob") == kinds.count("ConfigMap") == sum("\nkind: train" in f"\n{path.read_text()}" for path in EXAMPLES)
     for one in found:
         check(one)
-        assert one["metadata"]["namespace"] == {"dev": "danlu-dev", "prod": "danlu"}[overlay]
-        assert overlay == "prod" or not one["spec"].get("suspend") if "spec" in one else True
+    return found
+
+
+def test_the_overlay_for_people_has_every_example_in_its_namespace() -> None:
+    found = overlaid("prod")
+    kinds = [one["kind"] for one in found]
+    assert kinds.count("RayJob") == sum("\nkind: train" in f"\n{path.read_text()}" for path in EXAMPLES)
+    assert kinds.count("RayJob") + kinds.count("RayService") == len(EXAMPLES)
+    assert {one["metadata"]["namespace"] for one in found} == {"danlu"}
+    assert {"NetworkPolicy", "Role", "ResourceQuota", "LocalQueue", "PersistentVolumeClaim", "PodMonitor", "PrometheusRule"} <= set(kinds)
+    # What the examples name is there.
+    accounts = {one["metadata"]["name"] for one in found if one["kind"] == "ServiceAccount"}
+    (queue,) = [one["metadata"]["name"] for one in found if one["kind"] == "LocalQueue"]
+    for one in found:
+        if one["kind"] == "RayJob":
+            assert containers(one["spec"])["head"].get("serviceAccountName") in {None, *accounts}
+            assert one["metadata"]["labels"].get("kueue.x-k8s.io/queue-name") in (None, queue)
+
+
+def test_the_overlay_for_kind_runs_on_cpus_in_little_room_and_waits_for_nothing() -> None:
+    found = overlaid("dev")
+    assert {one["metadata"]["namespace"] for one in found} == {"danlu-dev"}
+    assert pods.GPU not in yaml.safe_dump(found)
+    assert sorted(one["kind"] for one in found) == ["ConfigMap", "PersistentVolumeClaim", "RayJob", "RayService"]
+    of_kind = {one["kind"]: one for one in found}
+    claim = of_kind["PersistentVolumeClaim"]["metadata"]["name"]
+    for kind, config in (("RayJob", "rayClusterSpec"), ("RayService", "rayClusterConfig")):
+        spec = of_kind[kind]["spec"]
+        assert "suspend" not in spec
+        assert "gcsFaultToleranceOptions" not in spec[config]
+        groups = [spec[config]["headGroupSpec"], *spec[config]["workerGroupSpecs"]]
+        asked = [group.get("replicas", 1) * int(_resources(group)["requests"]["memory"].removesuffix("Gi")) for group in groups]
+        assert sum(asked) <= 6, "of a laptop's memory, in GiB"
+        assert all(_resources(group)["requests"]["cpu"] == "500m" for group in groups)
+        volumes = [volume for group in groups for volume in group["template"]["spec"]["volumes"]]
+        assert {one["persistentVolumeClaim"]["claimName"] for one in volumes if "persistentVolumeClaim" in one} == {claim}
+
+
+def _resources(group: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = group["template"]["spec"]["containers"][0]["resources"]
+    return found
+
+
+def test_a_request_finds_the_heads_proxy_where_no_worker_has_to_be() -> None:
+    def excluded(low: int, **cluster: Any) -> bool:
+        (made,) = render(service({"min_replicas": low, "max_replicas": 4}, **cluster))
+        return bool(made["spec"]["excludeHeadPodFromServeSvc"])
+
+    assert [excluded(0), excluded(1), excluded(1, replicas_per_pod=2)] == [False, True, True]
+
+
+def test_a_long_answer_of_a_language_model_is_cut_by_nothing_but_its_gateway() -> None:
+    def timeout_s(engine: dict[str, Any]) -> Any:
+        one = {"name": "a", "engine": engine, "limits": {"request_timeout_s": 30}, "cluster": {"image": "i"}}
+        return serve_config(Service.model_validate(one))["http_options"]["request_timeout_s"]
+
+    assert timeout_s({"kind": "echo_text"}) is None
+    assert timeout_s({"kind": "echo"}) == 35
+
+
+def test_workers_stand_by_their_own_and_not_by_a_service_of_their_jobs_name() -> None:
+    (term,) = containers(ray_job(job(same_topology="rack")))["worker"]["affinity"]["podAffinity"].popitem()[1]
+    assert term["labelSelector"]["matchLabels"] == {"danlu.ai/kind": "train", "danlu.ai/name": "topics", "ray.io/node-type": "worker"}
+    (made,) = render(service(spread_over="zone"))
+    (spread,) = containers(made["spec"])["worker"]["topologySpreadConstraints"]
+    assert spread["labelSelector"]["matchLabels"]["danlu.ai/kind"] == "serve"
