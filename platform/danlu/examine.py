@@ -91,10 +91,9 @@ def compare(a: str, b: str, *, storage: str = "runs", data: Sequence[str] | str 
     for other in bundles.values():
         if (other.meta.task.kind, other.meta.labels) != (first.meta.task.kind, first.meta.labels):
             raise SpecError(
-                f"{named[0]} is a {first.meta.task.kind} model of {first.meta.labels}, {named[-1]} a {other.meta.task.kind} one of "
-                f"{other.meta.labels}: their answers cannot be compared",
+                f"{named[0]} is {_kind(first)}, {named[-1]} {_kind(other)}: their answers cannot be compared",
                 where="danlu compare",
-                fix="two bundles of one task",
+                fix="two bundles of one task, with the same labels where it has labels",
             )
     split, name, outputs = None, "", {}
     tokenizer: Any = None
@@ -115,6 +114,12 @@ def compare(a: str, b: str, *, storage: str = "runs", data: Sequence[str] | str 
             outputs[one] = score(judge, own).outputs
     assert split is not None
     return versus(first.meta.task, split, outputs[a], outputs[b], first.meta.labels, names=(a, b), split_name=name)
+
+
+def _kind(bundle: Bundle) -> str:
+    """What its answers are, in words."""
+    labels = f" (labels {', '.join(bundle.meta.labels)})" if bundle.meta.labels else ""
+    return f"a model for {bundle.meta.task.kind}{labels}"
 
 
 def explain(
