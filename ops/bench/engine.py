@@ -3,11 +3,11 @@
 A Qwen3-shaped model of 95M random parameters in bf16 (fp32 where the CPU does not multiply bf16), prompts of 32 tokens, greedy: the
 engine with its compiled kernels and without, in process and over HTTP (the gateway on uvicorn, one process; every answer streamed to a
 client in another). Against `model.generate` on one padded batch of the same prompts, and at one stream against the memory: a token reads
-every weight once, so the bound is the measured read bandwidth over the weights' bytes. Weights of 8 and 4 bits against those, and what
-they cost a model that has learned something (`perplexity.py`). Then what LoRA adapters cost (four and the base, in a batch of 16), what
-guessing ahead saves or costs, by prompt lookup and by a draft model (of a pair made for it: 246M parameters in 36 layers, the draft is the
-first two, and the others change its answers seldom or often), and what a cached prefix saves. Each contestant is a process of its own that
-takes all cores.
+every weight once, so the bound is the measured read bandwidth over the weights' bytes. Weights of 8 and 4 bits against those, Danlu's and
+bitsandbytes', and what they cost a model that has learned something (`perplexity.py`). Then what LoRA adapters cost (four and the base,
+in a batch of 16), what guessing ahead saves or costs, by prompt lookup and by a draft model (of a pair made for it: 246M parameters in 36
+layers, the draft is the first two, and the others change its answers seldom or often), and what a cached prefix saves. Each contestant is
+a process of its own that takes all cores.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import Any
 
 from harness import DATA, Row, compare, cores, finish, interleave, options, say
 from perplexity import perplexities
-from shape import write_pair, write_qwen3
+from shape import write_bitsandbytes_bundle, write_pair, write_qwen3
 
 from danlu.metrics.catalog import SERVE_DRAFTED, SERVE_DRAFTED_RIGHT
 
@@ -37,6 +37,8 @@ STREAMS = {1: 128, 4: 96, 16: 96, 64: 64}
 QUICK = {1: 8, 4: 4}
 LORA = {"q, v": ("q_proj", "v_proj"), "all linears": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")}
 ADAPTERS = 4
+BITSANDBYTES = {"bnb_int8": "int8", "bnb_nf4": "int4"}
+"""bitsandbytes' kinds -> Danlu's of as many bits."""
 UPPER = (0.02, 0.05)
 """Of the pairs of model and draft: how much the layers that the draft lacks add."""
 
@@ -59,6 +61,9 @@ def write_model(folder: Path, *, quick: bool) -> None:
     for name, modules in LORA.items():
         for number in range(ADAPTERS):
             write_adapter(model, folder / name / str(number), modules)
+    for kind in BITSANDBYTES:
+        fast.save_pretrained(folder / kind / "model")
+        write_bitsandbytes_bundle(folder / kind, model, kind)
 
 
 def write_adapter(model: Any, folder: Path, modules: Sequence[str]) -> None:
@@ -93,13 +98,17 @@ def prompts(number: int, seed: int, length: int = PROMPT_TOKENS) -> list[list[in
 def make_engine(folder: Path, **more: Any) -> Any:
     import torch
 
+    from danlu.artifact.bundle import FILE, read_bundle
     from danlu.serve.engines.torch.engine import TorchEngine
     from danlu.spec.serve import Torch
 
     torch.set_num_threads(1)  # this thread owns no team of its own: the engine's does the work
     given = {"dtype": "bf16" if dtype() == torch.bfloat16 else "fp32", "max_model_len": 256, "enable_prefix_caching": False}
     given["num_speculative_tokens"] = 0  # random weights repeat themselves, and would flatter every other number
-    return TorchEngine(Torch(model_name_or_path=str(folder), num_threads=cores(), **given | more))
+    spec: dict[str, Any] = {"num_threads": cores()} | given | more
+    if (folder / FILE).exists():
+        return TorchEngine(Torch(**spec), read_bundle(folder))
+    return TorchEngine(Torch(model_name_or_path=str(folder), **spec))
 
 
 async def ask(engine: Any, prompt: list[int], number: int, adapter: str | None = None, **how: Any) -> int:
@@ -170,6 +179,11 @@ def over_http(folder: Path, streams: dict[int, int], seed: int) -> dict[str, flo
         return found
 
     return asyncio.run(life())
+
+
+def by_bitsandbytes(kind: str) -> Callable[[Path, dict[int, int], int], dict[str, float]]:
+    """One stream and 16: on a CPU no more of it is worth the time."""
+    return lambda folder, streams, seed: in_process(folder / kind, {one: streams[one] for one in (1, 16) if one in streams}, seed)
 
 
 def with_adapters(folder: Path, streams: dict[int, int], seed: int) -> dict[str, float]:
@@ -296,6 +310,7 @@ CONTESTANTS: dict[str, Callable[[Path, dict[int, int], int], dict[str, float]]] 
     "Danlu": in_process,
     "Danlu in int8": lambda folder, streams, seed: in_process(folder, streams, seed, quantization="int8"),
     "Danlu in int4": lambda folder, streams, seed: in_process(folder, streams, seed, quantization="int4"),
+    **{f"Danlu in {kind}": by_bitsandbytes(kind) for kind in BITSANDBYTES},
     "Danlu, PyTorch only": lambda folder, streams, seed: in_process(folder, streams, seed, kernels="off"),
     "Danlu over HTTP": over_http,
     "model.generate": hugging_face,
@@ -334,6 +349,11 @@ def rows(found: dict[str, list[dict[str, float]]], streams: dict[int, int]) -> l
         for number in streams:
             ours, other = ([one[str(number)] for one in found[name]] for name in (f"Danlu in {kind}", "Danlu"))
             made.append(compare(f"Danlu in {kind}, {number} streams", "tokens/s", ours, other, "Danlu"))
+    for kind, own in BITSANDBYTES.items():
+        for number in (one for one in streams if str(one) in found[f"Danlu in {kind}"][0]):
+            for other in ("Danlu", f"Danlu in {own}"):
+                ours, theirs = ([one[str(number)] for one in found[name]] for name in (f"Danlu in {kind}", other))
+                made.append(compare(f"Danlu in {kind}, {number} streams", "tokens/s", ours, theirs, other))
     for name in LORA:
         base, mixed = ([one[f"{name}: {what}"] for one in found["adapters"]] for what in ("base", "mixed"))
         made.append(compare(f"{ADAPTERS} LoRA adapters and the base, {name}", "tokens/s", mixed, base, "the base alone"))
@@ -370,7 +390,7 @@ def main() -> None:
     if DATA.is_dir():
         read = perplexities(steps=2 if given.quick else 300)
         for kind in [kind for kind in read if kind not in ("fp32", "bf16")]:
-            table.append(compare(f"perplexity, {kind}", "", [read[kind]], [read["bf16"]], "bf16", less_is_better=True))
+            table.append(compare(f"perplexity, {kind}", "per token", [read[kind]], [read["bf16"]], "bf16", less_is_better=True))
         notes.append(f"perplexity of the small model in fp32: {read['fp32']:.3f}")
     else:
         notes.append(f"no perplexity: {DATA} is not there")

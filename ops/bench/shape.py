@@ -29,6 +29,24 @@ def write_pair(folder: Path, *, vocab_size: int, eos_token_id: int, dtype: Any, 
     small.to(dtype).save_pretrained(folder / "draft")
 
 
+def write_bitsandbytes_bundle(folder: Path, model: Any, kind: str) -> None:
+    """A bundle of the model in bitsandbytes' `kind` of weights, beside the tokenizer that is there; what is left whole keeps its dtype."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from danlu.artifact.bundle import BundleMeta, Lineage, write_bundle
+    from danlu.compress.quantize import write_bitsandbytes
+    from danlu.spec.compress import BnbInt8, BnbNf4
+    from danlu.spec.task import Pretrain
+
+    quantization = BnbInt8() if kind == "bnb_int8" else BnbNf4()
+    write_bitsandbytes(model, AutoModelForCausalLM, quantization, folder / "model", model.dtype)
+    lineage = Lineage(spec={}, spec_digest="", data_digests={}, code_version="", library_versions={}, seed=0, created="")
+    what: dict[str, Any] = {"name": "bench", "task": Pretrain(), "labels": [], "max_length": 256, "quantization": quantization}
+    precision = "bf16" if model.dtype == torch.bfloat16 else "fp32"
+    write_bundle(folder, BundleMeta(**what, precision=precision, lineage=lineage))
+
+
 def qwen3(layers: int, vocab_size: int, eos_token_id: int | None, **more: Any) -> Any:
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
