@@ -9,36 +9,48 @@ import os
 import random
 import time
 from collections import Counter
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 import uvicorn
+from lm import write_family
 
 from danlu.metrics import catalog
 from danlu.metrics.catalog import Metric
 from danlu.serve.engines.echo import EchoTextEngine
+from danlu.serve.engines.torch.engine import TorchEngine
 from danlu.serve.gateway import Gateway
-from danlu.serve.generation import Generation
-from danlu.spec.serve import EchoText, Limits
+from danlu.serve.generation import Delta, Generation, TextEngine
+from danlu.spec.serve import EchoText, Limits, Torch
 
 pytestmark = pytest.mark.soak
 REQUESTS, CLIENTS = 10_000, 32
 
 
-class Counting(EchoTextEngine):
-    """Counts what it gives, on its own side of the protocol."""
+def make_engine(kind: str, folder: Path) -> TextEngine:
+    if kind == "echo":
+        return EchoTextEngine(EchoText(time_to_first_token_ms=1, time_per_output_token_ms=1))
+    return TorchEngine(Torch(model_name_or_path=str(write_family(folder, "qwen3")), dtype="fp32", kv_cache_memory_gb=0.1))
 
-    def __init__(self, spec: EchoText) -> None:
-        super().__init__(spec)
-        self.given: Counter[str] = Counter()
 
-    async def generate(self, generation: Generation) -> Any:
-        self.given["begun"] += 1
-        async for delta in super().generate(generation):
-            self.given["tokens"] += len(delta.token_ids)
-            self.given["ended"] += delta.finish_reason is not None
-            yield delta
+def count(engine: TextEngine) -> Counter[str]:
+    """What the engine gives from now on, counted on its own side of the protocol."""
+    given, generate = Counter[str](), engine.generate
+
+    async def counted(generation: Generation) -> AsyncGenerator[Delta]:
+        given["begun"] += 1
+        async with aclosing(generate(generation)) as deltas:
+            async for delta in deltas:
+                given["tokens"] += len(delta.token_ids)
+                given["ended"] += delta.finish_reason is not None
+                yield delta
+
+    engine.generate = counted  # type: ignore[method-assign]
+    return given
 
 
 async def ask(host: str, port: int, body: bytes, leave_after: float | None) -> dict[str, Any] | None:
@@ -63,8 +75,8 @@ async def ask(host: str, port: int, body: bytes, leave_after: float | None) -> d
     return json.loads(raw[raw.index(b"\r\n\r\n") + 4 :])["usage"]  # type: ignore[no-any-return]
 
 
-async def load(host: str, port: int, requests: int, seed: int) -> Counter[str]:
-    """What the clients saw of so many requests."""
+async def load(host: str, port: int, requests: int, patience: float, seed: int) -> Counter[str]:
+    """What the clients saw of so many requests; a third of them does not wait longer than some of `patience` seconds."""
     draw, seen = random.Random(seed), Counter[str]()
     left = iter(range(requests))
 
@@ -77,9 +89,9 @@ async def load(host: str, port: int, requests: int, seed: int) -> Counter[str]:
                 "max_tokens": draw.randint(1, 40),
                 "stream": stream,
                 **({"stream_options": {"include_usage": True}} if stream else {}),
-                **({"stop": ["eat w"]} if draw.random() < 0.2 else {}),
+                **({"stop": [draw.choice(("eat w", "a"))]} if draw.random() < 0.2 else {}),
             }
-            usage = await ask(host, port, json.dumps(body).encode(), draw.uniform(0.0, 0.08) if draw.random() < 0.3 else None)
+            usage = await ask(host, port, json.dumps(body).encode(), draw.uniform(0.0, patience) if draw.random() < 0.3 else None)
             seen["left" if usage is None else "answered"] += 1
             seen["asked"] += n
             for name in ("prompt_tokens", "completion_tokens"):
@@ -89,7 +101,8 @@ async def load(host: str, port: int, requests: int, seed: int) -> Counter[str]:
     return seen
 
 
-def test_ten_thousand_requests_with_random_disconnects_leave_nothing_behind() -> None:
+@pytest.mark.parametrize(("kind", "patience"), [("echo", 0.08), ("torch", 0.8)])
+def test_ten_thousand_requests_with_random_disconnects_leave_nothing_behind(kind: str, patience: float, tmp_path: Path) -> None:
     sums: Counter[tuple[str, str]] = Counter()
 
     def meter(metric: Metric, value: float, /, **labels: str) -> None:
@@ -100,7 +113,8 @@ def test_ten_thousand_requests_with_random_disconnects_leave_nothing_behind() ->
         return sum(value for (name, _), value in sums.items() if name == metric.name)
 
     async def life() -> None:
-        engine = Counting(EchoText(time_to_first_token_ms=1, time_per_output_token_ms=1))
+        engine = make_engine(kind, tmp_path)
+        given = count(engine)
         gateway = Gateway(engine, "echo", Limits(), meter)
         await gateway.start()
         server = uvicorn.Server(uvicorn.Config(gateway, host="127.0.0.1", port=0, log_level="error", lifespan="off"))
@@ -112,15 +126,15 @@ def test_ten_thousand_requests_with_random_disconnects_leave_nothing_behind() ->
 
         async def settled() -> tuple[int, int, int]:
             deadline = time.monotonic() + 30
-            while gateway.in_flight or engine.active:
+            while gateway.in_flight or any(engine.stats()[what] for what in (catalog.SERVE_RUNNING, catalog.SERVE_WAITING)):
                 assert time.monotonic() < deadline, "an answer goes on for nobody"
                 await asyncio.sleep(0.01)
             gc.collect()
             return len(asyncio.all_tasks()), me.num_fds(), me.memory_info().rss
 
-        seen = await load(host, port, REQUESTS // 10, seed=1)
+        seen = await load(host, port, REQUESTS // 10, patience, seed=1)
         tasks, files, memory = await settled()
-        seen += await load(host, port, REQUESTS - REQUESTS // 10, seed=2)
+        seen += await load(host, port, REQUESTS - REQUESTS // 10, patience, seed=2)
         tasks_after, files_after, memory_after = await settled()
         assert tasks_after <= tasks + 2
         assert files_after <= files + 4
@@ -129,16 +143,16 @@ def test_ten_thousand_requests_with_random_disconnects_leave_nothing_behind() ->
         assert seen["left"] + seen["answered"] == REQUESTS
         assert seen["left"] > REQUESTS / 20, "some have to leave"
         # The engine's own count, made on the other side of the protocol, and what the answered clients were told.
-        assert total(catalog.SERVE_COMPLETION_TOKENS) == engine.given["tokens"]
-        assert total(catalog.SERVE_SEQUENCES) == engine.given["begun"] <= seen["asked"]
-        assert sums[catalog.SERVE_SEQUENCES.name, "cancelled"] == engine.given["begun"] - engine.given["ended"]
+        assert total(catalog.SERVE_COMPLETION_TOKENS) == given["tokens"]
+        assert total(catalog.SERVE_SEQUENCES) == given["begun"] <= seen["asked"]
+        assert sums[catalog.SERVE_SEQUENCES.name, "cancelled"] == given["begun"] - given["ended"]
         assert sums[catalog.SERVE_SEQUENCES.name, "error"] == 0
         assert total(catalog.SERVE_COMPLETION_TOKENS) >= seen["completion_tokens"]
         assert total(catalog.SERVE_PROMPT_TOKENS) >= seen["prompt_tokens"]
         answered = sums[catalog.SERVE_REQUESTS.name, "200"]
         assert answered >= seen["answered"]
         assert answered + total(catalog.SERVE_REFUSALS) <= REQUESTS
-        print(dict(seen), dict(engine.given), dict(sums), f"{(memory_after - memory) / 1e6:.1f} MB")
+        print(dict(seen), dict(given), dict(sums), f"{(memory_after - memory) / 1e6:.1f} MB")
 
         # With nobody leaving, both sides agree to the token.
         before = Counter(sums)

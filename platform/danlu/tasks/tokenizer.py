@@ -14,9 +14,11 @@ from danlu.errors import ModelError
 # Its progress bars and its table of new weights say what the plan has said already.
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
-# Of what PEFT does with them, and of a kernel that only the hub has: nothing that who runs a job could act on.
+# Of what PEFT does with them, of a kernel that only the hub has, and (for each product of each step) that 8-bit products are in float16:
+# nothing that who runs a job could act on.
 warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
-logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+for name in ("bitsandbytes.backends.cpu.ops", "bitsandbytes.autograd._functions"):
+    logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:

@@ -72,6 +72,15 @@ def test_that_is_not_so_by_itself(wide_decoder: Path) -> None:
     assert not all(torch.allclose(before[name], after[name], atol=1e-4) for name in before)
 
 
+def test_an_8_bit_base_writes_no_log_line_for_each_product(wide_decoder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    job = job_of(wide_decoder, bits=8)
+    trainee = build(job, wide_decoder, [])
+    caplog.clear()
+    scored(trainee)
+    assert any(isinstance(module, bnb.nn.Linear8bitLt) for module in trainee.module.modules())
+    assert not caplog.records
+
+
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 def test_its_losses_and_gradients_are_those_of_peft_and_bitsandbytes_by_hand(quant_type: str, tiny_decoder: Path) -> None:
     job = job_of(tiny_decoder, bnb_4bit_quant_type=quant_type)
