@@ -173,7 +173,7 @@ constexpr int64_t TILE_INS = 32;  // of bf16: 64 bytes
 // Linux lends a process the tiles' registers when it asks: https://docs.kernel.org/arch/x86/xstate.html
 const bool HAS_TILES = [] {
     constexpr int ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18;
-    return !std::getenv("DANLU_NO_TILES") && syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
+    return syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
 }();
 
 thread_local int64_t shaped_for = 0;  // rows of x; 0: not shaped
@@ -213,19 +213,19 @@ inline void relax() {
 #endif
 }
 
-// What threads wait for. Who waits looks for as long as the others' part of a phase may well last longer, and then sleeps: where others use
-// the machine too, what it waits for may be waiting for this CPU.
+// A number that threads raise and wait for. Who waits looks for as long as another may well be busy with what it has begun, and then sleeps:
+// where others use the machine too, the one to wait for may be waiting for this CPU.
 class Signal {
   public:
     int32_t value() const { return value_.load(); }
-    int32_t add() { return value_.fetch_add(1) + 1; }
+    int32_t add(int32_t number) { return value_.fetch_add(number) + number; }
     void wake() {
 #ifdef __linux__
         if (asleep_.load()) syscall(SYS_futex, &value_, FUTEX_WAKE_PRIVATE, std::numeric_limits<int>::max(), nullptr, nullptr, 0);
 #endif
     }
     template <typename Reached> void wait(Reached reached) {
-        static const int LOOKS = std::getenv("DANLU_LOOKS") ? std::atoi(std::getenv("DANLU_LOOKS")) : 1000;  // of about 50 ns
+        constexpr int LOOKS = 1000;  // of some 50 ns
         for (int look = 0; look < LOOKS; ++look, relax())
             if (reached(value_.load())) return;
         asleep_.fetch_add(1);
@@ -261,7 +261,7 @@ class Crew {
 
   private:
     void call() {
-        calls_.add();
+        calls_.add(1);
         calls_.wake();
     }
 
@@ -274,7 +274,7 @@ class Crew {
                     ++heard;
                     if (!job_) return;
                     (*job_)(i + 1);
-                    done_.add();
+                    done_.add(1);
                     done_.wake();
                 }
             });
@@ -299,40 +299,46 @@ inline Crew& own_crew() {
 
 struct Phase {
     alignas(64) std::atomic<int32_t> taken{0};  // of its units
-    alignas(64) Signal done;                    // of its threads
+    alignas(64) Signal done;                    // of its units and those of the phases behind it, up to one that is waited for
 };
 
-// Threads take a phase's units as they come free: on a machine that others use too, the fast one does more.
+// Threads take a phase's units as they come free: on a machine that others use too, the fast one does more. They wait for units, not for
+// each other: a thread that has none to finish holds nobody up.
 class Team {
   public:
     Team(Phase* phases, int32_t thread, int32_t threads) : thread(thread), threads(threads), next_(phases) {}
 
     const int32_t thread, threads;
 
-    // run(unit), or run(unit, the one that this thread will probably run after it). Nobody waits for the others at its end: for what the
-    // next phase does not read.
+    // run(unit), or run(unit, the one that this thread will probably run after it). Nobody waits at its end: for what the next phase does
+    // not read.
     template <typename Run> void hand_out(int64_t units, Run run) {
         const int64_t grain = std::max<int64_t>(1, units / (threads * 8));
-        Phase& phase = *next_++;
-        for (int64_t start; (start = phase.taken.fetch_add(int32_t(grain), std::memory_order_relaxed)) < units;)
-            for (int64_t unit = start, end = std::min(units, start + grain); unit < end; ++unit)
+        std::atomic<int32_t>& taken = (next_++)->taken;
+        for (int64_t start; (start = taken.fetch_add(int32_t(grain), std::memory_order_relaxed)) < units;) {
+            const int64_t end = std::min(units, start + grain);
+            for (int64_t unit = start; unit < end; ++unit)
                 if constexpr (std::is_invocable<Run, int64_t, int64_t>::value)
                     run(unit, std::min(unit + 1 < end ? unit + 1 : start + threads * grain, units - 1));
                 else
                     run(unit);
+            open_->done.add(int32_t(end - start));
+            open_->done.wake();
+        }
+        owed_ += int32_t(units);
     }
 
+    // And ends when the units of the phases before it, which nobody has waited for, are done too.
     template <typename Run> void share(int64_t units, Run run) {
         hand_out(units, run);
-        Signal& done = next_[-1].done;
-        if (done.add() == threads)
-            done.wake();
-        else
-            done.wait([this](int32_t value) { return value == threads; });
+        open_->done.wait([this](int32_t value) { return value == owed_; });
+        open_ = next_;
+        owed_ = 0;
     }
 
   private:
-    Phase* next_;
+    Phase *next_, *open_ = next_;  // the first that nobody has waited for, and the units since
+    int32_t owed_ = 0;
 };
 
 template <typename Run> void in_parallel(int64_t phases, Run run) {
@@ -474,8 +480,8 @@ struct Ahead {
     int64_t pace = 0;  // bytes for each STEP
 };
 
-// What is read once, from `at` on. Into the second cache early and into the first one late: what a core may have asked of the first at one
-// time is less than it takes to keep memory busy. CPUs before the tiles read faster past the second.
+// What is read once, from `at` on. Into the second cache early and into the first one late: what a core may have asked for the first at one
+// time is less than it takes to keep memory busy. Older CPUs, which have no AMX, read faster past the second.
 template <typename W> inline void fetch_stream(const W* at, int64_t bytes) {
     const char* from = reinterpret_cast<const char*>(at);
     for (int64_t line = 0; line < bytes; line += 64) {
@@ -676,7 +682,7 @@ inline void multiply_expanded(int64_t rows, const bf16* x, int64_t stride, const
 #endif
 
 constexpr int64_t MOST_ROWS = TILES ? 2 * TILE_ROWS : ROWS;  // of a block that a panel is multiplied with at a time
-static const int64_t FEW_ROWS = std::getenv("DANLU_FEW") ? std::atoi(std::getenv("DANLU_FEW")) : 4;                              // that vectors multiply as fast as they come from memory
+constexpr int64_t FEW_ROWS = 4;                              // that vectors multiply as fast as their weights come from memory
 
 template <typename T> inline bool goes_by_tiles(int64_t rows) { return TILES && HAS_TILES && std::is_same<T, bf16>::value && rows > FEW_ROWS; }
 
@@ -922,11 +928,12 @@ void score(const T* query, int64_t heads, const T* keys, const T* next, int64_t 
         for (int64_t key = first; key < last; key += KEYS) {
             const T* rows[KEYS];
             for (int64_t i = 0; i < KEYS; ++i) rows[i] = keys + std::min(key + i, last - 1) * dim;
-            for (int64_t at = 0; at < KEYS * dim; at += BITE) __builtin_prefetch(next + key * dim + at, 0, 2);
             for (int64_t head = 0; head < heads; ++head) {
                 __m512 sums[KEYS] = {};
-                for (int64_t at = 0; at < dim; at += BITE)
+                for (int64_t at = 0; at < dim; at += BITE) {
+                    for (int64_t fetched = head; fetched < KEYS; fetched += heads) __builtin_prefetch(next + (key + fetched) * dim + at, 0, 2);
                     for (int64_t i = 0; i < KEYS; ++i) sums[i] = multiply_add(query + head * dim + at, rows[i] + at, sums[i]);
+                }
                 _mm512_storeu_ps(scores + head * width + key - first, _mm512_mul_ps(sums_of(sums), _mm512_set1_ps(scale)));
             }
         }

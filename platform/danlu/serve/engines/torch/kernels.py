@@ -55,7 +55,7 @@ class LinearStruct(ctypes.Structure):
 
 
 class Kernels:
-    """The library, loaded. A step takes as many threads as PyTorch would: `torch.set_num_threads` in the thread that calls counts here too."""
+    """The library, loaded. It takes as many threads as PyTorch would: `torch.set_num_threads` in the thread that calls counts here too."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
