@@ -35,7 +35,7 @@ SHAPES: dict[str, PretrainedConfig] = {
 }
 
 
-LESS = {"AVX512 without bf16": "-mno-avx512bf16", "AVX2": "-mno-avx512f", "no AVX": "-mno-avx"}
+LESS = {"AVX512 without tiles": "-mno-amx-tile", "AVX512 without bf16": "-mno-avx512bf16", "AVX2": "-mno-avx512f", "no AVX": "-mno-avx"}
 """What older CPUs lack."""
 
 
@@ -54,10 +54,14 @@ def native(request: pytest.FixtureRequest, own: Kernels, tmp_path_factory: pytes
     return Kernels(build_kernels(tmp_path_factory.mktemp("kernels"), flags=(*FLAGS, LESS[request.param])))
 
 
+def test_tiles_are_used_where_the_cpu_has_them(own: Kernels) -> None:
+    assert ("AMX" in own.vectors) == torch.cpu._is_amx_tile_supported()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_product_is_pytorchs(dtype: torch.dtype, native: Kernels) -> None:
     draw = torch.Generator().manual_seed(0)
-    for tokens in (1, 2, 3, 5, 12, 13, 23, 37):
+    for tokens in (1, 2, 3, 5, 12, 13, 16, 23, 37, 70):
         for ins, outs in ((2, 1), (64, 31), (130, 32), (96, 33), (258, 200)):
             x = torch.randn(tokens, ins, generator=draw).to(dtype)
             weight, bias = torch.randn(outs, ins, generator=draw).to(dtype), torch.randn(outs, generator=draw).to(dtype)
@@ -73,7 +77,7 @@ def test_a_product_is_pytorchs(dtype: torch.dtype, native: Kernels) -> None:
 @pytest.mark.parametrize(("bits", "group"), [(8, 0), (4, 32), (4, 64)])
 def test_a_product_with_integers_is_that_of_what_they_stand_for(bits: int, group: int, dtype: torch.dtype, native: Kernels) -> None:
     draw = torch.Generator().manual_seed(0)
-    for tokens in (1, 2, 3, 5, 12, 13, 37):
+    for tokens in (1, 2, 3, 5, 12, 13, 37, 70):
         for ins, outs in ((64, 1), (128, 31), (192, 32), (128, 33), (256, 200)):
             x, bias = torch.randn(tokens, ins, generator=draw).to(dtype), torch.randn(outs, generator=draw).to(dtype)
             values = torch.randint(-8 if bits == 4 else -127, 8 if bits == 4 else 128, (outs, ins), generator=draw).to(torch.int8)

@@ -3,7 +3,8 @@
 // than others here: one command builds it, and what it is built of is one key.
 //
 // T is float or bf16; sums are made in float, and what PyTorch would round to T between two operations is rounded here too. Where the CPU
-// multiplies bf16 (AVX512-BF16) its instruction does; elsewhere GCC's vector extensions become whatever the CPU has.
+// multiplies bf16 its instructions do: a few rows by vectors (AVX512-BF16), more by tiles (AMX). Elsewhere GCC's vector extensions become
+// whatever the CPU has.
 //
 // A product's weights lie in panels of 32 outputs: float [outs / 32][ins][32]; bf16 [outs / 32][ins / 2][32][2]. Integers of 8 or 4 bits
 // lie as `Expands` and `pack_int4` say; a sum of products with them is multiplied by its scale: of an output (8 bits), or of an output and
@@ -11,17 +12,31 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <functional>
+#include <limits>
 #include <new>
 #include <omp.h>
 #include <sys/mman.h>
+#include <thread>
 #include <type_traits>
 #include <vector>
-#ifdef __AVX2__
+#ifdef __linux__
+#include <linux/futex.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+#ifdef __SSE2__
 #include <immintrin.h>
+#endif
+#if defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__AVX512VBMI__) && defined(__linux__)
+#define TILES 1
+#else
+#define TILES 0
 #endif
 
 namespace {
@@ -142,53 +157,206 @@ inline vec exponential(vec x) {
 #endif
 }
 
+// Grows and never shrinks: memory that is new in every step would be zeroed by the kernel in every step.
+template <typename T> T* room(std::vector<char>& held, int64_t size) {
+    const size_t bytes = size * sizeof(T) + 64;
+    if (held.size() < bytes) held.resize(bytes);
+    return reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(held.data()) + 63) / 64 * 64);
+}
+
+// ---------------------------------------------------------------------------------------------------------------- tiles
+
+constexpr int64_t TILE_ROWS = 16;
+constexpr int64_t TILE_INS = 32;  // of bf16: 64 bytes
+
+#if TILES
+// Linux lends a process the tiles' registers when it asks: https://docs.kernel.org/arch/x86/xstate.html
+const bool HAS_TILES = [] {
+    constexpr int ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18;
+    return syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
+}();
+
+thread_local int64_t shaped_for = 0;  // rows of x; 0: not shaped
+
+// Tiles 0 to 3 hold sums, two blocks of rows by two of 16 outputs; 4 and 5 the rows' numbers, 6 and 7 the outputs' weights.
+inline void shape_tiles(int64_t rows) {
+    if (rows == shaped_for) return;
+    struct alignas(64) {
+        uint8_t palette = 1, start = 0, unused[14] = {};
+        uint16_t row_bytes[16] = {};
+        uint8_t rows[16] = {};
+    } shapes;
+    const uint8_t upper = uint8_t(std::min(rows, TILE_ROWS)), lower = uint8_t(std::max<int64_t>(1, rows - TILE_ROWS)), all = TILE_ROWS;
+    const uint8_t of_tiles[8] = {upper, upper, lower, lower, upper, lower, all, all};
+    std::memcpy(shapes.rows, of_tiles, sizeof of_tiles);
+    for (int i = 0; i < 8; ++i) shapes.row_bytes[i] = 64;
+    std::atomic_signal_fence(std::memory_order_seq_cst);  // GCC does not see that the instruction reads all of them
+    _tile_loadconfig(&shapes);
+    shaped_for = rows;
+}
+
+// Whoever has the thread next (oneDNN) shapes its own, and a thread that holds none is switched faster.
+inline void give_back_tiles() {
+    if (shaped_for) _tile_release();
+    shaped_for = 0;
+}
+#else
+constexpr bool HAS_TILES = false;
+inline void give_back_tiles() {}
+#endif
+
 // ---------------------------------------------------------------------------------------------------------------- threads
 
-// Threads take a phase's units as they come free: on a machine that others use too, the fast one does more.
+inline void relax() {
+#ifdef __SSE2__
+    _mm_pause();
+#endif
+}
+
+// A number that threads raise and wait for. Who waits looks for as long as another may well be busy with what it has begun, and then sleeps:
+// where others use the machine too, the one to wait for may be waiting for this CPU.
+class Signal {
+  public:
+    int32_t value() const { return value_.load(); }
+    int32_t add(int32_t number) { return value_.fetch_add(number) + number; }
+    void wake() {
+#ifdef __linux__
+        if (asleep_.load()) syscall(SYS_futex, &value_, FUTEX_WAKE_PRIVATE, std::numeric_limits<int>::max(), nullptr, nullptr, 0);
+#endif
+    }
+    template <typename Reached> void wait(Reached reached) {
+        constexpr int LOOKS = 1000;  // of some 50 ns
+        for (int look = 0; look < LOOKS; ++look, relax())
+            if (reached(value_.load())) return;
+        asleep_.fetch_add(1);
+        for (int32_t seen; !reached(seen = value_.load());) {
+#ifdef __linux__
+            syscall(SYS_futex, &value_, FUTEX_WAIT_PRIVATE, seen, nullptr, nullptr, 0);
+#else
+            std::this_thread::sleep_for(std::chrono::microseconds(50));
+#endif
+        }
+        asleep_.fetch_sub(1);
+    }
+
+  private:
+    std::atomic<int32_t> value_{0}, asleep_{0};
+};
+
+// The threads that help one that calls. OpenMP's look for milliseconds for their next work, on a CPU that the server's other threads need
+// between two steps.
+class Crew {
+  public:
+    ~Crew() { dismiss(); }
+
+    // job(thread) on so many threads, the caller's own among them.
+    void run(int32_t threads, const std::function<void(int32_t)>& job) {
+        if (int32_t(helpers_.size()) != threads - 1) hire(threads - 1);
+        job_ = &job;
+        const int32_t all = done_.value() + threads - 1;
+        call();
+        job(0);
+        done_.wait([all](int32_t value) { return value == all; });
+    }
+
+  private:
+    void call() {
+        calls_.add(1);
+        calls_.wake();
+    }
+
+    void hire(int32_t number) {
+        dismiss();
+        for (int32_t i = 0; i < number; ++i)
+            helpers_.emplace_back([this, i, heard = calls_.value()]() mutable {
+                while (true) {
+                    calls_.wait([heard](int32_t value) { return value != heard; });
+                    ++heard;
+                    if (!job_) return;
+                    (*job_)(i + 1);
+                    done_.add(1);
+                    done_.wake();
+                }
+            });
+    }
+
+    void dismiss() {
+        job_ = nullptr;
+        call();
+        for (auto& one : helpers_) one.join();
+        helpers_.clear();
+    }
+
+    Signal calls_, done_;
+    const std::function<void(int32_t)>* job_ = nullptr;
+    std::vector<std::thread> helpers_;
+};
+
+inline Crew& own_crew() {
+    static thread_local Crew crew;
+    return crew;
+}
+
+struct Phase {
+    alignas(64) std::atomic<int32_t> taken{0};  // of its units
+    alignas(64) Signal done;                    // of its units and those of the phases behind it, up to one that is waited for
+};
+
+// Threads take a phase's units as they come free: on a machine that others use too, the fast one does more. They wait for units, not for
+// each other: a thread that has none to finish holds nobody up.
 class Team {
   public:
-    explicit Team(std::atomic<int64_t>* taken) : taken_(taken) {}
+    Team(Phase* phases, int32_t thread, int32_t threads) : thread(thread), threads(threads), next_(phases) {}
 
-    // run(unit), or run(unit, the one that this thread will probably run after it). Nobody waits for the others at its end: for what the
-    // next phase does not read.
+    const int32_t thread, threads;
+
+    // run(unit), or run(unit, the one that this thread will probably run after it). Nobody waits at its end: for what the next phase does
+    // not read.
     template <typename Run> void hand_out(int64_t units, Run run) {
-        const int64_t threads = omp_get_num_threads();
         const int64_t grain = std::max<int64_t>(1, units / (threads * 8));
-        std::atomic<int64_t>& taken = taken_[8 * phase_++];  // a cache line each
-        for (int64_t start; (start = taken.fetch_add(grain, std::memory_order_relaxed)) < units;)
-            for (int64_t unit = start, end = std::min(units, start + grain); unit < end; ++unit)
+        std::atomic<int32_t>& taken = (next_++)->taken;
+        for (int64_t start; (start = taken.fetch_add(int32_t(grain), std::memory_order_relaxed)) < units;) {
+            const int64_t end = std::min(units, start + grain);
+            for (int64_t unit = start; unit < end; ++unit)
                 if constexpr (std::is_invocable<Run, int64_t, int64_t>::value)
                     run(unit, std::min(unit + 1 < end ? unit + 1 : start + threads * grain, units - 1));
                 else
                     run(unit);
+            open_->done.add(int32_t(end - start));
+            open_->done.wake();
+        }
+        owed_ += int32_t(units);
     }
 
+    // And ends when the units of the phases before it, which nobody has waited for, are done too.
     template <typename Run> void share(int64_t units, Run run) {
         hand_out(units, run);
-#pragma omp barrier
+        open_->done.wait([this](int32_t value) { return value == owed_; });
+        open_ = next_;
+        owed_ = 0;
     }
 
   private:
-    std::atomic<int64_t>* taken_;
-    int64_t phase_ = 0;
+    Phase *next_, *open_ = next_;  // the first that nobody has waited for, and the units since
+    int32_t owed_ = 0;
 };
 
 template <typename Run> void in_parallel(int64_t phases, Run run) {
-    std::vector<std::atomic<int64_t>> taken(8 * phases);
-    for (auto& one : taken) one.store(0, std::memory_order_relaxed);
-#pragma omp parallel
-    {
-        Team team(taken.data());
+    std::vector<Phase> own(phases);
+    const int32_t threads = omp_get_max_threads();
+    own_crew().run(threads, [&](int32_t thread) {
+        Team team(own.data(), thread, threads);
         run(team);
-    }
+        give_back_tiles();
+    });
 }
 
 // ---------------------------------------------------------------------------------------------------------------- products
 
 struct Weight {
     const void* values;
-    const void* scales;  // 8 bits: float [panels * 32]; 4 bits: bf16 [panels][groups][32]; else null
-    int64_t bits, group;  // 0 bits: numbers of T
+    const void* scales = nullptr;  // 8 bits: float [panels * 32]; 4 bits: bf16 [panels][groups][32]
+    int64_t bits = 0, group = 0;   // 0 bits: numbers of T
 };
 
 struct Linear {
@@ -282,6 +450,14 @@ inline void expand(const int8_t* w, __m512i (&weights)[VECTORS]) {
     weights[0] = _mm512_unpacklo_epi8(low, high);
     weights[1] = _mm512_unpackhi_epi8(low, high);
 }
+
+// The j-th of the four integers of 4 bits in each word.
+inline __m512i expand_word(__m512i words, int j) {
+    // -8 ... 7 as bf16, twice: the instruction reads five bits of a word.
+    const __m512i table = _mm512_broadcast_i64x4(_mm256_setr_epi16(0, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0, short(0xc100),
+        short(0xc0e0), short(0xc0c0), short(0xc0a0), short(0xc080), short(0xc040), short(0xc000), short(0xbf80)));
+    return _mm512_permutexvar_epi16(_mm512_srli_epi16(words, 4 * j), table);
+}
 #endif
 
 template <int R, typename T> inline void multiply_once(const T* x, int64_t stride, const int8_t* w, vec (&sums)[R][VECTORS]) {
@@ -304,19 +480,31 @@ struct Ahead {
     int64_t pace = 0;  // bytes for each STEP
 };
 
+// What is read once, from `at` on. Into the second cache early and into the first one late: what a core may have asked for the first at one
+// time is less than it takes to keep memory busy. Older CPUs, which have no AMX, read faster past the second.
+template <typename W> inline void fetch_stream(const W* at, int64_t bytes) {
+    const char* from = reinterpret_cast<const char*>(at);
+    for (int64_t line = 0; line < bytes; line += 64) {
+#ifdef __AMX_TILE__
+        __builtin_prefetch(from + 8192 + line, 0, 2);
+        __builtin_prefetch(from + 1024 + line, 0, 3);
+#else
+        __builtin_prefetch(from + 4096 + line, 0, 0);
+#endif
+    }
+}
+
 // R rows by one panel. Few rows have few sums, and one addition waits for the last: several sets take turns.
 template <typename T, typename W, int R> void multiply_tile(const T* x, int64_t stride, const W* w, int64_t ins, float* out, Ahead ahead = {}) {
     constexpr int step = STEP<T, W>;
     constexpr int SETS = R <= 2 ? 4 : R <= 4 ? 2 : 1;
-    constexpr int AHEAD = 4096 / sizeof(W);
     vec sums[SETS][R][VECTORS] = {};
     int64_t k = 0;
     for (; k + SETS * step <= ins; k += SETS * step)
         for (int set = 0; set < SETS; ++set) {
             const W* at = w + (k + set * step) * PANEL;
             if (R <= 4)  // the weights come from memory, once
-                for (int line = 0; line < step * PANEL * int(sizeof(W)); line += 64)
-                    __builtin_prefetch(reinterpret_cast<const char*>(at + AHEAD) + line, 0, 0);
+                fetch_stream(at, step * PANEL * sizeof(W));
             else
                 for (int64_t line = 0; line < ahead.pace; line += 64) __builtin_prefetch(ahead.at + line, 0, 2);
             ahead.at += ahead.pace;
@@ -335,14 +523,11 @@ constexpr int BLOCK = 8;  // inputs whose integers of 4 bits lie together
 template <typename T, int R, int SETS> inline void multiply_block(const T* x, int64_t stride, const uint8_t* w, vec (&sums)[SETS][R][VECTORS]) {
 #if EXPANDS
     if constexpr (Expands<T>) {
-        // -8 ... 7 as bf16, twice: the instruction reads five bits of a word.
-        const __m512i table = _mm512_broadcast_i64x4(_mm256_setr_epi16(0, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0, short(0xc100),
-            short(0xc0e0), short(0xc0c0), short(0xc0a0), short(0xc080), short(0xc040), short(0xc000), short(0xbf80)));
         __m512i words[VECTORS];
         for (int v = 0; v < VECTORS; ++v) words[v] = _mm512_loadu_si512(w + 64 * v);
         for (int j = 0; j < 4; ++j) {
             __m512i weights[VECTORS];
-            for (int v = 0; v < VECTORS; ++v) weights[v] = _mm512_permutexvar_epi16(_mm512_srli_epi16(words[v], 4 * j), table);
+            for (int v = 0; v < VECTORS; ++v) weights[v] = expand_word(words[v], j);
             multiply_pairs<R>(x + 2 * j, stride, weights, sums[j % SETS]);
         }
         return;
@@ -361,14 +546,12 @@ template <typename T, int R, int SETS> inline void multiply_block(const T* x, in
 template <typename T, int R>
 void multiply_tile(const T* x, int64_t stride, const uint8_t* w, const bf16* scales, int64_t ins, int64_t group, float* out) {
     constexpr int SETS = R <= 2 ? 4 : R <= 4 ? 2 : 1;
-    constexpr int AHEAD = 4096;
     vec totals[R][VECTORS] = {};
     for (int64_t first = 0; first < ins; first += group, scales += PANEL) {
         vec sums[SETS][R][VECTORS] = {};
         for (int64_t k = first; k < first + group; k += BLOCK) {
             const uint8_t* at = w + k * PANEL / 2;
-            if (R <= 4)
-                for (int line = 0; line < BLOCK * PANEL / 2; line += 64) __builtin_prefetch(at + AHEAD + line, 0, 0);
+            if (R <= 4) fetch_stream(at, BLOCK * PANEL / 2);
             multiply_block<T, R, SETS>(x + k, stride, at, sums);
         }
         for (int v = 0; v < VECTORS; ++v) {
@@ -390,9 +573,9 @@ template <int R = ROWS, typename Run> inline void with_rows(int64_t rows, Run ru
         with_rows<R - 1>(rows, run);
 }
 
-// One panel of up to ROWS rows.
+// One panel of up to ROWS rows, by vectors.
 template <typename T>
-inline void multiply_rows(int64_t rows, const T* x, int64_t stride, const Weight& weight, int64_t panel, int64_t ins, float* sums, Ahead ahead = {}) {
+inline void multiply_by_vectors(int64_t rows, const T* x, int64_t stride, const Weight& weight, int64_t panel, int64_t ins, float* sums, Ahead ahead = {}) {
     const int64_t first = panel * ins * PANEL;
     with_rows(rows, [&](auto number) {
         constexpr int R = decltype(number)::value;
@@ -410,31 +593,167 @@ inline void multiply_rows(int64_t rows, const T* x, int64_t stride, const Weight
     });
 }
 
-constexpr int64_t FETCHING_TILES = 4;  // more compute for longer than a panel takes to come, and asking for it costs more than it saves
-
-// Of a panel that `tiles` tiles fetch, the share of one.
-template <typename T> inline Ahead share_of(const Weight& weight, int64_t panel, int64_t ins, int64_t tile, int64_t tiles) {
-    if (weight.bits || tiles > FETCHING_TILES) return {};
-    const int64_t pace = (STEP<T, T> * PANEL * int64_t(sizeof(T)) + tiles - 1) / tiles;
-    return {static_cast<const char*>(weight.values) + panel * ins * PANEL * int64_t(sizeof(T)) + tile * pace * (ins / STEP<T, T>), pace};
+#if TILES
+// Up to 32 rows by one panel of bf16, of a multiple of TILE_INS inputs, while bytes ahead are fetched: `pace` of them for each TILE_INS.
+template <bool IS_LOW> inline void multiply_tiles(const bf16* x, int64_t stride, const bf16* w, int64_t ins, float* sums, Ahead ahead) {
+    constexpr int64_t PAIR = 2 * PANEL * sizeof(bf16);
+    _tile_zero(0);
+    _tile_zero(1);
+    if (!IS_LOW) {
+        _tile_zero(2);
+        _tile_zero(3);
+    }
+    for (int64_t k = 0; k < ins; k += TILE_INS) {
+        for (int64_t line = 0; line < ahead.pace; line += 64) __builtin_prefetch(ahead.at + line, 0, 2);
+        ahead.at += ahead.pace;
+        _tile_loadd(6, w + k * PANEL, PAIR);
+        _tile_loadd(4, x + k, stride * sizeof(bf16));
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_loadd(7, w + k * PANEL + PANEL, PAIR);
+        _tile_dpbf16ps(1, 4, 7);
+        if (!IS_LOW) {
+            _tile_loadd(5, x + TILE_ROWS * stride + k, stride * sizeof(bf16));
+            _tile_dpbf16ps(2, 5, 6);
+            _tile_dpbf16ps(3, 5, 7);
+        }
+    }
+    _tile_stored(0, sums, PANEL * sizeof(float));
+    _tile_stored(1, sums + PANEL / 2, PANEL * sizeof(float));
+    if (!IS_LOW) {
+        _tile_stored(2, sums + TILE_ROWS * PANEL, PANEL * sizeof(float));
+        _tile_stored(3, sums + TILE_ROWS * PANEL + PANEL / 2, PANEL * sizeof(float));
+    }
 }
 
-// run(first row, number of rows, tile, tiles) for tiles that are all about as high.
-template <typename Run> inline void each_tile(int64_t rows, Run run) {
-    const int64_t tiles = (rows + ROWS - 1) / ROWS;
-    for (int64_t tile = 0, row = 0, some; tile < tiles; ++tile, row += some) {
-        some = (rows - row + tiles - tile - 1) / (tiles - tile);
-        run(row, some, tile, tiles);
+// Of any number of inputs.
+inline void multiply_by_tiles(int64_t rows, const bf16* x, int64_t stride, const bf16* w, int64_t ins, float* sums, Ahead ahead = {}) {
+    const int64_t whole = ins / TILE_INS * TILE_INS;
+    shape_tiles(rows);
+    std::atomic_signal_fence(std::memory_order_seq_cst);  // GCC does not see that tiles are loaded from memory
+    if (rows <= TILE_ROWS)
+        multiply_tiles<true>(x, stride, w, whole, sums, ahead);
+    else
+        multiply_tiles<false>(x, stride, w, whole, sums, ahead);
+    if (whole == ins) return;
+    alignas(64) float rest[ROWS * PANEL];
+    for (int64_t row = 0; row < rows; row += ROWS) {
+        const int64_t some = std::min<int64_t>(ROWS, rows - row);
+        multiply_by_vectors<bf16>(some, x + row * stride + whole, stride, Weight{w + whole * PANEL}, 0, ins - whole, rest);
+        for (int64_t i = 0; i < some * PANEL; i += LANES) store(load(sums + row * PANEL + i) + load(rest + i), sums + row * PANEL + i);
     }
+}
+
+// A panel's integers as the bf16 that they are: [ins / 2][32][2].
+inline void expand_panel(const Weight& weight, int64_t panel, int64_t ins, bf16* to) {
+    const int64_t bytes = ins * PANEL * weight.bits / 8;
+    const uint8_t* from = static_cast<const uint8_t*>(weight.values) + panel * bytes;
+    for (int64_t at = 0; at < bytes; at += 64) {
+        fetch_stream(from + at, 64);
+        if (weight.bits == 8) {
+            __m512i pair[VECTORS];
+            expand(reinterpret_cast<const int8_t*>(from + at), pair);
+            for (int v = 0; v < VECTORS; ++v) _mm512_store_si512(to + at + v * PANEL, pair[v]);
+        } else
+            for (int j = 0; j < BLOCK / 2; ++j)
+                _mm512_store_si512(to + at / 128 * BLOCK * PANEL + j * 2 * PANEL + at % 128 / 64 * PANEL, expand_word(_mm512_loadu_si512(from + at), j));
+    }
+}
+
+// Up to 32 rows by a panel that was expanded.
+inline void multiply_expanded(int64_t rows, const bf16* x, int64_t stride, const Weight& weight, int64_t panel, const bf16* w, int64_t ins, float* sums) {
+    if (weight.bits == 8) {
+        multiply_by_tiles(rows, x, stride, w, ins, sums);
+        const float* scales = static_cast<const float*>(weight.scales) + panel * PANEL;
+        for (int64_t r = 0; r < rows; ++r)
+            for (int v = 0; v < PANEL; v += LANES) store(load(sums + r * PANEL + v) * load(scales + v), sums + r * PANEL + v);
+        return;
+    }
+    alignas(64) float found[2 * TILE_ROWS * PANEL];
+    const bf16* scales = static_cast<const bf16*>(weight.scales) + panel * ins / weight.group * PANEL;
+    std::fill(sums, sums + rows * PANEL, 0.0f);
+    for (int64_t first = 0; first < ins; first += weight.group, scales += PANEL) {
+        multiply_by_tiles(rows, x + first, stride, w + first * PANEL, weight.group, found);
+        for (int v = 0; v < PANEL; v += LANES) {
+            const vec scale = load(scales + v);
+            for (int64_t r = 0; r < rows; ++r) store(load(sums + r * PANEL + v) + load(found + r * PANEL + v) * scale, sums + r * PANEL + v);
+        }
+    }
+}
+#endif
+
+constexpr int64_t MOST_ROWS = TILES ? 2 * TILE_ROWS : ROWS;  // of a block that a panel is multiplied with at a time
+constexpr int64_t FEW_ROWS = 4;                              // that vectors multiply as fast as their weights come from memory
+
+template <typename T> inline bool goes_by_tiles(int64_t rows) { return TILES && HAS_TILES && std::is_same<T, bf16>::value && rows > FEW_ROWS; }
+
+// One panel of weights, for the blocks of `rows` rows. A thread may have two at a time, `which` 0 and 1.
+template <typename T> class Panel {
+  public:
+    Panel(const Weight& weight, int64_t panel, int64_t ins, int64_t rows, int which = 0) : weight_(weight), panel_(panel), ins_(ins), by_tiles_(goes_by_tiles<T>(rows)) {
+#if TILES
+        if (!by_tiles_) return;
+        if (!weight.bits) {
+            values_ = static_cast<const bf16*>(weight.values) + panel * ins * PANEL;
+            return;
+        }
+        static thread_local std::vector<char> held[2];
+        bf16* expanded = room<bf16>(held[which], ins * PANEL);
+        expand_panel(weight, panel, ins, expanded);
+        values_ = expanded;
+#endif
+    }
+
+    // A block of up to MOST_ROWS of them.
+    void multiply(int64_t rows, const T* x, int64_t stride, float* sums, Ahead ahead = {}) const {
+#if TILES
+        if constexpr (std::is_same<T, bf16>::value)
+            if (by_tiles_) {
+                if (weight_.bits)
+                    multiply_expanded(rows, x, stride, weight_, panel_, values_, ins_, sums);
+                else
+                    multiply_by_tiles(rows, x, stride, values_, ins_, sums, ahead);
+                return;
+            }
+#endif
+        multiply_by_vectors<T>(rows, x, stride, weight_, panel_, ins_, sums, ahead);
+    }
+
+  private:
+    const Weight weight_;
+    const int64_t panel_, ins_;
+    const bool by_tiles_;
+    const bf16* values_ = nullptr;
+};
+
+// run(first row, number of rows, block, blocks): by tiles, as many as they hold; by vectors, blocks that are all about as high.
+template <typename T, typename Run> inline void each_block(int64_t rows, Run run) {
+    const bool by_tiles = goes_by_tiles<T>(rows);
+    const int64_t most = by_tiles ? 2 * TILE_ROWS : ROWS, blocks = (rows + most - 1) / most;
+    for (int64_t block = 0, row = 0, some; block < blocks; ++block, row += some) {
+        some = by_tiles ? std::min(most, rows - row) : (rows - row + blocks - block - 1) / (blocks - block);
+        run(row, some, block, blocks);
+    }
+}
+
+// More blocks compute for longer than a panel takes to come, and asking for it costs more than it saves.
+template <typename T> inline int64_t fetching_blocks(int64_t rows) { return goes_by_tiles<T>(rows) ? 16 : 4; }
+
+// Of a panel that `blocks` blocks of `rows` rows in all fetch, the share of one.
+template <typename T> inline Ahead share_of(const Weight& weight, int64_t panel, int64_t ins, int64_t rows, int64_t block, int64_t blocks) {
+    if (weight.bits || blocks > fetching_blocks<T>(rows)) return {};
+    const int64_t step = goes_by_tiles<T>(rows) ? TILE_INS : STEP<T, T>;
+    const int64_t pace = (step * PANEL * int64_t(sizeof(T)) + blocks - 1) / blocks;
+    return {static_cast<const char*>(weight.values) + panel * ins * PANEL * int64_t(sizeof(T)) + block * pace * (ins / step), pace};
 }
 
 // One panel of all rows, which lie `stride` apart, while `next` is fetched; finish(row, column, number of columns, sums) does what the product is for.
 template <typename T, typename Finish>
 inline void multiply_panel(const T* x, int64_t stride, int64_t rows, const Weight& weight, int64_t panel, int64_t next, int64_t outs, int64_t ins, Finish finish) {
-    alignas(64) float sums[ROWS * PANEL];
+    alignas(64) float sums[MOST_ROWS * PANEL];
     const int64_t columns = std::min<int64_t>(PANEL, outs - panel * PANEL);
-    each_tile(rows, [&](int64_t row, int64_t some, int64_t tile, int64_t tiles) {
-        multiply_rows<T>(some, x + row * stride, stride, weight, panel, ins, sums, share_of<T>(weight, next, ins, tile, tiles));
+    const Panel<T> own(weight, panel, ins, rows);
+    each_block<T>(rows, [&](int64_t row, int64_t some, int64_t block, int64_t blocks) {
+        own.multiply(some, x + row * stride, stride, sums, share_of<T>(weight, next, ins, rows, block, blocks));
         for (int64_t r = 0; r < some; ++r) finish(row + r, panel * PANEL, columns, sums + r * PANEL);
     });
 }
@@ -546,16 +865,14 @@ template <typename T> T* multiply_gated(Team& team, const Linear& linear, T* x, 
         return x;
     }
     team.share(panels(size), [&](int64_t panel, int64_t next) {
-        alignas(64) float gates[ROWS * PANEL], ups[ROWS * PANEL];
+        alignas(64) float gates[MOST_ROWS * PANEL], ups[MOST_ROWS * PANEL];
         const auto made = [&](const float* sums, const T* bias) { return kept<T>(bias ? load(sums) + load(bias) : load(sums)); };
         const T *gate_bias = bias_of<T>(linear, panel * PANEL), *up_bias = bias_of<T>(linear, size + panel * PANEL);
-        each_tile(rows, [&](int64_t row, int64_t some, int64_t tile, int64_t tiles) {
-            const auto multiplied = [&](int64_t first, float* sums) {
-                const Ahead ahead = share_of<T>(linear.weight, first + next, linear.ins, tile, tiles);
-                multiply_rows<T>(some, x + row * stride, stride, linear.weight, first + panel, linear.ins, sums, ahead);
-            };
-            multiplied(0, gates);
-            multiplied(panels(size), ups);
+        const Panel<T> gate_panel(linear.weight, panel, linear.ins, rows), up_panel(linear.weight, panels(size) + panel, linear.ins, rows, 1);
+        each_block<T>(rows, [&](int64_t row, int64_t some, int64_t block, int64_t blocks) {
+            const auto fetched = [&](int64_t which) { return share_of<T>(linear.weight, which, linear.ins, rows, block, blocks); };
+            gate_panel.multiply(some, x + row * stride, stride, gates, fetched(next));
+            up_panel.multiply(some, x + row * stride, stride, ups, fetched(panels(size) + next));
             for (int64_t r = 0; r < some; ++r)
                 for (int64_t i = 0; i < PANEL; i += LANES) {
                     const vec gate = made(gates + r * PANEL + i, gate_bias ? gate_bias + i : nullptr), up = made(ups + r * PANEL + i, up_bias ? up_bias + i : nullptr);
@@ -611,11 +928,12 @@ void score(const T* query, int64_t heads, const T* keys, const T* next, int64_t 
         for (int64_t key = first; key < last; key += KEYS) {
             const T* rows[KEYS];
             for (int64_t i = 0; i < KEYS; ++i) rows[i] = keys + std::min(key + i, last - 1) * dim;
-            for (int64_t at = 0; at < KEYS * dim; at += BITE) __builtin_prefetch(next + key * dim + at, 0, 2);
             for (int64_t head = 0; head < heads; ++head) {
                 __m512 sums[KEYS] = {};
-                for (int64_t at = 0; at < dim; at += BITE)
+                for (int64_t at = 0; at < dim; at += BITE) {
+                    for (int64_t fetched = head; fetched < KEYS; fetched += heads) __builtin_prefetch(next + (key + fetched) * dim + at, 0, 2);
                     for (int64_t i = 0; i < KEYS; ++i) sums[i] = multiply_add(query + head * dim + at, rows[i] + at, sums[i]);
+                }
                 _mm512_storeu_ps(scores + head * width + key - first, _mm512_mul_ps(sums_of(sums), _mm512_set1_ps(scale)));
             }
         }
@@ -705,8 +1023,8 @@ template <typename T> struct BlockScratch {
         take(queries, rows * apart<T>(dim));
         take(keys, KEYS_AT_ONCE * dim);
         take(values, KEYS_AT_ONCE * panels(dim) * PANEL);
-        take(weights, ROWS * row());
-        take(scores, ROWS * KEYS_AT_ONCE);
+        take(weights, MOST_ROWS * row());
+        take(scores, MOST_ROWS * KEYS_AT_ONCE);
         take(sums, rows * panels(dim) * PANEL);
         take(most, rows);
         take(total, rows);
@@ -728,12 +1046,12 @@ template <typename T> void pack_keys(const T* keys, int64_t number, int64_t dim,
         }
 }
 
-// And the values are inputs.
+// And the values are inputs, up to a whole panel's number of them.
 template <typename T> void pack_values(const T* values, int64_t number, int64_t dim, T* packed) {
     constexpr int64_t step = STEP<T, T>;
     for (int64_t first = 0; first < dim; first += PANEL, packed += BlockScratch<T>::KEYS_AT_ONCE * PANEL)
-        for (int64_t key = 0; key < number; key += step) {
-            const T *from = values + key * dim + first, *next = values + std::min(key + 1, number - 1) * dim + first;
+        for (int64_t key = 0; key < panels(number) * PANEL; key += step) {
+            const T *from = values + std::min(key, number - 1) * dim + first, *next = values + std::min(key + 1, number - 1) * dim + first;
             T* to = packed + key * PANEL;
             const auto one = [&](int64_t i) {
                 to[i * step] = from[i];
@@ -787,7 +1105,7 @@ float weigh_row(const float* scores, int64_t rows, int64_t from, int64_t to, int
 template <typename T>
 void attend_block(const T* query, int64_t query_stride, int64_t tokens, int64_t heads, int64_t position, const T* keys, const T* values, int64_t window,
                   int64_t dim, float scale, const BlockScratch<T>& held, T* out, int64_t out_stride) {
-    constexpr int64_t AT_ONCE = BlockScratch<T>::KEYS_AT_ONCE, step = STEP<T, T>;
+    constexpr int64_t AT_ONCE = BlockScratch<T>::KEYS_AT_ONCE;
     const int64_t rows = tokens * heads, stride = apart<T>(dim), wide = panels(dim) * PANEL, last = position + tokens;
     for (int64_t t = 0; t < tokens; ++t)
         for (int64_t head = 0; head < heads; ++head)
@@ -795,26 +1113,25 @@ void attend_block(const T* query, int64_t query_stride, int64_t tokens, int64_t 
     std::fill(held.sums, held.sums + rows * wide, 0.0f);
     std::fill(held.most, held.most + rows, -1e30f);
     std::fill(held.total, held.total + rows, 0.0f);
-    alignas(64) float found[ROWS * PANEL];
-    const Weight packed_keys{held.keys}, packed_values{held.values};
+    alignas(64) float found[MOST_ROWS * PANEL];
     for (int64_t first = window ? std::max<int64_t>(0, position + 1 - window) : 0; first < last; first += AT_ONCE) {
         const int64_t number = std::min(AT_ONCE, last - first);
         pack_keys(keys + first * dim, number, dim, held.keys);
         pack_values(values + first * dim, number, dim, held.values);
-        each_tile(rows, [&](int64_t row, int64_t some, int64_t, int64_t) {
+        each_block<T>(rows, [&](int64_t row, int64_t some, int64_t, int64_t) {
             const int64_t seen = std::min(number, position + (row + some - 1) / heads + 1 - first);
             if (seen <= 0) return;
             for (int64_t panel = 0; panel < panels(seen); ++panel)
-                multiply_rows<T>(some, held.queries + row * stride, stride, packed_keys, panel, dim, held.scores + panel * some * PANEL);
-            float factors[ROWS];
+                Panel<T>(Weight{held.keys}, panel, dim, rows).multiply(some, held.queries + row * stride, stride, held.scores + panel * some * PANEL);
+            float factors[MOST_ROWS];
             for (int64_t r = 0; r < some; ++r) {
                 const int64_t at = position + (row + r) / heads + 1 - first;  // the first key that is hidden
                 factors[r] = weigh_row(held.scores + r * PANEL, some, window ? std::max<int64_t>(0, at - window) : 0, std::min(at, number), seen, scale,
                                        held.most[row + r], held.total[row + r], held.weights + r * BlockScratch<T>::row());
             }
             for (int64_t panel = 0; panel < panels(dim); ++panel) {
-                const Weight values_of{static_cast<const T*>(packed_values.values) + panel * AT_ONCE * PANEL};
-                multiply_rows<T>(some, held.weights, BlockScratch<T>::row(), values_of, 0, (seen + step - 1) / step * step, found);
+                const Panel<T> values_of(Weight{held.values + panel * AT_ONCE * PANEL}, 0, panels(seen) * PANEL, rows);
+                values_of.multiply(some, held.weights, BlockScratch<T>::row(), found);
                 for (int64_t r = 0; r < some; ++r) {
                     float* to = held.sums + (row + r) * wide + panel * PANEL;
                     for (int64_t i = 0; i < PANEL; i += LANES) store(load(to + i) * factors[r] + load(found + r * PANEL + i), to + i);
@@ -852,13 +1169,6 @@ struct Batch {
     const int64_t *ids, *positions, *slots, *wanted;
     float* logits;  // [num_wanted, head.outs]
 };
-
-// Grows and never shrinks: memory that is new in every step would be zeroed by the kernel in every step.
-template <typename T> T* room(std::vector<char>& held, int64_t size) {
-    const size_t bytes = size * sizeof(T) + 64;
-    if (held.size() < bytes) held.resize(bytes);
-    return reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(held.data()) + 63) / 64 * 64);
-}
 
 // Tokens [start, stop) of a step that follow each other in one sequence.
 struct Run {
@@ -908,9 +1218,9 @@ template <typename T> void run_step(const Model& m, const Batch& b) {
     const bool drops = b.num_wanted < tokens && !end.out.mask && !end.gate_up.mask && !end.down.mask;
 
     in_parallel(m.num_layers * 14 + 4, [&](Team& team) {
-        float* scores = all_scores + own_scores * omp_get_thread_num();
+        float* scores = all_scores + own_scores * team.thread;
         BlockScratch<T> block_room;
-        block_room.place(block_rooms + block_size * omp_get_thread_num(), block * group, dim);
+        block_room.place(block_rooms + block_size * team.thread, block * group, dim);
         team.share(tokens, [&](int64_t t) {
             std::memcpy(hidden + t * m.hidden, static_cast<const T*>(m.embedding) + b.ids[t] * m.hidden, m.hidden * sizeof(T));
         });
@@ -951,7 +1261,7 @@ template <typename T> void run_step(const Model& m, const Batch& b) {
                 });
             const int64_t singles = drops_here ? rows : runs.singles.size();
             // A token's heads are shared among threads only where there are fewer tokens than that keeps busy.
-            const int64_t together = singles * m.kv_heads >= omp_get_num_threads() ? group : 1;
+            const int64_t together = singles * m.kv_heads >= team.threads ? group : 1;
             team.share(singles * m.heads / together, [&](int64_t unit, int64_t next) {
                 const int64_t row = unit / (m.heads / together), head = unit % (m.heads / together) * together;
                 const int64_t t = drops_here ? b.wanted[row] : runs.singles[row], last = b.positions[t] + 1;
@@ -1056,7 +1366,7 @@ extern "C" {
 
 const char* danlu_vectors() {
 #ifdef __AVX512BF16__
-    return "AVX512-BF16";
+    return HAS_TILES ? "AVX512-BF16 and AMX" : "AVX512-BF16";
 #elif defined(__AVX512F__)
     return "AVX512";
 #elif defined(__AVX__)

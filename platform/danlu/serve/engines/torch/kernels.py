@@ -36,7 +36,7 @@ class LinearStruct(ctypes.Structure):
 
 
 class Kernels:
-    """The library, loaded. Its threads are PyTorch's: `torch.set_num_threads` in the thread that calls counts here too."""
+    """The library, loaded. It takes as many threads as PyTorch would: `torch.set_num_threads` in the thread that calls counts here too."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -90,12 +90,10 @@ def _check_pairs(dtype: torch.dtype, ins: int) -> None:
         raise ModelError(f"a product of {ins} inputs cannot be made in pairs of bf16", where="engine.dtype", fix="dtype: fp32")
 
 
-def need_kernels(dtype: torch.dtype, *, integers: bool = False) -> None:
-    """KernelsUnavailable where PyTorch's own products are the faster ones; it has none to speak of for weights that are integers."""
+def need_kernels(dtype: torch.dtype) -> None:
+    """KernelsUnavailable where they compute in other numbers than the model."""
     if dtype not in (torch.float32, torch.bfloat16):
         raise KernelsUnavailable(f"they are for fp32 and bf16, not for {dtype}")
-    if dtype == torch.bfloat16 and not integers and torch.cpu._is_amx_tile_supported():
-        raise KernelsUnavailable("this CPU has AMX, which they do not use and PyTorch does")
 
 
 def load_kernels() -> Kernels:

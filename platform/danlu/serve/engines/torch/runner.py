@@ -12,7 +12,6 @@ from transformers import PreTrainedModel
 
 from danlu.artifact.bundle import Bundle, BundleMeta, Probe
 from danlu.compiled import KernelsUnavailable
-from danlu.compress.weight_only import WeightOnlyLinear
 from danlu.errors import ModelError, QualityError
 from danlu.serve.engines.torch.attention import make_batch
 from danlu.serve.engines.torch.cache import Cache, LayerShape, num_slots
@@ -102,7 +101,7 @@ def _kernels(spec: Torch, model: PreTrainedModel) -> Kernels | None:
     if spec.kernels == "off" or model.device.type != "cpu":
         return None
     try:
-        need_kernels(model.dtype, integers=any(isinstance(module, WeightOnlyLinear) for module in model.modules()))
+        need_kernels(model.dtype)
         return load_kernels()
     except KernelsUnavailable as error:
         log.warning("no compiled kernels, so answers come more slowly: %s", error)

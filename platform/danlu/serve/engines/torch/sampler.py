@@ -94,7 +94,7 @@ def choose(logits: torch.Tensor, choosers: Sequence[Chooser]) -> list[Chosen]:
     if any(not one.is_plain for one in choosers):
         _mask(logits, choosers)
         _penalize(logits, choosers)
-    ids = logits.argmax(-1)
+    ids = _most_probable(logits)
     # NaN is the highest of a row that has it, and no token follows from such a row.
     if not bool((logits.gather(1, ids[:, None]) < torch.inf).all()):
         raise FloatingPointError(NO_NUMBERS)
@@ -121,6 +121,13 @@ def logprobs(raw: torch.Tensor, token_ids: Sequence[int], numbers: Sequence[int]
     values, places = raw.topk(most, dim=-1)
     rows = zip(token_ids, own, places.tolist(), values.tolist(), numbers, strict=True)
     return [Chosen(token_id, logprob, tuple(zip(ids[:n], found[:n], strict=True))) for token_id, logprob, ids, found, n in rows]
+
+
+def _most_probable(logits: torch.Tensor) -> torch.Tensor:
+    """Of each row, int64 [rows]. On a CPU NumPy's single thread is several times faster than PyTorch's, and wakes no others."""
+    if logits.device.type == "cpu":
+        return torch.from_numpy(logits.numpy().argmax(-1))
+    return logits.argmax(-1)
 
 
 def _mask(logits: torch.Tensor, choosers: Sequence[Chooser]) -> None:
