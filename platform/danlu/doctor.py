@@ -97,13 +97,17 @@ def _torch() -> Iterator[Finding]:
 def _kernels() -> Iterator[Finding]:
     import torch
 
-    from danlu.serve.engines.torch.kernels import KernelsUnavailable, cache_folder, find_compiler, need_kernels
+    from danlu.serve.engines.torch.kernels import SOURCE, KernelsUnavailable, cache_folder, find_compiler, need_kernels
+    from danlu.serve.engines.torch.prebuilt import find_prebuilt
     from danlu.tasks.device import has_native_bf16
 
     try:
         need_kernels(torch.bfloat16 if has_native_bf16(torch.device("cpu")) else torch.float32)
     except KernelsUnavailable as error:
         yield Finding("kernels", "ok", f"none of ours: {error}")
+        return
+    if found := find_prebuilt(SOURCE):
+        yield Finding("kernels", "ok", f"those of engine.kind=torch are there: {found.name}")
         return
     try:
         told = f"{find_compiler()[0]} builds those of engine.kind=torch in {cache_folder()}"
