@@ -102,13 +102,17 @@ def _kernels() -> Iterator[Finding]:
     import torch
 
     from danlu.compiled import KernelsUnavailable, cache_folder, find_compiler
-    from danlu.serve.engines.torch.kernels import need_kernels
+    from danlu.serve.engines.torch.kernels import SOURCE, need_kernels
+    from danlu.serve.engines.torch.prebuilt import find_prebuilt
     from danlu.tasks.device import has_native_bf16
 
     try:
         need_kernels(torch.bfloat16 if has_native_bf16(torch.device("cpu")) else torch.float32)
     except KernelsUnavailable as error:
         yield Finding("kernels", "ok", f"none of ours: {error}")
+        return
+    if found := find_prebuilt(SOURCE):
+        yield Finding("kernels", "ok", f"those of engine.kind=torch are there: {found.name}")
         return
     try:
         told = f"{find_compiler()[0]} builds those of engine.kind=torch in {cache_folder()}"

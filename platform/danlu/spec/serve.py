@@ -113,8 +113,9 @@ class Torch(Spec):
     `pkg://package/folder`. Its keys and values take their part of `kv_cache_memory_gb`."""
 
     kernels: Literal["auto", "off"] = "auto"
-    """On CPU, small kernels for the Llama family that are compiled once for the machine (g++, some seconds) and kept in
-    TORCH_EXTENSIONS_DIR or the user's cache. Without a compiler, or with `off`, PyTorch's operations give the same answers, more slowly."""
+    """On CPU, small kernels for the Llama family. The images bring them; elsewhere they are compiled once for the machine (g++, some
+    seconds) and kept in TORCH_EXTENSIONS_DIR or the user's cache. Without a compiler, or with `off`, PyTorch's operations give the same
+    answers, more slowly."""
 
     step_timeout_s: PositiveFloat = 120.0
     """A step that takes longer is stuck: all requests fail and the replica is replaced."""

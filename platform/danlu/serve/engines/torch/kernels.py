@@ -11,6 +11,7 @@ from torch import nn
 
 from danlu.compiled import FLAGS, KernelsUnavailable, build, cache_folder
 from danlu.errors import ModelError
+from danlu.serve.engines.torch.prebuilt import find_prebuilt
 
 SOURCE = Path(__file__).with_name("kernels.cpp")
 PANEL = 32
@@ -97,7 +98,8 @@ def need_kernels(dtype: torch.dtype) -> None:
 
 
 def load_kernels() -> Kernels:
-    """Built if this CPU, compiler and source have not been seen here before. KernelsUnavailable says why not; once a process."""
+    """Those that the image brings; else built, if this CPU, compiler and source have not been seen here before. KernelsUnavailable says why
+    not; once a process."""
     if isinstance(found := _found(), KernelsUnavailable):
         raise found
     return found
@@ -106,7 +108,7 @@ def load_kernels() -> Kernels:
 @functools.cache
 def _found() -> Kernels | KernelsUnavailable:
     try:
-        return Kernels(build_kernels(cache_folder()))
+        return Kernels(find_prebuilt(SOURCE) or build_kernels(cache_folder()))
     except KernelsUnavailable as error:
         return error
     except OSError as error:
