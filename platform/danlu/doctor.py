@@ -99,26 +99,17 @@ def _torch() -> Iterator[Finding]:
 
 
 def _kernels() -> Iterator[Finding]:
-    import torch
+    from danlu.compiled import KernelsUnavailable, cache_folder, find_compiler, find_prebuilt
+    from danlu.serve.engines.torch.kernels import SOURCE
 
-    from danlu.compiled import KernelsUnavailable, cache_folder, find_compiler
-    from danlu.serve.engines.torch.kernels import SOURCE, need_kernels
-    from danlu.serve.engines.torch.prebuilt import find_prebuilt
-    from danlu.tasks.device import has_native_bf16
-
-    try:
-        need_kernels(torch.bfloat16 if has_native_bf16(torch.device("cpu")) else torch.float32)
-    except KernelsUnavailable as error:
-        yield Finding("kernels", "ok", f"none of ours: {error}")
-        return
     if found := find_prebuilt(SOURCE):
-        yield Finding("kernels", "ok", f"those of engine.kind=torch are there: {found.name}")
+        yield Finding("kernels", "ok", f"they came with Danlu: {found.name}")
         return
     try:
-        told = f"{find_compiler()[0]} builds those of engine.kind=torch in {cache_folder()}"
+        told = f"{find_compiler()[0]} builds them in {cache_folder()}, once"
     except KernelsUnavailable as error:
         fix = "a C++ compiler, as apt install g++ brings"
-        yield Finding("kernels", "warning", f"none, so engine.kind=torch is slower on CPU: {error}", fix)
+        yield Finding("kernels", "warning", f"none, so a CPU trains encoders and serves language models more slowly: {error}", fix)
     else:
         yield Finding("kernels", "ok", told)
 

@@ -23,14 +23,14 @@ def test_who_comes_at_the_same_time_builds_once(tmp_path: Path, monkeypatch: pyt
 
     def build() -> Path:
         together.wait()
-        return compiled.build("some", source, tmp_path / "cache")
+        return compiled.build(source, tmp_path / "cache")
 
     with ThreadPoolExecutor(4) as pool:
         (path,) = {one.result() for one in [pool.submit(build) for _ in range(4)]}
     assert (tmp_path / "log").read_text().splitlines() == ["built"]
     assert [found.name for found in (tmp_path / "cache").iterdir() if found.suffix != ".lock"] == [path.name]
     source.write_text("// another")
-    assert compiled.build("some", source, tmp_path / "cache") != path, "what was built is not that source's"
+    assert compiled.build(source, tmp_path / "cache") != path, "what was built is not that source's"
     source.write_text("")
     monkeypatch.setattr(compiled, "_cpu_flags", lambda: "another CPU's")
-    assert compiled.build("some", source, tmp_path / "cache") != path, "a cache may be shared by machines that differ"
+    assert compiled.build(source, tmp_path / "cache") != path, "a cache may be shared by machines that differ"

@@ -89,7 +89,6 @@ def test_where_jobs_are_to_run_there_a_cluster_is_needed(monkeypatch: pytest.Mon
 
 def test_a_machine_without_a_compiler_is_told_what_is_slower(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "nosuch-g++")
-    monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: False)
     (one,) = doctor._kernels()
     assert one.verdict == "warning"
     assert "nosuch-g++ is not on the PATH" in one.found

@@ -12,7 +12,7 @@ from lm import SMALL, ask, engine, greedy, ids_of, prompts, reference, with_engi
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PretrainedConfig, Qwen2Config, Qwen3Config
 
-from danlu.compiled import FLAGS, KernelsUnavailable
+from danlu.compiled import FLAGS, KernelsUnavailable, build
 from danlu.compress.weight_only import quantize_weights
 from danlu.metrics import catalog
 from danlu.serve.engines.torch import kernels
@@ -20,7 +20,7 @@ from danlu.serve.engines.torch.attention import make_batch
 from danlu.serve.engines.torch.cache import Cache, LayerShape
 from danlu.serve.engines.torch.engine import TorchEngine
 from danlu.serve.engines.torch.fused import FusedForward
-from danlu.serve.engines.torch.kernels import Kernels, LinearStruct, build_kernels, load_kernels
+from danlu.serve.engines.torch.kernels import SOURCE, Kernels, LinearStruct, load_kernels
 from danlu.serve.engines.torch.scheduler import Piece
 from danlu.serve.engines.torch.sequence import Sequence
 from danlu.serve.generation import Generation, Sampling
@@ -51,7 +51,7 @@ def own() -> Kernels:
 def native(request: pytest.FixtureRequest, own: Kernels, tmp_path_factory: pytest.TempPathFactory) -> Kernels:
     if request.param not in LESS:
         return own
-    return Kernels(build_kernels(tmp_path_factory.mktemp("kernels"), flags=(*FLAGS, LESS[request.param])))
+    return Kernels(build(SOURCE, tmp_path_factory.mktemp("kernels"), flags=(*FLAGS, LESS[request.param])))
 
 
 def test_tiles_are_used_where_the_cpu_has_them(own: Kernels) -> None:

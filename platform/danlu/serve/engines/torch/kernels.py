@@ -9,9 +9,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from danlu.compiled import FLAGS, KernelsUnavailable, build, cache_folder
+from danlu.compiled import KernelsUnavailable, library
 from danlu.errors import ModelError
-from danlu.serve.engines.torch.prebuilt import find_prebuilt
 
 SOURCE = Path(__file__).with_name("kernels.cpp")
 PANEL = 32
@@ -98,8 +97,7 @@ def need_kernels(dtype: torch.dtype) -> None:
 
 
 def load_kernels() -> Kernels:
-    """Those that the image brings; else built, if this CPU, compiler and source have not been seen here before. KernelsUnavailable says why
-    not; once a process."""
+    """KernelsUnavailable says why there are none; once a process."""
     if isinstance(found := _found(), KernelsUnavailable):
         raise found
     return found
@@ -108,13 +106,8 @@ def load_kernels() -> Kernels:
 @functools.cache
 def _found() -> Kernels | KernelsUnavailable:
     try:
-        return Kernels(find_prebuilt(SOURCE) or build_kernels(cache_folder()))
+        return Kernels(library(SOURCE))
     except KernelsUnavailable as error:
         return error
     except OSError as error:
         return KernelsUnavailable(f"they cannot be loaded: {error}")
-
-
-def build_kernels(folder: Path, *, flags: tuple[str, ...] = FLAGS) -> Path:
-    """The library's path in the folder. KernelsUnavailable says why not."""
-    return build("kernels", SOURCE, folder, flags=flags)

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import nn
 
-from danlu import doctor
-from danlu.serve.engines.torch import kernels, prebuilt
+from danlu import compiled, doctor
+from danlu.compiled import LEVELS, find_prebuilt, prebuild, prebuilt_path
+from danlu.serve.engines.torch import kernels
 from danlu.serve.engines.torch.kernels import Kernels, LinearStruct
-from danlu.serve.engines.torch.prebuilt import LEVELS, find_prebuilt, prebuild
 
 HASWELL = frozenset(["fpu", "sse4_2", "avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe"])
 SKYLAKE = HASWELL | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
@@ -32,13 +32,13 @@ def source(tmp_path: Path) -> Path:
 )
 def test_a_cpu_gets_the_widest_that_it_has(flags: frozenset[str], level: str | None, source: Path) -> None:
     for one in LEVELS:
-        prebuilt._path_of(source, one).touch()
+        prebuilt_path(source, one).touch()
     found = find_prebuilt(source, flags)
     assert (found and found.name.removeprefix("kernels-").rpartition("-")[0]) == level
 
 
 def test_libraries_of_another_source_are_not_taken(source: Path) -> None:
-    prebuilt._path_of(source, LEVELS[-1]).touch()
+    prebuilt_path(source, LEVELS[-1]).touch()
     assert find_prebuilt(source, HASWELL)
     source.write_text(source.read_text() + "// changed")
     assert find_prebuilt(source, HASWELL) is None
@@ -49,13 +49,12 @@ def test_without_a_compiler_the_image_still_has_them(source: Path, monkeypatch: 
     """One level is built here, the soak test of the image builds all."""
     if not shutil.which("g++"):
         pytest.skip("needs a C++ compiler")
-    monkeypatch.setattr(prebuilt, "LEVELS", LEVELS[-1:])
+    monkeypatch.setattr(compiled, "LEVELS", LEVELS[-1:])
     (path,) = prebuild(source)
-    if not LEVELS[-1].needs <= prebuilt._cpu_flags():
+    if not find_prebuilt(source):
         pytest.skip("this CPU has no AVX2")
     monkeypatch.setenv("CXX", "nosuch-g++")
     monkeypatch.setattr(kernels, "SOURCE", source)
-    monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: False)
     assert [(one.verdict, path.name in one.found) for one in doctor._kernels()] == [("ok", True)]
     loaded = kernels._found.__wrapped__()
     assert isinstance(loaded, Kernels)
