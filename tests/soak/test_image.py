@@ -56,9 +56,7 @@ def in_a_pod(image: str, *command: str, mounts: tuple[str, ...] = ()) -> subproc
     """As pods run it: no right, no root's disk; two folders that can be written."""
     scratch = ["--tmpfs", "/tmp:mode=1777", "--tmpfs", "/home/danlu:uid=1000,gid=1000"]
     restricted = ["--read-only", "--cap-drop=ALL", "--security-opt=no-new-privileges", "--network=none", "--shm-size=1g"]
-    # Offloading to NVMe locks the memory that it swaps through.
-    limits = ["--ulimit", "memlock=-1:-1"]
-    return docker("run", "--rm", *restricted, *limits, *scratch, *(f"--volume={mount}" for mount in mounts), image, *command)
+    return docker("run", "--rm", *restricted, *scratch, *(f"--volume={mount}" for mount in mounts), image, *command)
 
 
 def test_it_runs_as_user_1000_and_cannot_write_its_root(image: str) -> None:
@@ -116,12 +114,12 @@ def test_it_trains_and_stores_a_bundle(image: str, tiny_model: Path, topic_files
 def test_it_trains_with_what_lies_on_a_drive(
     image: str, target: str, topic_files: dict[str, str], tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """The optimizer's state, of weights that are large enough for DeepSpeed to swap them."""
+    """The optimizer's state, of a weight that is just large enough for DeepSpeed to swap it: a pod may lock 8 MiB of memory."""
     if target == "gpu":
         pytest.skip("its op is for CUDA, and there is none here")
     model = write_tiny_model(tmp_path_factory.mktemp("large"))
     config = AutoConfig.from_pretrained(model)
-    config.vocab_size = 16_385
+    config.vocab_size = 8_300
     BertModel(config).save_pretrained(model)
     (tmp_path / "work" / "drive").mkdir(parents=True)
     parallel = {"kind": "deepspeed", "zero_stage": 3, "offload_optimizer": "nvme", "nvme_path": "/job/drive"}
