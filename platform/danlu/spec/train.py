@@ -104,6 +104,9 @@ class TrainJob(Spec):
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """`auto`: bf16 if every worker's hardware multiplies it natively (GPUs since Ampere, AVX512-BF16, AMX), else fp32; see the plan.
     fp16 is for GPUs that lack bf16 (V100, T4): with a dynamic loss scale. Master weights are always float32."""
+    kernels: Literal["auto", "off"] = "auto"
+    """On a CPU in bf16, kernels for attention and encoder layers, compiled once for the machine (g++, some seconds) and kept in
+    TORCH_EXTENSIONS_DIR or the user's cache. Without a compiler, or with `off`, PyTorch's operations train the same, more slowly."""
 
     global_batch_size: PositiveInt = 32
     """Examples per optimizer step, over all workers and accumulation passes."""
@@ -225,6 +228,8 @@ class TrainJob(Spec):
         if self.precision == "fp16" and kind == "deepspeed" and not self.workers.gpus_per_worker:
             told = "precision=fp16 with parallel.kind=deepspeed needs GPUs: DeepSpeed has no fp16 on a CPU"
             raise ValueError(f"{told}; precision=bf16, workers.gpus_per_worker=1, or parallel.kind=ddp")
+        if self.kernels == "off" and (self.workers.gpus_per_worker or self.precision in ("fp32", "fp16")):
+            raise ValueError("kernels=off has no effect on a GPU or with precision=fp32 or fp16, where there are none; leave it out")
         if optim.ema_decay is not None and kind != "ddp":
             raise ValueError(f"optim.ema_decay averages whole weights, which parallel.kind={kind} shards; parallel.kind=ddp can")
         if isinstance(optim.optimizer, BnbAdamW) and optim.optimizer.paged and not self.workers.gpus_per_worker:
@@ -351,11 +356,7 @@ class TrainJob(Spec):
         """The service that hosts this job's bundle."""
         serve = self.serve or ServeAfterTraining()
         gpus = self.workers.gpus_per_worker
-        usual: dict[str, Engine] = {
-            "encoder": Encoder(),
-            "encoder_decoder": EncoderDecoder(num_gpus=gpus),
-            "torch": Torch(num_gpus=gpus),
-        }
+        usual: dict[str, Engine] = {"encoder": Encoder(), "encoder_decoder": EncoderDecoder(num_gpus=gpus), "torch": Torch(num_gpus=gpus)}
         return Service(
             name=self.name,
             bundle=bundle,

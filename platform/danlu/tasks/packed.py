@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from danlu.data.pack import Packed
 from danlu.errors import ModelError
+from danlu.tasks.fused_layer import use_fused_layers
 from danlu.tasks.packed_attention import ATTENTION
 
 log = logging.getLogger(__name__)
@@ -71,6 +72,8 @@ class PackedEncoder(PackedModel):
                 self.packed = True
             elif not try_packing(self, _lengths(model, self.first_position), partial(PackedEncoder.forward, self)) and hook is not None:
                 hook.remove()
+        if self.packed:
+            use_fused_layers(model)
 
     def call(self, input_ids: torch.Tensor, **arguments: torch.Tensor) -> torch.Tensor:
         """The model on [batch, length]: what its head says of each sequence, [batch, width], or of each token, [batch, length, width]."""

@@ -13,6 +13,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
+from danlu.tasks.fused_attention import FusedAttention, can_be_fused
+
 ATTENTION = "danlu_packed"
 
 LONGEST = 1024
@@ -48,6 +50,10 @@ def packed_attention(
         # What autocast would do to each piece.
         query, key, value = (tensor.to(torch.get_autocast_dtype(query.device.type)) for tensor in (query, key, value))
     learns = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
+    if learns and can_be_fused(query, key, value):
+        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+        fused = FusedAttention.apply(query, key, value, cu_seqlens, scaling, causal, window or 0, dropout)  # type: ignore[no-untyped-call]
+        return fused, None
     if learns and query.device.type == "cpu" and max(lengths) <= LONGEST:
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
         kept = _KeptAttention.apply(query, key, value, lengths, scaling, causal, window, dropout)  # type: ignore[no-untyped-call]

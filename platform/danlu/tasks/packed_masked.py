@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from danlu.tasks.fused_layer import use_fused_layers
 from danlu.tasks.packed import PackedModel, first_position, layer_stack, padded_rows, try_packing
 
 
@@ -28,7 +29,8 @@ class PackedMaskedLM(PackedModel):
         if layer_stack(model) is not None:
             self.first_position = first_position(model)
             table = int(getattr(model.config, "max_position_embeddings", 0) or 64) - self.first_position
-            try_packing(self, [5, 3, min(17, table), min(48, table)], self._every)
+            if try_packing(self, [5, 3, min(17, table), min(48, table)], self._every):
+                use_fused_layers(model)
 
     def forward(
         self,

@@ -21,6 +21,7 @@ from danlu.errors import DivergedError, ModelError
 from danlu.spec.parallel import Ddp, DeepSpeed, Pipeline, Tensor
 from danlu.spec.task import LOWER_IS_BETTER
 from danlu.spec.train import TrainJob
+from danlu.tasks.kernels import compiled_kernels
 from danlu.tasks.rows import Split, Splits
 from danlu.tasks.task import TaskFile, relative_to_start, task_file
 from danlu.train.checkpoint import Checkpoints, Progress, after_eval, improved
@@ -54,16 +55,19 @@ def num_steps(job: TrainJob, num_rows: int) -> int:
 
 def train(job: TrainJob, data: Splits, folder: Path, tokenizer: PreTrainedTokenizerBase, run: Run, run_uri: str) -> Outcome:
     """Train to the last step, going on from the last whole checkpoint if there is one. `folder` holds the pretrained model."""
+    dtype, on_cpu = compute_dtype(job, run), run.device.type == "cpu"
+    uses_kernels = on_cpu and dtype == torch.bfloat16 and job.kernels == "auto"
     # On a GPU steps leave host memory alone, and what data and checkpoints took is better given back.
-    with kept_memory() if run.device.type == "cpu" else nullcontext():
-        return _train(job, data, folder, tokenizer, run, run_uri)
+    with kept_memory() if on_cpu else nullcontext(), compiled_kernels() if uses_kernels else nullcontext():
+        return _train(job, data, folder, tokenizer, run, run_uri, dtype)
 
 
-def _train(job: TrainJob, data: Splits, folder: Path, tokenizer: PreTrainedTokenizerBase, run: Run, run_uri: str) -> Outcome:
+def _train(
+    job: TrainJob, data: Splits, folder: Path, tokenizer: PreTrainedTokenizerBase, run: Run, run_uri: str, dtype: torch.dtype
+) -> Outcome:
     steps = num_steps(job, len(data.train.encoded))
     eval_steps = job.evaluation.eval_steps or max(1, math.ceil(steps / 5))
     save_steps = job.checkpoint.save_steps or max(1, math.ceil(steps / 5))
-    dtype = compute_dtype(job, run)
     loss_scale = LossScale() if dtype == torch.float16 else None
     task = task_file(job.task)
     trainee = build(job, folder, data.label_names, dtype=dtype, num_steps=steps)

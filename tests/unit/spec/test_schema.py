@@ -372,6 +372,7 @@ GOOD: dict[str, tuple[type[Spec], Document]] = {
         for parallel in ({"kind": kind, "context_parallel_size": 2} for kind in ("ddp", "deepspeed", "fsdp"))
     },
     "float16": (TrainJob, JOB | {"precision": "fp16"}),
+    "PyTorch alone": (TrainJob, JOB | {"kernels": "off"}),
     **{
         f"parallel: {parallel}": (
             TrainJob,
@@ -523,6 +524,7 @@ BAD: dict[str, tuple[type[Spec], Document, str, object]] = {
         "evaluation.metric_for_best_model": ["bleu", 1],
         "checkpoint.save_total_limit": [1, 0],
         "precision": ["fp8", None, 32],
+        "kernels": ["on", False, None],
         "global_batch_size": [0, "32", 31.5, None],
         "num_train_epochs": [0, None],
         "max_steps": [0],

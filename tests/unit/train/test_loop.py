@@ -12,14 +12,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import write_tiny_model
 from peft import LoraConfig, TaskType, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
+from danlu.compiled import KernelsUnavailable
 from danlu.data.pack import Batches, pack_rows
 from danlu.errors import DanluError, ModelError, SpecError
 from danlu.spec.train import TrainJob
 from danlu.tasks import classification
+from danlu.tasks import kernels as compiled
 from danlu.tasks.rows import Splits
 from danlu.tasks.tokenizer import load_tokenizer
 from danlu.train.loop import Outcome, train
@@ -98,6 +101,41 @@ def test_a_killed_run_resumes_to_the_losses_of_the_uninterrupted_one(setting: Se
     assert min(resumed) == 4
     assert resumed == pytest.approx({step: loss for step, loss in losses(whole).items() if step >= 4}, abs=1e-6)
     assert outcome.steps == 8
+
+
+@pytest.fixture
+def wide(topic_files: dict[str, str], tmp_path: Path) -> Setting:
+    """A model whose layers the compiled kernels take."""
+    return Setting(write_tiny_model(tmp_path / "wide", hidden_size=64), topic_files, tmp_path)
+
+
+def test_compiled_kernels_train_what_pytorch_does(wide: Setting, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    curves = {}
+    for kernels in ("auto", "off"):
+        job = wide.job(precision="bf16", kernels=kernels, optim={"learning_rate": 1e-3, "schedule": {"kind": "constant"}}, max_steps=20)
+        curves[kernels] = losses(wide.run(job, kernels)[1])
+    assert curves["auto"] == pytest.approx(curves["off"], abs=2e-2), "what bf16 rounds"
+    assert curves["off"][20] < curves["off"][1] - 0.3
+    if not isinstance(compiled._kernels(), KernelsUnavailable):
+        assert curves["auto"] != curves["off"]
+    monkeypatch.setenv("CXX", "nosuch-g++")
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(wide.folder / "none"))
+    compiled._kernels.cache_clear()
+    try:
+        assert losses(wide.run(job.model_copy(update={"kernels": "auto"}), "no compiler")[1]) == curves["off"]
+    finally:
+        compiled._kernels.cache_clear()
+    assert caplog.text.count("there is no C++ compiler: nosuch-g++") == 1
+
+
+def test_a_killed_run_draws_the_same_dropout_from_compiled_kernels_when_it_goes_on(wide: Setting) -> None:
+    model = {"model_name_or_path": str(wide.model), "max_length": 32, "hidden_dropout": 0.2}
+    job = wide.job(precision="bf16", model=model, checkpoint={"save_steps": 3})
+    _, whole = wide.run(job, "whole")
+    with pytest.raises(Killed):
+        wide.run(job, "broken", killed_at(5))
+    _, rest = wide.run(job, "broken")
+    assert losses(rest) == {step: loss for step, loss in losses(whole).items() if step >= 4}
 
 
 def test_a_finished_run_is_not_trained_further(setting: Setting) -> None:

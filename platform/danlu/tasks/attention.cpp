@@ -1,0 +1,440 @@
+// Attention of packed rows, forward and backward, for training in bf16 on a CPU that multiplies it (AVX512-BF16, and AMX where it is there).
+// Built by kernels.py with nothing but a C++ compiler; plain pointers, no PyTorch headers.
+//
+// A unit of work is one row's key head with the query heads that share it: its scores never leave the core's cache. The forward keeps of
+// each query the logarithm of its sum; the backward makes the weights again from it (the idea of https://arxiv.org/abs/2205.14135).
+// One file, longer than others here: one command builds it, and it is the key of what is built.
+//
+// Sums are float; weights and their gradients are rounded to bf16 before they are multiplied, as everywhere under autocast.
+//
+// Matrices are multiplied in blocks of 32 x 32, so rows are padded to 32 tokens and heads have a multiple of 32 numbers. An instruction
+// takes the right factor's rows in pairs. Of a matrix M [tokens, dim] there are two such layouts:
+//   paired  [tokens / 2][dim][2]              M itself on the right: two tokens beside each other
+//   turned  [tokens / 16][dim / 2][16][2]     M transposed on the right: two numbers of a token beside each other
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <vector>
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
+#ifdef __AMX_BF16__
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+struct Attention {
+    const uint16_t *query, *key, *value;  // bf16: token t, head h at [t * stride + h * dim]
+    const uint16_t *out_gradient;         // [tokens, heads, dim]; backward only
+    uint16_t *out, *out_rest;             // [tokens, heads, dim]: in bf16, and what is lost by that, which the backward needs
+    float *log_sums;                      // [heads, tokens]
+    uint16_t *query_gradient, *key_gradient, *value_gradient;
+    const int32_t *starts;  // [rows + 1]
+    int64_t rows, heads, key_heads, dim;
+    int64_t query_stride, key_stride, value_stride;  // from token to token
+    int64_t gradient_stride, key_gradient_stride;    // of the query's; of the key's and the value's
+    int64_t causal, window;                          // window 0: none
+    float scaling, dropout;
+    uint64_t seed;
+};
+
+extern "C" int danlu_attention_ready();
+
+#ifndef __AVX512BF16__
+extern "C" int danlu_attention_ready() { return 0; }
+extern "C" void danlu_attention(const Attention*) { std::abort(); }
+extern "C" void danlu_attention_backward(const Attention*) { std::abort(); }
+#else
+
+namespace {
+
+constexpr int64_t BLOCK = 32;
+constexpr int64_t SPREAD = 32;  // behind a long line: lines a power of two apart would share a few lines of the cache
+
+int64_t whole(int64_t length) { return (length + BLOCK - 1) / BLOCK * BLOCK; }
+
+// ---------------------------------------------------------------------------------------------------------------- products
+
+#ifdef __AMX_BF16__
+struct alignas(64) TileShapes {
+    uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+struct Tiles {
+    Tiles() {
+        static const TileShapes shapes;
+        _tile_loadconfig(&shapes);
+    }
+    ~Tiles() { _tile_release(); }
+};
+#else
+struct Tiles {
+    Tiles() {}  // so that it counts as used
+};
+#endif
+
+// into [32, 32] (+)= left [32, 32 * steps] @ right. `right` and `right + beside` are its first and last 16 columns.
+inline void multiply(float* into, int64_t into_stride, bool add, const uint16_t* left, int64_t left_stride, const uint16_t* right,
+                     int64_t beside, int64_t right_stride, int64_t right_step, int64_t steps) {
+#ifdef __AMX_BF16__
+    asm volatile("" ::: "memory");  // GCC does not say that a tile's load reads memory
+    float *below = into + 16 * into_stride;
+    if (add) {
+        _tile_loadd(0, into, into_stride * 4);
+        _tile_loadd(1, into + 16, into_stride * 4);
+        _tile_loadd(2, below, into_stride * 4);
+        _tile_loadd(3, below + 16, into_stride * 4);
+    } else {
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+    }
+    for (int64_t step = 0; step < steps; ++step, left += 32, right += right_step) {
+        _tile_loadd(4, left, left_stride * 2);
+        _tile_loadd(6, right, right_stride * 2);
+        _tile_loadd(7, right + beside, right_stride * 2);
+        _tile_loadd(5, left + 16 * left_stride, left_stride * 2);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 4, 7);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+    }
+    _tile_stored(0, into, into_stride * 4);
+    _tile_stored(1, into + 16, into_stride * 4);
+    _tile_stored(2, below, into_stride * 4);
+    _tile_stored(3, below + 16, into_stride * 4);
+#else
+    for (int64_t top = 0; top < 32; top += 8) {
+        __m512 sums[8][2];
+        for (int i = 0; i < 8; ++i)
+            for (int j = 0; j < 2; ++j) sums[i][j] = add ? _mm512_loadu_ps(into + (top + i) * into_stride + 16 * j) : _mm512_setzero_ps();
+        for (int64_t step = 0; step < steps; ++step)
+            for (int64_t pair = 0; pair < 16; ++pair) {
+                const uint16_t* from = right + step * right_step + pair * right_stride;
+                const __m512bh first = (__m512bh)_mm512_loadu_si512(from), last = (__m512bh)_mm512_loadu_si512(from + beside);
+                for (int i = 0; i < 8; ++i) {
+                    int32_t two;
+                    std::memcpy(&two, left + (top + i) * left_stride + step * 32 + pair * 2, 4);
+                    const __m512bh all = (__m512bh)_mm512_set1_epi32(two);
+                    sums[i][0] = _mm512_dpbf16_ps(sums[i][0], all, first);
+                    sums[i][1] = _mm512_dpbf16_ps(sums[i][1], all, last);
+                }
+            }
+        for (int i = 0; i < 8; ++i)
+            for (int j = 0; j < 2; ++j) _mm512_storeu_ps(into + (top + i) * into_stride + 16 * j, sums[i][j]);
+    }
+#endif
+}
+
+// ---------------------------------------------------------------------------------------------------------------- vectors
+
+inline __m512 exponential(__m512 x) {  // Cephes' expf: within 2 ulp; 0 where it is no normal number, which the CPU takes its time over
+    const __m512 least = _mm512_set1_ps(-87.0f);
+    const __mmask16 normal = _mm512_cmp_ps_mask(x, least, _CMP_GT_OQ);
+    x = _mm512_max_ps(x, least);
+    const __m512 n = _mm512_roundscale_ps(x * 1.44269504f, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const __m512 r = x - n * 0.693359375f + n * 2.12194440e-4f;
+    __m512 y = r * 1.9875691500e-4f + 1.3981999507e-3f;
+    y = y * r + 8.3334519073e-3f;
+    y = y * r + 4.1665795894e-2f;
+    y = y * r + 1.6666665459e-1f;
+    y = y * r + 5.0000001201e-1f;
+    return _mm512_maskz_scalef_ps(normal, y * r * r + r + 1.0f, n);
+}
+
+inline __m512 widened(const uint16_t* from) {
+    return (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)from)), 16);
+}
+inline void store(uint16_t* to, __m512 x) { _mm256_storeu_si256((__m256i*)to, (__m256i)_mm512_cvtneps_pbh(x)); }
+
+const __m512i COUNT = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+
+inline uint32_t mixed(uint64_t x) {  // splitmix64
+    x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
+    x = (x ^ (x >> 27)) * 0x94d049bb133111ebu;
+    return uint32_t((x ^ (x >> 31)) >> 32);
+}
+inline __m512i mixed(__m512i x) {  // lowbias32 of https://github.com/skeeto/hash-prospector
+    x = _mm512_xor_si512(x, _mm512_srli_epi32(x, 16));
+    x = _mm512_mullo_epi32(x, _mm512_set1_epi32(0x7feb352d));
+    x = _mm512_xor_si512(x, _mm512_srli_epi32(x, 15));
+    x = _mm512_mullo_epi32(x, _mm512_set1_epi32(int32_t(0x846ca68bu)));
+    return _mm512_xor_si512(x, _mm512_srli_epi32(x, 16));
+}
+constexpr uint32_t APART = 0x9e3779b9u;  // of neighbouring keys
+
+// Which weights stay: a function of the call's seed, the query (`its`) and the key, in whichever order they are asked for.
+struct Dropout {
+    explicit Dropout(const Attention& call)
+        : on(call.dropout > 0), seed(call.seed), threshold(uint32_t(std::min(4294967295.0, double(call.dropout) * 4294967296.0))) {}
+    uint32_t of_query(int64_t head, int64_t token) const { return mixed(seed + uint64_t(head) * 0x9e3779b97f4a7c15u + uint64_t(token) * 0xd1342543de82ef95u); }
+    __mmask16 kept(__m512i sums) const { return _mm512_cmpge_epu32_mask(mixed(sums), _mm512_set1_epi32(int32_t(threshold))); }
+    bool on;
+    uint64_t seed;
+    uint32_t threshold;
+};
+
+// ---------------------------------------------------------------------------------------------------------------- layouts
+
+struct Rows {  // a head's tokens of one row
+    const uint16_t* from;
+    int64_t stride, length, dim;
+};
+
+void copy(const Rows& rows, uint16_t* to) {  // [whole(length)][dim], zeros behind
+    for (int64_t t = 0; t < rows.length; ++t) std::memcpy(to + t * rows.dim, rows.from + t * rows.stride, rows.dim * 2);
+    std::memset(to + rows.length * rows.dim, 0, (whole(rows.length) - rows.length) * rows.dim * 2);
+}
+
+void pair(const uint16_t* from, int64_t tokens, int64_t dim, uint16_t* to) {
+    const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3,
+                                           18, 2, 17, 1, 16, 0);
+    for (int64_t t = 0; t < tokens; t += 2)
+        for (int64_t d = 0; d < dim; d += 16) {
+            const __m256i one = _mm256_loadu_si256((const __m256i*)(from + t * dim + d));
+            const __m256i other = _mm256_loadu_si256((const __m256i*)(from + (t + 1) * dim + d));
+            const __m512i both = _mm512_inserti64x4(_mm512_castsi256_si512(one), other, 1);
+            _mm512_storeu_si512(to + t * dim + d * 2, _mm512_permutexvar_epi16(order, both));
+        }
+}
+
+void turn(const uint16_t* from, int64_t tokens, int64_t dim, uint16_t* to) {
+    const __m512i every = _mm512_mullo_epi32(COUNT, _mm512_set1_epi32(int32_t(dim * 2)));
+    for (int64_t t = 0; t < tokens; t += 16)
+        for (int64_t d = 0; d < dim; d += 2, to += 32) _mm512_storeu_si512(to, _mm512_i32gather_epi32(every, from + t * dim + d, 1));
+}
+
+// A turned block of 32 tokens as a left factor: [dim][32].
+void flatten(const uint16_t* turned, int64_t dim, uint16_t* to) {
+    for (int64_t half = 0; half < 2; ++half)
+        for (int64_t d = 0; d < dim; d += 2, turned += 32) {
+            const __m512i both = _mm512_loadu_si512(turned);
+            _mm256_storeu_si256((__m256i*)(to + d * 32 + half * 16), _mm512_cvtepi32_epi16(both));
+            _mm256_storeu_si256((__m256i*)(to + (d + 1) * 32 + half * 16), _mm512_cvtepi32_epi16(_mm512_srli_epi32(both, 16)));
+        }
+}
+
+class Room {  // of a thread, for its matrices; grows and stays
+  public:
+    void reserve(int64_t bytes) {
+        if (bytes > size_) {
+            std::free(start_);
+            start_ = static_cast<char*>(std::aligned_alloc(64, (bytes + 63) / 64 * 64));
+            if (start_ == nullptr) std::abort();
+            size_ = bytes;
+        }
+        next_ = start_;
+    }
+    template <typename T> T* take(int64_t number) {
+        T* found = reinterpret_cast<T*>(next_);
+        next_ += (number * int64_t(sizeof(T)) + 63) / 64 * 64;
+        return found;
+    }
+    ~Room() { std::free(start_); }
+
+  private:
+    char *start_ = nullptr, *next_ = nullptr;
+    int64_t size_ = 0;
+};
+thread_local Room room;
+
+struct Unit {  // a row's key head
+    Unit(const Attention& call, int64_t index)
+        : key_head(index % call.key_heads), start(call.starts[index / call.key_heads]),
+          length(call.starts[index / call.key_heads + 1] - start), padded(whole(length)) {}
+    Rows rows(const uint16_t* from, int64_t stride, int64_t head, int64_t dim) const {
+        return {from + start * stride + head * dim, stride, length, dim};
+    }
+    int64_t key_head, start, length, padded;
+};
+
+// ---------------------------------------------------------------------------------------------------------------- forward
+
+void forward(const Attention& call, const Unit& unit) {
+    const int64_t dim = call.dim, length = unit.length, padded = unit.padded, groups = call.heads / call.key_heads;
+    const int64_t wide = padded + SPREAD;
+    const Dropout dropout(call);
+    room.reserve(padded * dim * 2 * 4 + BLOCK * dim * 6 + BLOCK * wide * 6 + 4096);
+    uint16_t *plain = room.take<uint16_t>(padded * dim), *keys = room.take<uint16_t>(padded * dim), *values = room.take<uint16_t>(padded * dim);
+    uint16_t *queries = room.take<uint16_t>(padded * dim), *weights = room.take<uint16_t>(BLOCK * wide);
+    float *scores = room.take<float>(BLOCK * wide), *sums = room.take<float>(BLOCK * dim);
+    copy(unit.rows(call.key, call.key_stride, unit.key_head, dim), plain);
+    turn(plain, padded, dim, keys);
+    copy(unit.rows(call.value, call.value_stride, unit.key_head, dim), plain);
+    pair(plain, padded, dim, values);
+    for (int64_t head = unit.key_head * groups; head < (unit.key_head + 1) * groups; ++head) {
+        copy(unit.rows(call.query, call.query_stride, head, dim), queries);
+        for (int64_t top = 0; top < length; top += BLOCK) {
+            const int64_t end = call.causal ? std::min(padded, top + BLOCK) : padded;
+            const int64_t begin = call.window ? std::max<int64_t>(0, top - call.window + 1) / BLOCK * BLOCK : 0;
+            for (int64_t k = begin; k < end; k += BLOCK)
+                multiply(scores + k, wide, false, queries + top * dim, dim, keys + k * dim, 16 * dim, 32, 16 * 32, dim / 32);
+            float inverse[BLOCK];
+            for (int64_t i = 0; i < BLOCK; ++i) {
+                uint16_t* to = weights + i * wide;
+                const int64_t token = top + i;
+                if (token >= length) {
+                    std::memset(to + begin, 0, (end - begin) * 2);
+                    continue;
+                }
+                float* from = scores + i * wide;
+                const int64_t last = call.causal ? token + 1 : length;
+                const int64_t first = call.window ? std::max<int64_t>(0, token - call.window + 1) : 0;
+                for (int64_t k = begin; k < first; ++k) from[k] = -INFINITY;
+                for (int64_t k = last; k < end; ++k) from[k] = -INFINITY;
+                __m512 largest = _mm512_set1_ps(-INFINITY);
+                for (int64_t k = begin; k < end; k += 16) largest = _mm512_max_ps(largest, _mm512_loadu_ps(from + k));
+                const float top_score = _mm512_reduce_max_ps(largest) * call.scaling;
+                __m512 sum = _mm512_setzero_ps();
+                const __m512i its = _mm512_set1_epi32(int32_t(dropout.on ? dropout.of_query(head, unit.start + token) : 0));
+                for (int64_t k = begin; k < end; k += 16) {
+                    __m512 weight = exponential(_mm512_loadu_ps(from + k) * call.scaling - top_score);
+                    sum += weight;
+                    if (dropout.on) {
+                        const __m512i place = _mm512_mullo_epi32(_mm512_add_epi32(COUNT, _mm512_set1_epi32(int32_t(k))), _mm512_set1_epi32(int32_t(APART)));
+                        weight = _mm512_maskz_mov_ps(dropout.kept(_mm512_add_epi32(its, place)), weight);
+                    }
+                    store(to + k, weight);
+                }
+                const float total = _mm512_reduce_add_ps(sum);
+                inverse[i] = 1.0f / (total * (1.0f - call.dropout));
+                call.log_sums[head * call.starts[call.rows] + unit.start + token] = top_score + std::log(total);
+            }
+            for (int64_t d = 0; d < dim; d += BLOCK)
+                multiply(sums + d, dim, false, weights + begin, wide, values + begin * dim + d * 2, 32, dim * 2, 32 * dim, (end - begin) / 32);
+            for (int64_t i = 0; i < std::min(BLOCK, length - top); ++i) {
+                const int64_t at = ((unit.start + top + i) * call.heads + head) * dim;
+                for (int64_t d = 0; d < dim; d += 16) {
+                    const __m512 out = _mm512_loadu_ps(sums + i * dim + d) * inverse[i];
+                    store(call.out + at + d, out);
+                    store(call.out_rest + at + d, out - widened(call.out + at + d));
+                }
+            }
+        }
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------------- backward
+
+// Scores are made turned, [keys, queries]: sums over queries are then products of whole rows, and what a query has of its own is a vector.
+void backward(const Attention& call, const Unit& unit) {
+    const int64_t dim = call.dim, length = unit.length, padded = unit.padded, groups = call.heads / call.key_heads;
+    const int64_t wide = padded + SPREAD;
+    const Dropout dropout(call);
+    room.reserve(padded * dim * 2 * 9 + (padded * 2 + wide) * dim * 4 + BLOCK * wide * 6 + BLOCK * dim * 2 + BLOCK * BLOCK * 8 + padded * 12 + 8192);
+    const auto matrix = [&] { return room.take<uint16_t>(padded * dim); };
+    uint16_t *keys = matrix(), *values = matrix(), *keys_turned = matrix();
+    uint16_t *plain = matrix(), *queries_turned = matrix(), *queries_paired = matrix(), *outs_turned = matrix(), *outs_paired = matrix();
+    uint16_t *weights = room.take<uint16_t>(BLOCK * wide), *of_scores = room.take<uint16_t>(BLOCK * wide);
+    uint16_t *of_scores_paired = room.take<uint16_t>(BLOCK * wide), *keys_left = room.take<uint16_t>(BLOCK * dim);
+    float *of_keys = room.take<float>(padded * dim), *of_values = room.take<float>(padded * dim), *of_queries = room.take<float>(dim * wide);
+    float *scores = room.take<float>(BLOCK * BLOCK), *of_weights = room.take<float>(BLOCK * BLOCK);
+    float *log_sums = room.take<float>(padded), *alongs = room.take<float>(padded);
+    int32_t* draws = room.take<int32_t>(padded);
+    copy(unit.rows(call.key, call.key_stride, unit.key_head, dim), keys);
+    turn(keys, padded, dim, keys_turned);
+    copy(unit.rows(call.value, call.value_stride, unit.key_head, dim), values);
+    const float scale = 1.0f / (1.0f - call.dropout);
+    for (int64_t g = 0; g < groups; ++g) {
+        const int64_t head = unit.key_head * groups + g;
+        copy(unit.rows(call.query, call.query_stride, head, dim), plain);
+        turn(plain, padded, dim, queries_turned);
+        pair(plain, padded, dim, queries_paired);
+        const Rows outs = unit.rows(call.out_gradient, call.heads * dim, head, dim);
+        copy(outs, plain);
+        turn(plain, padded, dim, outs_turned);
+        pair(plain, padded, dim, outs_paired);
+        for (int64_t t = 0; t < padded; ++t) {
+            __m512 along = _mm512_setzero_ps();
+            const int64_t at = ((unit.start + t) * call.heads + head) * dim;
+            for (int64_t d = 0; d < dim && t < length; d += 16)
+                along += widened(plain + t * dim + d) * (widened(call.out + at + d) + widened(call.out_rest + at + d));
+            alongs[t] = _mm512_reduce_add_ps(along);
+            log_sums[t] = t < length ? call.log_sums[head * call.starts[call.rows] + unit.start + t] : 0.0f;
+            draws[t] = int32_t(dropout.on ? dropout.of_query(head, unit.start + t) : 0);
+        }
+        std::memset(of_queries, 0, dim * wide * 4);
+        for (int64_t top = 0; top < length; top += BLOCK) {  // keys
+            const int64_t begin = call.causal ? top : 0;
+            const int64_t end = call.window ? std::min(padded, whole(top + BLOCK + call.window - 1)) : padded;
+            for (int64_t q = begin; q < end; q += BLOCK) {
+                multiply(scores, BLOCK, false, keys + top * dim, dim, queries_turned + q * dim, 16 * dim, 32, 16 * 32, dim / 32);
+                multiply(of_weights, BLOCK, false, values + top * dim, dim, outs_turned + q * dim, 16 * dim, 32, 16 * 32, dim / 32);
+                for (int64_t i = 0; i < BLOCK; ++i) {
+                    const int64_t key = top + i;
+                    const __m512i place = _mm512_set1_epi32(int32_t(uint32_t(key) * APART));
+                    for (int64_t j = 0; j < BLOCK; j += 16) {
+                        const int64_t query = q + j;
+                        __mmask16 seen = key < length ? 0xffff : 0;
+                        if (call.causal) {
+                            const __m512i behind = _mm512_sub_epi32(_mm512_add_epi32(COUNT, _mm512_set1_epi32(int32_t(query))), _mm512_set1_epi32(int32_t(key)));
+                            seen &= _mm512_cmpge_epi32_mask(behind, _mm512_setzero_si512());
+                            if (call.window) seen &= _mm512_cmplt_epi32_mask(behind, _mm512_set1_epi32(int32_t(call.window)));
+                        }
+                        const __m512 score = _mm512_loadu_ps(scores + i * BLOCK + j) * call.scaling - _mm512_loadu_ps(log_sums + query);
+                        const __m512 weight = _mm512_maskz_mov_ps(seen, exponential(score));
+                        __m512 dropped = weight, gradient = _mm512_loadu_ps(of_weights + i * BLOCK + j);
+                        if (dropout.on) {
+                            const __mmask16 kept = dropout.kept(_mm512_add_epi32(_mm512_loadu_si512(draws + query), place));
+                            dropped = _mm512_maskz_mov_ps(kept, weight * scale);
+                            gradient = _mm512_maskz_mov_ps(kept, gradient * scale);
+                        }
+                        store(weights + i * wide + query, dropped);
+                        store(of_scores + i * wide + query, weight * (gradient - _mm512_loadu_ps(alongs + query)) * call.scaling);
+                    }
+                }
+            }
+            const int64_t steps = (end - begin) / 32;
+            for (int64_t d = 0; d < dim; d += BLOCK) {
+                multiply(of_values + top * dim + d, dim, g > 0, weights + begin, wide, outs_paired + begin * dim + d * 2, 32, dim * 2, 32 * dim, steps);
+                multiply(of_keys + top * dim + d, dim, g > 0, of_scores + begin, wide, queries_paired + begin * dim + d * 2, 32, dim * 2, 32 * dim, steps);
+            }
+            flatten(keys_turned + top * dim, dim, keys_left);
+            pair(of_scores, BLOCK, wide, of_scores_paired);
+            for (int64_t d = 0; d < dim; d += BLOCK)
+                for (int64_t q = begin; q < end; q += BLOCK)
+                    multiply(of_queries + d * wide + q, wide, true, keys_left + d * 32, 32, of_scores_paired + q * 2, 32, wide * 2, 0, 1);
+        }
+        const __m512i every = _mm512_mullo_epi32(COUNT, _mm512_set1_epi32(int32_t(wide * 4)));
+        for (int64_t t = 0; t < length; ++t) {
+            uint16_t* to = call.query_gradient + (unit.start + t) * call.gradient_stride + head * dim;
+            for (int64_t d = 0; d < dim; d += 16) store(to + d, _mm512_i32gather_ps(every, of_queries + d * wide + t, 1));
+        }
+    }
+    for (int64_t t = 0; t < length; ++t) {
+        const int64_t at = (unit.start + t) * call.key_gradient_stride + unit.key_head * dim;
+        for (int64_t d = 0; d < dim; d += 16) {
+            store(call.key_gradient + at + d, _mm512_loadu_ps(of_keys + t * dim + d));
+            store(call.value_gradient + at + d, _mm512_loadu_ps(of_values + t * dim + d));
+        }
+    }
+}
+
+template <typename Run> void each_unit(const Attention& call, Run run) {
+#pragma omp parallel
+    {
+        const Tiles tiles;
+#pragma omp for schedule(dynamic)
+        for (int64_t index = 0; index < call.rows * call.key_heads; ++index) run(call, Unit(call, index));
+    }
+}
+
+}  // namespace
+
+// 1 if this process may use them: the system gives AMX to who asks.
+extern "C" int danlu_attention_ready() {
+#ifdef __AMX_BF16__
+    constexpr long REQUEST_PERMISSION = 0x1023, TILE_DATA = 18;
+    return syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
+#else
+    return 1;
+#endif
+}
+extern "C" void danlu_attention(const Attention* call) { each_unit(*call, forward); }
+extern "C" void danlu_attention_backward(const Attention* call) { each_unit(*call, backward); }
+#endif
