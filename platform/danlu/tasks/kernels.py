@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from danlu.compiled import KernelsUnavailable, build, cache_folder
+from danlu.compiled import KernelsUnavailable, library
 
 log = logging.getLogger(__name__)
 
@@ -90,9 +90,7 @@ def loaded() -> Kernels:
 def _kernels() -> Kernels | KernelsUnavailable:
     here = Path(__file__).parent
     try:
-        attention, layers, products = (
-            ctypes.CDLL(str(build(name, here / f"{name}.cpp", cache_folder()))) for name in ("attention", "layers", "products")
-        )
+        attention, layers, products = (ctypes.CDLL(str(library(here / f"{name}.cpp"))) for name in ("attention", "layers", "products"))
     except KernelsUnavailable as error:
         return error
     except OSError as error:
