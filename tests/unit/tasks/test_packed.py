@@ -67,7 +67,9 @@ def test_packed_answers_and_gradients_are_those_of_each_row_alone(family: str) -
     expected.square().sum().backward()
     for (name, ours), theirs in zip(packed.model.named_parameters(), alone.parameters(), strict=True):
         if theirs.grad is not None:
-            torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-3, atol=1e-4, msg=name)
+            # An element is a sum of terms as large as the largest: that is what float32 rounds (1.2e-7 a term).
+            rounding = max(1e-4, 3e-6 * float(theirs.grad.abs().max()))
+            torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-3, atol=rounding, msg=name)
 
 
 def test_more_tokens_than_the_position_table_has_can_be_packed() -> None:
