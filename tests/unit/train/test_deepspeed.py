@@ -51,16 +51,6 @@ def test_a_machine_without_libaio_is_told_what_to_install_before_a_worker_starts
 
 
 @pytest.mark.usefixtures("libaio")
-@pytest.mark.parametrize("libaio", [False], indirect=True)
-def test_an_op_that_came_with_deepspeed_needs_nothing_to_build_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("deepspeed.git_version_info.installed_ops", {"async_io": 1, "pin_memory": 1})
-    check_nvme(spec(tmp_path), CPU)
-    monkeypatch.setattr("deepspeed.git_version_info.accelerator_name", "cuda")  # the gpu image's, where there is none
-    with pytest.raises(ResourceError, match="cannot be built here"):
-        check_nvme(spec(tmp_path), CPU)
-
-
-@pytest.mark.usefixtures("libaio")
 @pytest.mark.parametrize("libaio", [True], indirect=True)
 def test_a_path_that_is_no_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ResourceError, match=r"missing does not exist; it has to be a folder") as raised:

@@ -90,7 +90,7 @@ def check_nvme(spec: DeepSpeed, device: torch.device) -> None:
     from deepspeed.accelerator import get_accelerator
 
     builder = get_accelerator().create_op_builder("AsyncIOBuilder")
-    if not _is_installed("async_io") and (builder is None or not builder.is_compatible(verbose=False)):
+    if builder is None or not builder.is_compatible(verbose=False):
         raise ResourceError(
             "offloading to nvme needs DeepSpeed's async_io op, which cannot be built here: libaio's library and headers are missing",
             where="parallel.offload_param",
@@ -98,14 +98,6 @@ def check_nvme(spec: DeepSpeed, device: torch.device) -> None:
         )
     assert spec.nvme_path is not None
     check_folder(spec.nvme_path)
-
-
-def _is_installed(op: str) -> bool:
-    """Whether the op came compiled with DeepSpeed, as an image's does: it is loaded as it is then, and nothing is needed to build it."""
-    from deepspeed.accelerator import get_accelerator
-    from deepspeed.git_version_info import accelerator_name, installed_ops
-
-    return bool(installed_ops.get(op)) and accelerator_name == get_accelerator()._name
 
 
 class DeepSpeedStrategy(OneByOne):
