@@ -5,12 +5,14 @@ An image's pods have no compiler: `python -m danlu.compiled` puts a library for 
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import hashlib
 import importlib.metadata
 import logging
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -25,6 +27,7 @@ log = logging.getLogger(__name__)
 
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-fPIC", "-shared")
 BUILD_TIMEOUT_S = 300
+INCLUDE = re.compile(r'^#include "(.+)"$', re.MULTILINE)
 
 
 class KernelsUnavailable(Exception):
@@ -53,10 +56,13 @@ LEVELS = (
 """The widest first. https://gitlab.com/x86-psABIs/x86-64-ABI says what x86-64-v3 and v4 are."""
 
 
-def library(source: Path) -> Path:
+def load(source: Path) -> ctypes.CDLL:
     """The library of a source: the one that the image brings, else built, if this CPU, compiler and source have not been seen here before.
     KernelsUnavailable says why not."""
-    return find_prebuilt(source) or build(source, cache_folder())
+    try:
+        return ctypes.CDLL(str(find_prebuilt(source) or build(source, cache_folder())))
+    except OSError as error:
+        raise KernelsUnavailable(f"they cannot be loaded: {error}") from error
 
 
 def cache_folder() -> Path:
@@ -92,7 +98,7 @@ def find_prebuilt(source: Path, flags: frozenset[str] | None = None) -> Path | N
 
 
 def prebuilt_path(source: Path, level: Level) -> Path:
-    digest = hashlib.sha256(source.read_bytes()).hexdigest()[:16]
+    digest = hashlib.sha256(_text(source).encode()).hexdigest()[:16]
     return source.with_name(f"{source.stem}-{level.name}-{digest}.so")
 
 
@@ -138,11 +144,17 @@ def _locked(path: Path) -> Iterator[None]:
         yield
 
 
+def _text(source: Path) -> str:
+    """Of a source, and of the files beside it that it includes."""
+    text = source.read_text(encoding="utf-8")
+    return text + "".join(source.with_name(name).read_text(encoding="utf-8") for name in INCLUDE.findall(text))
+
+
 def _key(compiler: list[str], source: Path, flags: tuple[str, ...]) -> str:
     """What the library depends on: a cache may be shared by machines that differ."""
     asked = subprocess.run([*compiler, "--version"], capture_output=True, text=True, timeout=BUILD_TIMEOUT_S, check=False)
     torch = importlib.metadata.version("torch")
-    parts = (source.read_text(encoding="utf-8"), asked.stdout, *flags, torch, platform.machine(), _cpu_flags())
+    parts = (_text(source), asked.stdout, *flags, torch, platform.machine(), _cpu_flags())
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 

@@ -31,6 +31,11 @@ def test_who_comes_at_the_same_time_builds_once(tmp_path: Path, monkeypatch: pyt
     assert [found.name for found in (tmp_path / "cache").iterdir() if found.suffix != ".lock"] == [path.name]
     source.write_text("// another")
     assert compiled.build(source, tmp_path / "cache") != path, "what was built is not that source's"
+    source.write_text('#include "some.h"\n')
+    (tmp_path / "some.h").write_text("")
+    before = compiled.build(source, tmp_path / "cache")
+    (tmp_path / "some.h").write_text("// another")
+    assert compiled.build(source, tmp_path / "cache") != before, "what it includes is part of it"
     source.write_text("")
     monkeypatch.setattr(compiled, "_cpu_flags", lambda: "another CPU's")
     assert compiled.build(source, tmp_path / "cache") != path, "a cache may be shared by machines that differ"

@@ -3,7 +3,6 @@
 //
 // A unit of work is one row's key head with the query heads that share it: its scores never leave the core's cache. The forward keeps of
 // each query the logarithm of its sum; the backward makes the weights again from it (the idea of https://arxiv.org/abs/2205.14135).
-// One file, longer than others here: one command builds it, and it is the key of what is built.
 //
 // Sums are float; weights and their gradients are rounded to bf16 before they are multiplied, as everywhere under autocast.
 //
@@ -17,14 +16,8 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
-#include <vector>
-#ifdef __AVX512BF16__
-#include <immintrin.h>
-#endif
-#ifdef __AMX_BF16__
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
+
+#include "blocks.h"
 
 struct Attention {
     const uint16_t *query, *key, *value;  // bf16: token t, head h at [t * stride + h * dim]
@@ -55,81 +48,6 @@ constexpr int64_t BLOCK = 32;
 constexpr int64_t SPREAD = 32;  // behind a long line: lines a power of two apart would share a few lines of the cache
 
 int64_t whole(int64_t length) { return (length + BLOCK - 1) / BLOCK * BLOCK; }
-
-// ---------------------------------------------------------------------------------------------------------------- products
-
-#ifdef __AMX_BF16__
-struct alignas(64) TileShapes {
-    uint8_t palette = 1, start_row = 0, reserved[14] = {};
-    uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-};
-struct Tiles {
-    Tiles() {
-        static const TileShapes shapes;
-        _tile_loadconfig(&shapes);
-    }
-    ~Tiles() { _tile_release(); }
-};
-#else
-struct Tiles {
-    Tiles() {}  // so that it counts as used
-};
-#endif
-
-// into [32, 32] (+)= left [32, 32 * steps] @ right. `right` and `right + beside` are its first and last 16 columns.
-inline void multiply(float* into, int64_t into_stride, bool add, const uint16_t* left, int64_t left_stride, const uint16_t* right,
-                     int64_t beside, int64_t right_stride, int64_t right_step, int64_t steps) {
-#ifdef __AMX_BF16__
-    asm volatile("" ::: "memory");  // GCC does not say that a tile's load reads memory
-    float *below = into + 16 * into_stride;
-    if (add) {
-        _tile_loadd(0, into, into_stride * 4);
-        _tile_loadd(1, into + 16, into_stride * 4);
-        _tile_loadd(2, below, into_stride * 4);
-        _tile_loadd(3, below + 16, into_stride * 4);
-    } else {
-        _tile_zero(0);
-        _tile_zero(1);
-        _tile_zero(2);
-        _tile_zero(3);
-    }
-    for (int64_t step = 0; step < steps; ++step, left += 32, right += right_step) {
-        _tile_loadd(4, left, left_stride * 2);
-        _tile_loadd(6, right, right_stride * 2);
-        _tile_loadd(7, right + beside, right_stride * 2);
-        _tile_loadd(5, left + 16 * left_stride, left_stride * 2);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_dpbf16ps(1, 4, 7);
-        _tile_dpbf16ps(2, 5, 6);
-        _tile_dpbf16ps(3, 5, 7);
-    }
-    _tile_stored(0, into, into_stride * 4);
-    _tile_stored(1, into + 16, into_stride * 4);
-    _tile_stored(2, below, into_stride * 4);
-    _tile_stored(3, below + 16, into_stride * 4);
-#else
-    for (int64_t top = 0; top < 32; top += 8) {
-        __m512 sums[8][2];
-        for (int i = 0; i < 8; ++i)
-            for (int j = 0; j < 2; ++j) sums[i][j] = add ? _mm512_loadu_ps(into + (top + i) * into_stride + 16 * j) : _mm512_setzero_ps();
-        for (int64_t step = 0; step < steps; ++step)
-            for (int64_t pair = 0; pair < 16; ++pair) {
-                const uint16_t* from = right + step * right_step + pair * right_stride;
-                const __m512bh first = (__m512bh)_mm512_loadu_si512(from), last = (__m512bh)_mm512_loadu_si512(from + beside);
-                for (int i = 0; i < 8; ++i) {
-                    int32_t two;
-                    std::memcpy(&two, left + (top + i) * left_stride + step * 32 + pair * 2, 4);
-                    const __m512bh all = (__m512bh)_mm512_set1_epi32(two);
-                    sums[i][0] = _mm512_dpbf16_ps(sums[i][0], all, first);
-                    sums[i][1] = _mm512_dpbf16_ps(sums[i][1], all, last);
-                }
-            }
-        for (int i = 0; i < 8; ++i)
-            for (int j = 0; j < 2; ++j) _mm512_storeu_ps(into + (top + i) * into_stride + 16 * j, sums[i][j]);
-    }
-#endif
-}
 
 // ---------------------------------------------------------------------------------------------------------------- vectors
 
@@ -181,6 +99,8 @@ struct Dropout {
 
 // ---------------------------------------------------------------------------------------------------------------- layouts
 
+Left rows_of(const uint16_t* from, int64_t stride) { return {from, stride, 16 * stride, BLOCK}; }
+
 struct Rows {  // a head's tokens of one row
     const uint16_t* from;
     int64_t stride, length, dim;
@@ -192,14 +112,11 @@ void copy(const Rows& rows, uint16_t* to) {  // [whole(length)][dim], zeros behi
 }
 
 void pair(const uint16_t* from, int64_t tokens, int64_t dim, uint16_t* to) {
-    const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3,
-                                           18, 2, 17, 1, 16, 0);
     for (int64_t t = 0; t < tokens; t += 2)
         for (int64_t d = 0; d < dim; d += 16) {
             const __m256i one = _mm256_loadu_si256((const __m256i*)(from + t * dim + d));
             const __m256i other = _mm256_loadu_si256((const __m256i*)(from + (t + 1) * dim + d));
-            const __m512i both = _mm512_inserti64x4(_mm512_castsi256_si512(one), other, 1);
-            _mm512_storeu_si512(to + t * dim + d * 2, _mm512_permutexvar_epi16(order, both));
+            _mm512_storeu_si512(to + t * dim + d * 2, paired(one, other));
         }
 }
 
@@ -218,30 +135,6 @@ void flatten(const uint16_t* turned, int64_t dim, uint16_t* to) {
             _mm256_storeu_si256((__m256i*)(to + (d + 1) * 32 + half * 16), _mm512_cvtepi32_epi16(_mm512_srli_epi32(both, 16)));
         }
 }
-
-class Room {  // of a thread, for its matrices; grows and stays
-  public:
-    void reserve(int64_t bytes) {
-        if (bytes > size_) {
-            std::free(start_);
-            start_ = static_cast<char*>(std::aligned_alloc(64, (bytes + 63) / 64 * 64));
-            if (start_ == nullptr) std::abort();
-            size_ = bytes;
-        }
-        next_ = start_;
-    }
-    template <typename T> T* take(int64_t number) {
-        T* found = reinterpret_cast<T*>(next_);
-        next_ += (number * int64_t(sizeof(T)) + 63) / 64 * 64;
-        return found;
-    }
-    ~Room() { std::free(start_); }
-
-  private:
-    char *start_ = nullptr, *next_ = nullptr;
-    int64_t size_ = 0;
-};
-thread_local Room room;
 
 struct Unit {  // a row's key head
     Unit(const Attention& call, int64_t index)
@@ -273,7 +166,7 @@ void forward(const Attention& call, const Unit& unit) {
             const int64_t end = call.causal ? std::min(padded, top + BLOCK) : padded;
             const int64_t begin = call.window ? std::max<int64_t>(0, top - call.window + 1) / BLOCK * BLOCK : 0;
             for (int64_t k = begin; k < end; k += BLOCK)
-                multiply(scores + k, wide, false, queries + top * dim, dim, keys + k * dim, 16 * dim, 32, 16 * 32, dim / 32);
+                multiply(scores + k, wide, false, rows_of(queries + top * dim, dim), {keys + k * dim, 32, 16 * dim, 16 * 32}, dim / 32);
             float inverse[BLOCK];
             for (int64_t i = 0; i < BLOCK; ++i) {
                 uint16_t* to = weights + i * wide;
@@ -306,7 +199,7 @@ void forward(const Attention& call, const Unit& unit) {
                 call.log_sums[head * call.starts[call.rows] + unit.start + token] = top_score + std::log(total);
             }
             for (int64_t d = 0; d < dim; d += BLOCK)
-                multiply(sums + d, dim, false, weights + begin, wide, values + begin * dim + d * 2, 32, dim * 2, 32 * dim, (end - begin) / 32);
+                multiply(sums + d, dim, false, rows_of(weights + begin, wide), {values + begin * dim + d * 2, dim * 2, 32, 32 * dim}, (end - begin) / 32);
             for (int64_t i = 0; i < std::min(BLOCK, length - top); ++i) {
                 const int64_t at = ((unit.start + top + i) * call.heads + head) * dim;
                 for (int64_t d = 0; d < dim; d += 16) {
@@ -363,8 +256,8 @@ void backward(const Attention& call, const Unit& unit) {
             const int64_t begin = call.causal ? top : 0;
             const int64_t end = call.window ? std::min(padded, whole(top + BLOCK + call.window - 1)) : padded;
             for (int64_t q = begin; q < end; q += BLOCK) {
-                multiply(scores, BLOCK, false, keys + top * dim, dim, queries_turned + q * dim, 16 * dim, 32, 16 * 32, dim / 32);
-                multiply(of_weights, BLOCK, false, values + top * dim, dim, outs_turned + q * dim, 16 * dim, 32, 16 * 32, dim / 32);
+                multiply(scores, BLOCK, false, rows_of(keys + top * dim, dim), {queries_turned + q * dim, 32, 16 * dim, 16 * 32}, dim / 32);
+                multiply(of_weights, BLOCK, false, rows_of(values + top * dim, dim), {outs_turned + q * dim, 32, 16 * dim, 16 * 32}, dim / 32);
                 for (int64_t i = 0; i < BLOCK; ++i) {
                     const int64_t key = top + i;
                     const __m512i place = _mm512_set1_epi32(int32_t(uint32_t(key) * APART));
@@ -391,14 +284,14 @@ void backward(const Attention& call, const Unit& unit) {
             }
             const int64_t steps = (end - begin) / 32;
             for (int64_t d = 0; d < dim; d += BLOCK) {
-                multiply(of_values + top * dim + d, dim, g > 0, weights + begin, wide, outs_paired + begin * dim + d * 2, 32, dim * 2, 32 * dim, steps);
-                multiply(of_keys + top * dim + d, dim, g > 0, of_scores + begin, wide, queries_paired + begin * dim + d * 2, 32, dim * 2, 32 * dim, steps);
+                multiply(of_values + top * dim + d, dim, g > 0, rows_of(weights + begin, wide), {outs_paired + begin * dim + d * 2, dim * 2, 32, 32 * dim}, steps);
+                multiply(of_keys + top * dim + d, dim, g > 0, rows_of(of_scores + begin, wide), {queries_paired + begin * dim + d * 2, dim * 2, 32, 32 * dim}, steps);
             }
             flatten(keys_turned + top * dim, dim, keys_left);
             pair(of_scores, BLOCK, wide, of_scores_paired);
             for (int64_t d = 0; d < dim; d += BLOCK)
                 for (int64_t q = begin; q < end; q += BLOCK)
-                    multiply(of_queries + d * wide + q, wide, true, keys_left + d * 32, 32, of_scores_paired + q * 2, 32, wide * 2, 0, 1);
+                    multiply(of_queries + d * wide + q, wide, true, rows_of(keys_left + d * 32, 32), {of_scores_paired + q * 2, wide * 2, 32, 0}, 1);
         }
         const __m512i every = _mm512_mullo_epi32(COUNT, _mm512_set1_epi32(int32_t(wide * 4)));
         for (int64_t t = 0; t < length; ++t) {
@@ -429,8 +322,7 @@ template <typename Run> void each_unit(const Attention& call, Run run) {
 // 1 if this process may use them: the system gives AMX to who asks.
 extern "C" int danlu_attention_ready() {
 #ifdef __AMX_BF16__
-    constexpr long REQUEST_PERMISSION = 0x1023, TILE_DATA = 18;
-    return syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
+    return lent_tiles();
 #else
     return 1;
 #endif

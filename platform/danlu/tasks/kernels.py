@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from danlu.compiled import KernelsUnavailable, library
+from danlu.compiled import KernelsUnavailable, load
 
 log = logging.getLogger(__name__)
 
@@ -90,11 +90,9 @@ def loaded() -> Kernels:
 def _kernels() -> Kernels | KernelsUnavailable:
     here = Path(__file__).parent
     try:
-        attention, layers, products = (ctypes.CDLL(str(library(here / f"{name}.cpp"))) for name in ("attention", "layers", "products"))
+        attention, layers, products = (load(here / f"{name}.cpp") for name in ("attention", "layers", "products"))
     except KernelsUnavailable as error:
         return error
-    except OSError as error:
-        return KernelsUnavailable(f"they cannot be loaded: {error}")
     pointer, number = ctypes.c_void_p, ctypes.c_int64
     attention.danlu_attention.argtypes = attention.danlu_attention_backward.argtypes = (ctypes.POINTER(AttentionCall),)
     layers.danlu_norm.argtypes = layers.danlu_norm_backward.argtypes = (ctypes.POINTER(NormCall),)

@@ -9,6 +9,8 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "blocks.h"
+
 extern "C" int danlu_products_ready();
 
 #if !defined(__AMX_BF16__) || !defined(__AVX512BF16__)
@@ -18,58 +20,9 @@ extern "C" void danlu_product(const uint16_t*, int64_t, int64_t, const uint16_t*
 extern "C" void danlu_weight_gradient(const uint16_t*, int64_t, const uint16_t*, int64_t, int64_t, float*) { std::abort(); }
 #else
 
-#include <immintrin.h>
-#include <sys/syscall.h>
-#include <unistd.h>
-
 namespace {
 
 constexpr int64_t TILE = 16 * 32, ROWS = 128, CHUNK = 512;  // numbers of a tile; rows of x, and tokens of a sum, that are taken together
-
-struct alignas(64) TileShapes {
-    uint8_t palette = 1, start_row = 0, reserved[14] = {};
-    uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-};
-struct Tiles {
-    Tiles() {
-        static const TileShapes shapes;
-        _tile_loadconfig(&shapes);
-    }
-    ~Tiles() { _tile_release(); }
-};
-
-// into [32, 32] (+)= two left tiles at each step, `below` apart, with rows of `stride` numbers, by two right tiles, `beside` apart.
-inline void multiply(float* into, int64_t into_stride, bool add, const uint16_t* left, int64_t below, int64_t stride, int64_t left_step,
-                     const uint16_t* right, int64_t beside, int64_t steps) {
-    asm volatile("" ::: "memory");  // GCC does not say that a tile's load reads memory
-    float* lower = into + 16 * into_stride;
-    if (add) {
-        _tile_loadd(0, into, into_stride * 4);
-        _tile_loadd(1, into + 16, into_stride * 4);
-        _tile_loadd(2, lower, into_stride * 4);
-        _tile_loadd(3, lower + 16, into_stride * 4);
-    } else {
-        _tile_zero(0);
-        _tile_zero(1);
-        _tile_zero(2);
-        _tile_zero(3);
-    }
-    for (int64_t step = 0; step < steps; ++step, left += left_step, right += TILE) {
-        _tile_loadd(4, left, stride * 2);
-        _tile_loadd(6, right, 64);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_loadd(7, right + beside, 64);
-        _tile_dpbf16ps(1, 4, 7);
-        _tile_loadd(5, left + below, stride * 2);
-        _tile_dpbf16ps(2, 5, 6);
-        _tile_dpbf16ps(3, 5, 7);
-    }
-    _tile_stored(0, into, into_stride * 4);
-    _tile_stored(1, into + 16, into_stride * 4);
-    _tile_stored(2, lower, into_stride * 4);
-    _tile_stored(3, lower + 16, into_stride * 4);
-}
 
 void transpose(__m512i* r) {  // 16 x 16 numbers of 32 bits
     __m512i a[16], b[16];
@@ -92,11 +45,6 @@ void transpose(__m512i* r) {  // 16 x 16 numbers of 32 bits
     }
 }
 
-const __m512i PAIRS = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2,
-                                       17, 1, 16, 0);
-inline __m512i paired(__m256i one, __m256i other) {
-    return _mm512_permutexvar_epi16(PAIRS, _mm512_inserti64x4(_mm512_castsi256_si512(one), other, 1));
-}
 inline __m256i rounded(const float* from) { return (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(from)); }
 
 // 32 rows by 16 columns of x (rows behind `there` are zeros) as 16 vectors of pairs of rows.
@@ -105,32 +53,10 @@ inline void pairs_of(const uint16_t* x, int64_t stride, int64_t there, __m512i* 
     for (int64_t t = 0; t < 32; t += 2) to[t / 2] = paired(row(t), row(t + 1));
 }
 
-class Room {  // of a thread; grows and stays
-  public:
-    uint16_t* of(int64_t numbers) {
-        if (numbers > size_) {
-            std::free(start_);
-            start_ = static_cast<uint16_t*>(std::aligned_alloc(64, (numbers * 2 + 63) / 64 * 64));
-            if (start_ == nullptr) std::abort();
-            size_ = numbers;
-        }
-        return start_;
-    }
-    ~Room() { std::free(start_); }
-
-  private:
-    uint16_t* start_ = nullptr;
-    int64_t size_ = 0;
-};
-thread_local Room room;
-
 }  // namespace
 
 // 1 if this process may use them: the system gives AMX to who asks.
-extern "C" int danlu_products_ready() {
-    constexpr long REQUEST_PERMISSION = 0x1023, TILE_DATA = 18;
-    return syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
-}
+extern "C" int danlu_products_ready() { return lent_tiles(); }
 
 // Weights [outs, ins], which are the outputs from `first` of all_outs, in right tiles of W.T (`forward`: [all_outs / 16][ins / 32]) and of
 // W (`backward`: [ins / 16][all_outs / 32]).
@@ -170,7 +96,8 @@ extern "C" void danlu_product(const uint16_t* x, int64_t rows, int64_t inner, co
             const int64_t end = std::min(rows, top + ROWS), rest = (end - top) % 32;
             uint16_t* last = nullptr;  // rows that do not fill a tile
             if (rest) {
-                last = room.of(32 * inner);
+                room.reserve(32 * inner * 2);
+                last = room.take<uint16_t>(32 * inner);
                 std::memcpy(last, x + (end - rest) * inner, rest * inner * 2);
                 std::memset(last + rest * inner, 0, (32 - rest) * inner * 2);
             }
@@ -178,7 +105,7 @@ extern "C" void danlu_product(const uint16_t* x, int64_t rows, int64_t inner, co
                 for (int64_t row = top; row < end; row += 32) {
                     const int64_t number = std::min<int64_t>(32, end - row);
                     const uint16_t* left = number < 32 ? last : x + row * inner;
-                    multiply(sums, 32, false, left, 16 * inner, inner, 32, right + column / 16 * beside, beside, inner / 32);
+                    multiply(sums, 32, false, {left, inner, 16 * inner, 32}, {right + column / 16 * beside, 32, beside, TILE}, inner / 32);
                     const __m512 first = bias ? _mm512_loadu_ps(bias + column) : _mm512_setzero_ps();
                     const __m512 second = bias ? _mm512_loadu_ps(bias + column + 16) : _mm512_setzero_ps();
                     for (int64_t i = 0; i < number; ++i) {
@@ -192,8 +119,8 @@ extern "C" void danlu_product(const uint16_t* x, int64_t rows, int64_t inner, co
 
 // into [outs, ins] = gradient [tokens, outs].T @ x [tokens, ins]
 extern "C" void danlu_weight_gradient(const uint16_t* gradient, int64_t outs, const uint16_t* x, int64_t ins, int64_t tokens, float* into) {
-    uint16_t* left = room.of((outs + ins) * CHUNK);
-    uint16_t* right = left + outs * CHUNK;
+    room.reserve((outs + ins) * CHUNK * 2);
+    uint16_t *left = room.take<uint16_t>(outs * CHUNK), *right = room.take<uint16_t>(ins * CHUNK);
 #pragma omp parallel
     {
         const Tiles tiles;
@@ -220,8 +147,8 @@ extern "C" void danlu_weight_gradient(const uint16_t* gradient, int64_t outs, co
 #pragma omp for schedule(static)
             for (int64_t out = 0; out < outs; out += 32)
                 for (int64_t in = 0; in < ins; in += 32)
-                    multiply(into + out * ins + in, ins, start > 0, left + out / 16 * steps * TILE, steps * TILE, 32, TILE,
-                             right + in / 16 * steps * TILE, steps * TILE, steps);
+                    multiply(into + out * ins + in, ins, start > 0, {left + out / 16 * steps * TILE, 32, steps * TILE, TILE},
+                             {right + in / 16 * steps * TILE, 32, steps * TILE, TILE}, steps);
         }
     }
 }

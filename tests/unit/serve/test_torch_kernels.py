@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -51,7 +52,7 @@ def own() -> Kernels:
 def native(request: pytest.FixtureRequest, own: Kernels, tmp_path_factory: pytest.TempPathFactory) -> Kernels:
     if request.param not in LESS:
         return own
-    return Kernels(build(SOURCE, tmp_path_factory.mktemp("kernels"), flags=(*FLAGS, LESS[request.param])))
+    return Kernels(ctypes.CDLL(str(build(SOURCE, tmp_path_factory.mktemp("kernels"), flags=(*FLAGS, LESS[request.param])))))
 
 
 def test_tiles_are_used_where_the_cpu_has_them(own: Kernels) -> None:

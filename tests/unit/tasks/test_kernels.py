@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
@@ -58,6 +58,20 @@ def close(found: torch.Tensor, expected: torch.Tensor) -> None:
     assert float(off.norm() / expected.norm()) < 2**-8
 
 
+def answers_and_gradients_are_close(
+    out: torch.Tensor, given: Sequence[torch.Tensor], expected: torch.Tensor, exact: Sequence[torch.Tensor]
+) -> None:
+    """`out` was made of what was given, `expected` of the same in double precision."""
+    close(out, expected.detach())
+    gradient = torch.randn(out.shape, generator=torch.Generator().manual_seed(3)).bfloat16()
+    out.backward(gradient)
+    expected.backward(gradient.double())
+    for mine, theirs in zip(given, exact, strict=True):
+        assert mine.grad is not None
+        assert theirs.grad is not None
+        close(mine.grad, theirs.grad)
+
+
 @pytest.mark.usefixtures("compiled")
 @pytest.mark.parametrize(("heads", "key_heads", "dim"), [(3, 3, 32), (4, 2, 64), (6, 1, 96)])
 @pytest.mark.parametrize(("causal", "window"), [(False, None), (True, None), (True, 21), (True, 70)])
@@ -70,14 +84,7 @@ def test_attention_and_its_gradients_are_those_of_each_row_alone(
     out, _ = packed_attention(Causal() if causal else nn.Module(), q, k, v, None, cu_seqlens=starts, sliding_window=window)
     exact = [tensor.detach().double().requires_grad_() for tensor in (q, k, v)]
     expected = reference(*exact, causal, window)
-    close(out, expected.detach())
-    gradient = torch.randn(out.shape, generator=torch.Generator().manual_seed(3)).bfloat16()
-    out.backward(gradient)
-    expected.backward(gradient.double())
-    for mine, theirs in zip((q, k, v), exact, strict=True):
-        assert mine.grad is not None
-        assert theirs.grad is not None
-        close(mine.grad, theirs.grad)
+    answers_and_gradients_are_close(out, (q, k, v), expected, exact)
 
 
 @pytest.mark.usefixtures("compiled")
@@ -122,14 +129,7 @@ def test_dropouts_gradients_of_queries_and_keys_are_those_of_the_mask_that_was_d
     exact = [tensor.detach().double().requires_grad_() for tensor in (q, k, v)]
     weights = (exact[0] @ exact[1].transpose(2, 3) * 32**-0.5).softmax(-1) * kept / (1 - share)
     expected, out = (weights @ exact[2]).transpose(1, 2), run(q, k, v)
-    close(out, expected.detach())
-    gradient = torch.randn(out.shape, generator=torch.Generator().manual_seed(3)).bfloat16()
-    out.backward(gradient)
-    expected.backward(gradient.double())
-    for mine, theirs in zip((q, k, v), exact, strict=True):
-        assert mine.grad is not None
-        assert theirs.grad is not None
-        close(mine.grad, theirs.grad)
+    answers_and_gradients_are_close(out, (q, k, v), expected, exact)
 
 
 @pytest.mark.usefixtures("compiled")

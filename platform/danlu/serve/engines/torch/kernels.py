@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from danlu.compiled import KernelsUnavailable, library
+from danlu.compiled import KernelsUnavailable, load
 from danlu.errors import ModelError
 
 SOURCE = Path(__file__).with_name("kernels.cpp")
@@ -38,9 +38,8 @@ class LinearStruct(ctypes.Structure):
 class Kernels:
     """The library, loaded. It takes as many threads as PyTorch would: `torch.set_num_threads` in the thread that calls counts here too."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.library = ctypes.CDLL(str(path))
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self.library = library
         self.library.danlu_vectors.restype = ctypes.c_char_p
         self.library.danlu_pack.argtypes = (ctypes.c_int, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p)
         self.library.danlu_pack_integers.argtypes = (ctypes.c_int, *self.library.danlu_pack.argtypes)
@@ -106,8 +105,6 @@ def load_kernels() -> Kernels:
 @functools.cache
 def _found() -> Kernels | KernelsUnavailable:
     try:
-        return Kernels(library(SOURCE))
+        return Kernels(load(SOURCE))
     except KernelsUnavailable as error:
         return error
-    except OSError as error:
-        return KernelsUnavailable(f"they cannot be loaded: {error}")
