@@ -261,13 +261,11 @@ def within_budget(job: TrainJob, delta: Delta) -> tuple[bool, str]:
     budget = job.compress or Compress()
     metric = job.metric_for_best_model
     rise = delta.compressed[metric] - delta.original[metric]
-    drop = rise if metric in LOWER_IS_BETTER else 0.0 - rise  # no minus before a nought
-    moves = "rises" if metric in LOWER_IS_BETTER else "falls"
-    quality = f"{metric} {moves} by {drop:.4f} (budget {budget.max_quality_drop})"
+    loss = rise if metric in LOWER_IS_BETTER else -rise
+    may = "rise" if metric in LOWER_IS_BETTER else "fall"
+    quality = f"{metric} {'rises' if rise > 0 else 'falls'} by {abs(rise):.4f} (may {may} by {budget.max_quality_drop})"
     told = f"{quality}, {delta.speedup:.2f}x the speed (at least {budget.min_speedup})"
-    if drop > budget.max_quality_drop:
-        return False, f"not kept: {told}; the original is served"
-    if delta.speedup < budget.min_speedup:
+    if loss > budget.max_quality_drop or delta.speedup < budget.min_speedup:
         return False, f"not kept: {told}; the original is served"
     return True, f"kept: {told}"
 

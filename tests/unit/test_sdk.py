@@ -201,7 +201,10 @@ def test_the_budget_is_of_the_jobs_own_metric(make_job: MakeJob, metric: str, af
     job = make_job(evaluation={"metric_for_best_model": metric}, compress={"max_quality_drop": 0.0051, "min_speedup": 1.0})
     before = dict.fromkeys(("accuracy", "macro_f1", "loss"), 0.9)
     delta = Delta("int8", before, before | {metric: after}, 1.0, 0.0, 1.0, 1.0, speedup, speedup, speedup, 1, 1, 1, 1, "test")
-    assert within_budget(job, delta)[0] == kept
+    is_kept, told = within_budget(job, delta)
+    assert is_kept == kept
+    way, may = "rises" if after > 0.9 else "falls", "rise" if metric == "loss" else "fall"
+    assert f"kept: {metric} {way} by {abs(after - 0.9):.4f} (may {may} by 0.0051), {speedup:.2f}x the speed" in told
 
 
 class Killed(Exception):
