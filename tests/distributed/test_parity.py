@@ -278,8 +278,9 @@ def test_what_another_worker_takes_longer_is_this_ones_communication_and_the_par
     """Both layers of the other worker are slow, or the one layer of its stage in both passes."""
     usual, slow = told.phases[f"{strategy}-1"], told.phases[f"slow-{strategy}"]
     waited = {name: float(np.median([step[name] for step in slow]) - np.median([step[name] for step in usual])) for name in slow[0]}
-    assert waited["communication"] == pytest.approx(2 * SLOW_S, rel=0.3), (usual, slow)
-    assert waited["step"] == pytest.approx(2 * SLOW_S, rel=0.3), (usual, slow)
+    # A busy machine makes the other worker slower still; but all that the step takes longer is this one's waiting for it.
+    assert waited["communication"] > 0.8 * 2 * SLOW_S, (usual, slow)
+    assert waited["communication"] == pytest.approx(waited["step"], rel=0.3), (usual, slow)
     for step in slow:
         parts = sum(seconds for name, seconds in step.items() if name != "step")
         assert 0.8 * step["step"] < parts <= step["step"]
