@@ -13,9 +13,12 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
+from conftest import write_tiny_model
+from transformers import AutoConfig, BertModel
 
 from danlu import __version__
 
@@ -84,14 +87,50 @@ def test_its_kernels_are_there_for_this_cpu(image: str) -> None:
         assert re.match(r"kernels-(amx|avx512-bf16|avx512|avx2)-[0-9a-f]{16}\.so \w", found.stdout)
 
 
+def test_the_op_that_swaps_to_nvme_is_compiled(image: str, target: str, tmp_path: Path) -> None:
+    """For the accelerator of the image. DeepSpeed knows it without a GPU too, and what is written comes back."""
+    tmp_path.chmod(0o777)
+    code = """
+import torch
+from deepspeed.accelerator import get_accelerator
+op = get_accelerator().create_op_builder("AsyncIOBuilder").load(verbose=False)
+handle = op.aio_handle()
+buffer, back = (handle.new_cpu_locked_tensor(4096, torch.empty(0)) for _ in range(2))
+buffer.copy_(torch.arange(4096))
+assert handle.sync_pwrite(buffer, "/drive/file", 0) == 1 == handle.sync_pread(back, "/drive/file", 0)
+assert torch.equal(back, torch.arange(4096.0))
+print(op.__file__)
+"""
+    accelerator = "cuda" if target == "gpu" else "cpu"
+    found = in_a_pod(image, "env", f"DS_ACCELERATOR={accelerator}", "python", "-c", code, mounts=(f"{tmp_path}:/drive",))
+    assert found.returncode == 0, found.stdout + found.stderr
+    assert "/site-packages/deepspeed/ops/aio/async_io_op" in found.stdout.splitlines()[-1]
+
+
 def test_it_trains_and_stores_a_bundle(image: str, tiny_model: Path, topic_files: dict[str, str], tmp_path: Path) -> None:
     assert "stored as topics@v1" in train(image, tiny_model, topic_files, tmp_path).stdout
 
 
-def train(image: str, model: Path, files: dict[str, str], folder: Path) -> subprocess.CompletedProcess[str]:
+def test_it_trains_with_what_lies_on_a_drive(
+    image: str, target: str, topic_files: dict[str, str], tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """The optimizer's state, of a weight that is just large enough for DeepSpeed to swap it: a pod may lock 8 MiB of memory."""
+    if target == "gpu":
+        pytest.skip("its op is for CUDA, and there is none here")
+    model = write_tiny_model(tmp_path_factory.mktemp("large"))
+    config = AutoConfig.from_pretrained(model)
+    config.vocab_size = 8_300
+    BertModel(config).save_pretrained(model)
+    (tmp_path / "work" / "drive").mkdir(parents=True)
+    parallel = {"kind": "deepspeed", "zero_stage": 3, "offload_optimizer": "nvme", "nvme_path": "/job/drive"}
+    done = train(image, model, topic_files, tmp_path, parallel=parallel)
+    assert "stored as topics@v1" in done.stdout
+
+
+def train(image: str, model: Path, files: dict[str, str], folder: Path, **changes: Any) -> subprocess.CompletedProcess[str]:
     """A tiny job in a pod that has one folder for everything."""
     work = folder / "work"
-    work.mkdir()
+    work.mkdir(exist_ok=True)
     shutil.copytree(model, work / "model")
     for path in files.values():
         shutil.copy(path, work / Path(path).name)
@@ -102,6 +141,7 @@ def train(image: str, model: Path, files: dict[str, str], folder: Path) -> subpr
         "precision": "fp32",
         "max_steps": 8,
         "storage": "/job/runs",
+        **changes,
     }
     (work / "job.yaml").write_text(yaml.safe_dump(job))
     for path in (folder, work, *work.rglob("*")):

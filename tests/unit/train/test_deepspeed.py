@@ -45,9 +45,41 @@ def test_a_machine_without_libaio_is_told_what_to_install_before_a_worker_starts
     job = TrainJob.model_validate(
         {"name": "nvme", "model": {"model_name_or_path": "m"}, "data": {"train": "t"}, "parallel": spec(tmp_path).model_dump()}
     )
-    with pytest.raises(ResourceError, match="async_io op, which cannot be built here") as raised:
+    with pytest.raises(ResourceError, match=r"async_io op: it did not come compiled, .* without libaio's library and headers") as raised:
         check_machine(job)
-    assert "apt install libaio-dev" in raised.value.fix
+    assert raised.value.where == "parallel.offload_param"
+    assert "apt install g++ libaio-dev" in raised.value.fix
+
+
+@pytest.mark.usefixtures("libaio")
+@pytest.mark.parametrize("libaio", [True], indirect=True)
+def test_a_machine_without_what_compiles_the_op_is_told_which(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    monkeypatch.setenv("PATH", str(tools))
+    monkeypatch.setenv("CXX", "our-c++ -m64")
+    with pytest.raises(ResourceError, match=r"without a C\+\+ compiler \(our-c\+\+\)"):
+        check_nvme(spec(tmp_path), CPU)
+    program(tools / "our-c++")
+    with pytest.raises(ResourceError, match="without ninja"):
+        check_nvme(spec(tmp_path), CPU)
+    program(tools / "ninja")
+    check_nvme(spec(tmp_path), CPU)
+
+
+def test_an_op_that_came_with_deepspeed_needs_nothing_to_compile_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr("deepspeed.git_version_info.installed_ops", {"async_io": 1, "pin_memory": 1})
+    monkeypatch.setattr("deepspeed.git_version_info.accelerator_name", "cpu")
+    check_nvme(spec(tmp_path), CPU)
+    monkeypatch.setattr("deepspeed.git_version_info.accelerator_name", "cuda")  # the gpu image's, where there is none
+    with pytest.raises(ResourceError, match="compiled for cuda, not for cpu, and cannot be compiled here"):
+        check_nvme(spec(tmp_path), CPU)
+
+
+def program(path: Path) -> None:
+    path.write_text("#!/bin/sh\n")
+    path.chmod(0o755)
 
 
 @pytest.mark.usefixtures("libaio")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -87,17 +88,36 @@ def check_nvme(spec: DeepSpeed, device: torch.device) -> None:
     if not spec.uses_nvme:
         return
     _import_deepspeed(device)
-    from deepspeed.accelerator import get_accelerator
-
-    builder = get_accelerator().create_op_builder("AsyncIOBuilder")
-    if builder is None or not builder.is_compatible(verbose=False):
+    if missing := _missing_async_io():
         raise ResourceError(
-            "offloading to nvme needs DeepSpeed's async_io op, which cannot be built here: libaio's library and headers are missing",
-            where="parallel.offload_param",
-            fix="apt install libaio-dev (yum: libaio-devel) on every worker, or offload to cpu",
+            f"offloading to nvme needs DeepSpeed's async_io op: {missing}",
+            where="parallel.offload_param" if spec.offload_param == "nvme" else "parallel.offload_optimizer",
+            fix="apt install g++ libaio-dev (yum: gcc-c++ libaio-devel) on every worker, an image of ops/docker, or offload to cpu",
         )
     assert spec.nvme_path is not None
     check_folder(spec.nvme_path)
+
+
+def _missing_async_io() -> str | None:
+    """Why DeepSpeed could not load this op; None if it came compiled for this accelerator, as an image's does, or can be compiled here."""
+    from deepspeed.accelerator import get_accelerator
+    from deepspeed.git_version_info import accelerator_name, installed_ops
+    from torch.utils.cpp_extension import is_ninja_available
+
+    ours: str = get_accelerator()._name
+    is_compiled = installed_ops.get("async_io")
+    if is_compiled and accelerator_name == ours:
+        return None
+    came = f"it came compiled for {accelerator_name}, not for {ours}" if is_compiled else "it did not come compiled"
+    compiler = os.environ.get("CXX", "c++").partition(" ")[0]  # as PyTorch, which compiles it
+    if shutil.which(compiler) is None:
+        return f"{came}, and cannot be compiled here without a C++ compiler ({compiler})"
+    if not is_ninja_available():
+        return f"{came}, and cannot be compiled here without ninja, which is not on the PATH"
+    builder = get_accelerator().create_op_builder("AsyncIOBuilder")
+    if builder is None or not builder.is_compatible(verbose=False):
+        return f"{came}, and cannot be compiled here without libaio's library and headers"
+    return None
 
 
 class DeepSpeedStrategy(OneByOne):
