@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -16,8 +17,8 @@ from danlu.errors import ClusterError, DanluError, SpecError
 from danlu.k8s.manifests import render
 from danlu.k8s.pods import KIND, Object
 from danlu.k8s.rayjob import SPEC_FILE, config_map, config_map_name, ray_job
-from danlu.k8s.status import ENDED, JobStatus, job_status
-from danlu.remote.objects import delete_object, in_its_namespace, pods_of, unknown
+from danlu.k8s.status import ENDED, JobStatus, job_status, keeps_its_pods, queue_of
+from danlu.remote.objects import delete_object, find_object, in_its_namespace, pods_of
 from danlu.spec.files import parse
 from danlu.spec.train import TrainJob
 
@@ -26,6 +27,10 @@ if TYPE_CHECKING:
 
 SUBMISSION = "danlu.ai/submission"
 """Annotation of a RayJob: which call of `submit` has made it."""
+RULES = "danlu.ai/deletion-rules"
+"""Annotation of a RayJob that was cancelled: its deletion rules, as JSON, for `resume`. KubeRay suspends no job that has some."""
+BY_TTL = {"shutdownAfterJobFinishes": True, "ttlSecondsAfterFinished": 0, "deletionStrategy": None}
+"""Instead of deletion rules: whenever the job has ended, its pods go."""
 LOG_TAIL = 200
 CONFLICTS = 20
 """How often a job may change between a look at it and its change."""
@@ -110,7 +115,7 @@ def jobs(kube: Kube) -> list[JobStatus]:
 
 def status(kube: Kube, name: str) -> JobStatus:
     """A job's state, and why."""
-    return _explained(kube, _job(kube, name))
+    return _explained(kube, find_object(kube, "RayJob", name))
 
 
 def logs(kube: Kube, name: str, *, follow: bool) -> Iterator[str]:
@@ -118,7 +123,8 @@ def logs(kube: Kube, name: str, *, follow: bool) -> Iterator[str]:
     from danlu.k8s import client
 
     seen: set[str] = set()
-    for one in client.watch(kube, "RayJob", name) if follow else [_job(kube, name)]:
+    job = find_object(kube, "RayJob", name)
+    for one in client.watch(kube, "RayJob", name) if follow else [job]:
         if one is None:
             return
         for pod in _submitters(kube, name):
@@ -132,7 +138,7 @@ def logs(kube: Kube, name: str, *, follow: bool) -> Iterator[str]:
         if job_status(one).state in ENDED:
             break
     if not seen:
-        found = _explained(kube, _job(kube, name))
+        found = _explained(kube, find_object(kube, "RayJob", name))
         storage = _storage(kube, name) if found.state in ENDED else ""
         raise ClusterError(
             f"{name} has {'no log any more' if storage else 'written no log'}: it is {found.state}{', ' + found.why if found.why else ''}",
@@ -145,7 +151,7 @@ def wait(kube: Kube, name: str, *, timeout_s: float | None = None) -> JobStatus 
     """A job's state once it has ended; None if that took longer than `timeout_s`."""
     from danlu.k8s import client
 
-    _job(kube, name)
+    find_object(kube, "RayJob", name)
     for one in client.watch(kube, "RayJob", name, timeout_s=timeout_s):
         if one is None:
             raise ClusterError(f"{name} was deleted", where="jobs wait")
@@ -155,25 +161,26 @@ def wait(kube: Kube, name: str, *, timeout_s: float | None = None) -> JobStatus 
 
 
 def cancel(kube: Kube, name: str) -> str:
-    """End a job's pods; what there is to say. It is suspended where KubeRay can do that, so that `resume` goes on with it."""
+    """End a job's pods, whatever its cleanup; what there is to say. It is suspended, so that `resume` goes on with it, but a queued job:
+    suspending is the queue's."""
     from danlu.k8s import client
 
     for _ in range(CONFLICTS):
-        job = _job(kube, name)
-        found = job_status(job)
-        if found.state in ENDED:
+        job = find_object(kube, "RayJob", name)
+        found, stopped = job_status(job), keeps_its_pods(job)
+        if found.state in ENDED and not stopped:
             return f"{name} has ended already: {found.state}"
-        if "kueue.x-k8s.io/queue-name" in job["metadata"].get("labels", {}) or not job["spec"].get("shutdownAfterJobFinishes"):
+        if queue_of(job):
             client.delete(kube, "RayJob", name)
             return f"{name} is deleted; `danlu train` of the same spec goes on from its last checkpoint"
-        version = {"resourceVersion": job["metadata"].get("resourceVersion", "")}
         try:
-            client.patch(kube, "RayJob", name, {"metadata": version, "spec": {"suspend": True}})
+            client.patch(kube, "RayJob", name, _let_go(job, suspend=not stopped))
         except client.Refused as refused:
             if refused.status == 409:  # it changed meanwhile: it may have ended
                 continue
             raise
-        return f"{name} is cancelled; danlu jobs resume {name} goes on from its last checkpoint"
+        what = "was stopped on its Ray cluster, and its pods go now" if stopped else "is cancelled"
+        return f"{name} {what}; danlu jobs resume {name} goes on from its last checkpoint"
     raise ClusterError(f"{name} changes all the time", where="jobs cancel", fix=f"danlu jobs show {name} says what it does; try again")
 
 
@@ -181,12 +188,12 @@ def resume(kube: Kube, name: str) -> str:
     """Go on with a job that was cancelled, that failed or that has ended, from its last checkpoint."""
     from danlu.k8s import client
 
-    job = _job(kube, name)
+    job = find_object(kube, "RayJob", name)
     found = job_status(job)
     if found.state not in ENDED:
         raise ClusterError(f"{name} is {found.state} already", where="jobs resume", fix=f"danlu jobs logs -f {name}")
     if job["spec"].get("suspend") and "deletionTimestamp" not in job["metadata"]:
-        client.patch(kube, "RayJob", name, {"spec": {"suspend": False}})
+        client.patch(kube, "RayJob", name, _go_on(job))
     else:
         spec = _spec(kube, name)
         client.delete(kube, "RayJob", name)
@@ -195,6 +202,25 @@ def resume(kube: Kube, name: str) -> str:
                 break
         submit(kube, spec)
     return f"{name} goes on"
+
+
+def _let_go(job: Object, *, suspend: bool) -> Object:
+    """The change after which KubeRay lets a job's pods go; Refused where the job is not that one any more."""
+    version = {"resourceVersion": job["metadata"].get("resourceVersion", "")}
+    spec = {"suspend": True} if suspend else {}
+    if job["spec"].get("shutdownAfterJobFinishes"):
+        return {"metadata": version, "spec": spec}
+    rules = {RULES: json.dumps(job["spec"].get("deletionStrategy"))}
+    return {"metadata": {**version, "annotations": rules}, "spec": {**spec, **BY_TTL}}
+
+
+def _go_on(job: Object) -> Object:
+    """The change after which KubeRay starts a suspended job, with the deletion rules that it had."""
+    rules = job["metadata"].get("annotations", {}).get(RULES)
+    if rules is None:
+        return {"spec": {"suspend": False}}
+    own = {"shutdownAfterJobFinishes": False, "ttlSecondsAfterFinished": None, "deletionStrategy": json.loads(rules)}
+    return {"metadata": {"annotations": {RULES: None}}, "spec": {"suspend": False, **own}}
 
 
 def delete(kube: Kube, name: str) -> str:
@@ -237,15 +263,6 @@ def _submitters(kube: Kube, name: str) -> list[Object]:
     """The pods that follow the driver's log, the oldest first: one for each try."""
     found = [pod for pod in pods_of(kube, "train", name) if pod["spec"]["containers"][0]["name"] == "ray-job-submitter"]
     return sorted(found, key=lambda pod: pod["metadata"].get("creationTimestamp", ""))
-
-
-def _job(kube: Kube, name: str) -> Object:
-    from danlu.k8s import client
-
-    job = client.get(kube, "RayJob", name)
-    if job is None:
-        raise unknown(kube, "RayJob", name)
-    return job
 
 
 def _spec(kube: Kube, name: str) -> TrainJob:

@@ -10,7 +10,7 @@ from danlu.k8s.manifests import render
 from danlu.k8s.pods import KIND, Object
 from danlu.k8s.rayservice import keeps_its_pods, ray_service, upgrade
 from danlu.k8s.status import ServiceStatus, queue_of, service_status
-from danlu.remote.objects import delete_object, in_its_namespace, pods_of, unknown
+from danlu.remote.objects import delete_object, find_object, in_its_namespace, pods_of
 from danlu.spec.files import dump, parse
 from danlu.spec.serve import Service
 
@@ -80,7 +80,7 @@ def service(kube: Kube, name: str) -> ServiceStatus:
     """A service's phase, and why."""
     from danlu.k8s import client
 
-    one = _service(kube, name)
+    one = find_object(kube, "RayService", name)
     workloads = client.find(kube, "Workload") if queue_of(one) else []
     return service_status(one, pods_of(kube, "serve", name), client.find(kube, "Event"), workloads)
 
@@ -113,17 +113,8 @@ def dry_run(kube: Kube, service: Service) -> tuple[Sequence[str], str]:
     return [f"{one['kind']} {one['metadata']['name']}" for one in render(service)], how
 
 
-def _service(kube: Kube, name: str) -> Object:
-    from danlu.k8s import client
-
-    one = client.get(kube, "RayService", name)
-    if one is None:
-        raise unknown(kube, "RayService", name)
-    return one
-
-
 def _deployed(kube: Kube, name: str, annotation: str) -> Service:
-    text = _service(kube, name)["metadata"].get("annotations", {}).get(annotation)
+    text = find_object(kube, "RayService", name)["metadata"].get("annotations", {}).get(annotation)
     if text is None:
         what = "was deployed once only: there is nothing before it" if annotation == PREVIOUS else "was not deployed by `danlu serve`"
         raise ClusterError(f"{name} {what}", where="services", fix="danlu serve SPEC --on k8s; a chart's service is changed in its values")

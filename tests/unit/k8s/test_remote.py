@@ -292,7 +292,7 @@ def test_a_failed_job_says_which_rank_what_limit_which_step_and_its_last_lines(a
         ({"jobDeploymentStatus": "Retrying", "failed": 1}, "retrying", "attempt 2 of 1"),
         ({"jobDeploymentStatus": "Complete", "jobStatus": "SUCCEEDED"}, "succeeded", ""),
         ({"jobDeploymentStatus": "Complete", "jobStatus": "STOPPED"}, "cancelled", "stopped"),
-        ({"jobDeploymentStatus": "Suspended"}, "cancelled", "suspended"),
+        ({"jobDeploymentStatus": "Suspended"}, "starting", "it was suspended, and goes on"),
         ({"jobDeploymentStatus": "Failed", "reason": "DeadlineExceeded", "message": "m"}, "failed", "cluster.active_deadline_s"),
         ({"jobDeploymentStatus": "ValidationFailed", "reason": "ValidationFailed", "message": "bad"}, "failed", "KubeRay refuses it: bad"),
     ],
@@ -310,6 +310,27 @@ def test_an_unknown_job_is_answered_with_those_there_are(api: Any, submitted: Ku
         result = danlu("jobs", command, "topic")
         assert isinstance(result.exception, ClusterError), command
         assert "no job named 'topic' in namespace default; there is: topics" in str(result.exception)
+        assert result.exception.fix.startswith("did you mean topics? Else --namespace or --context")
+    assert isinstance(danlu("jobs", "logs", "-f", "topic").exception, ClusterError), "it does not end as if there were nothing to follow"
+
+
+def test_the_name_that_was_meant_comes_first_of_many(api: Any, submitted: Kube) -> None:
+    for number in range(12):
+        jobs.submit(submitted, JOB.model_copy(update={"name": f"another-{number:02}"}))
+    told = danlu("jobs", "show", "topcis").exception
+    assert isinstance(told, ClusterError)
+    assert "; there is: topics, another-00, " in told.problem
+    assert told.problem.endswith(" and 5 more")
+    assert danlu("jobs", "show", "sentiment").exception.fix.startswith("--namespace"), "nothing like it is there"  # type: ignore[union-attr]
+
+
+def test_a_rayjob_that_is_not_danlus_is_left_alone(api: Any, submitted: Kube) -> None:
+    api.put("rayjobs", "etl", metadata={"labels": {"team": "data"}}, spec={})
+    for command in ("show", "wait", "cancel", "resume", "delete", "logs"):
+        told = danlu("jobs", command, "etl").exception
+        assert isinstance(told, ClusterError)
+        assert "no job named 'etl' in namespace default, but a RayJob that is not Danlu's; there is: topics" in told.problem
+    assert api.get("rayjobs", "etl")["spec"] == {}
 
 
 def test_what_outlives_the_pods_of_a_job_is_told_with_its_storage(api: Any, submitted: Kube) -> None:
