@@ -172,6 +172,7 @@ def _kubernetes(context: str | None, namespace: str | None, *, needed: bool = Fa
     needed = needed or context is not None
     try:
         from danlu.k8s import client
+        from danlu.k8s.kubeconfig import connect
     except ImportError:
         yield Finding(
             "Kubernetes",
@@ -181,7 +182,7 @@ def _kubernetes(context: str | None, namespace: str | None, *, needed: bool = Fa
         )
         return
     try:
-        kube = client.connect(context, namespace)
+        kube = connect(context, namespace)
     except ClusterError as error:
         yield Finding("Kubernetes", "missing" if needed else "warning", error.problem, error.fix)
         return

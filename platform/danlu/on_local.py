@@ -15,11 +15,12 @@ from typing import Any, cast
 import psutil
 
 from danlu import sdk
+from danlu.artifact.merged import let_go
 from danlu.artifact.run_logs import LOGS, kept_lines, kept_logs
 from danlu.artifact.runs import RECORDS, REPORT, SCORES, SPEC, RunFolder, latest_run
 from danlu.artifact.uris import filesystem_of
 from danlu.errors import ClusterError
-from danlu.k8s.status import ENDED, JobStatus, State
+from danlu.k8s.status import ENDED, JobStatus, State, not_there
 from danlu.metrics.training import spent
 from danlu.spec.files import parse
 from danlu.spec.train import TrainJob
@@ -112,22 +113,21 @@ def resume(at: str, name: str) -> str:
 
 
 def delete(at: str, name: str) -> str:
-    """Delete a job's runs. Its bundles stay."""
+    """Delete a job's runs, and merged weights that were needed by nothing else. Its bundles stay."""
     if (found := _status(at, name, _run(at, name))).state not in ENDED:
         raise ClusterError(f"{name} is {found.state}", where="jobs delete", fix=f"danlu jobs cancel {name} --on local --storage {at}")
     filesystem, path = filesystem_of(f"{at}/runs/{name}")
     filesystem.rm(path, recursive=True)
-    return f"the runs of {name} are deleted; its bundles stay"
+    told = f"the runs of {name} are deleted; its bundles stay"
+    return told + (f"; merged weights that nothing needs any more are deleted, too: {', '.join(gone)}" if (gone := let_go(at)) else "")
 
 
 def _run(at: str, name: str) -> RunFolder:
     run = latest_run(at, name)
     if run is None:
         there = [one.name for one in jobs(at)]
-        raise ClusterError(
-            f"there is no run of {name!r}" + (f"; there is: {', '.join(there[:8])}" if there else ""),
-            where=f"--storage {at}",
-            fix="the storage that the job wrote to: --storage URI",
+        raise not_there(
+            f"there is no run of {name!r}", name, there, where=f"--storage {at}", fix="the storage that the job wrote to: --storage URI"
         )
     return run
 

@@ -24,7 +24,7 @@ from danlu.errors import ClusterError, SpecError
 from danlu.k8s.pods import KIND, NAME
 from danlu.k8s.rayjob import SPEC_FILE
 from danlu.k8s.rayservice import IMPORT_PATH, serve_config
-from danlu.k8s.status import ENDED, LAST_LINES, JobStatus, Phase, ServiceStatus, why_of_log
+from danlu.k8s.status import ENDED, LAST_LINES, JobStatus, Phase, ServiceStatus, not_there, why_of_log
 from danlu.spec.files import dump, parse
 from danlu.spec.serve import Service
 from danlu.spec.train import TrainJob
@@ -361,11 +361,8 @@ def _running_http(details: Any) -> dict[str, Any]:
 
 
 def _unknown(at: RayCluster, what: str, name: str, there: Sequence[str]) -> ClusterError:
-    return ClusterError(
-        f"there is no {what} named {name!r} on this Ray cluster" + (f"; there is: {', '.join(there[:8])}" if there else ""),
-        where=f"--on {at.on}",
-        fix=f"danlu {what}s list --on {at.on}",
-    )
+    listed = f"danlu {what}s list --on {at.on}"
+    return not_there(f"there is no {what} named {name!r} on this Ray cluster", name, there, where=f"--on {at.on}", fix=listed)
 
 
 def _ask(at: RayCluster, call: Callable[..., Answer], *arguments: Any) -> Answer:

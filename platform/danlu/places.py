@@ -13,7 +13,7 @@ Place = Literal["local", "ray", "k8s"]
 
 
 class Jobs(Protocol):
-    """remote.py, on_ray.py and on_local.py: the same functions in each. `at` is what its `connect` gave."""
+    """remote/jobs.py, on_ray.py and on_local.py: the same functions in each. `at` is what its `connect` gave."""
 
     def jobs(self, at: Any) -> list[JobStatus]: ...
 
@@ -31,7 +31,7 @@ class Jobs(Protocol):
 
 
 class Services(Protocol):
-    """remote.py and on_ray.py. A service of this machine lives in its own `danlu serve`."""
+    """remote/services.py and on_ray.py. A service of this machine lives in its own `danlu serve`."""
 
     def services(self, at: Any) -> list[ServiceStatus]: ...
 
@@ -73,10 +73,10 @@ def jobs_at(on: str, *, context: str | None, namespace: str | None, storage: str
 
             return on_ray, on_ray.connect(on)
         case "k8s":
-            from danlu import remote
-            from danlu.k8s import client
+            from danlu.k8s.kubeconfig import connect
+            from danlu.remote import jobs as on_k8s
 
-            return remote, client.connect(context, namespace)
+            return on_k8s, connect(context, namespace)
 
 
 def log_lines(
@@ -106,10 +106,10 @@ def services_at(on: str, *, context: str | None, namespace: str | None) -> tuple
 
             return on_ray, on_ray.connect(on)
         case "k8s":
-            from danlu import remote
-            from danlu.k8s import client
+            from danlu.k8s.kubeconfig import connect
+            from danlu.remote import services as on_k8s
 
-            return remote, client.connect(context, namespace)
+            return on_k8s, connect(context, namespace)
 
 
 def name_of(at: Any) -> str:

@@ -32,15 +32,15 @@ def submit(
     """Hand a job to a cluster."""
     job = load(TrainJob, spec, overrides)
     if on == "k8s":
-        from danlu import remote
-        from danlu.k8s.client import connect
+        from danlu.k8s.kubeconfig import connect
+        from danlu.remote import jobs
 
         kube = connect(context, _namespace(namespace, job.cluster))
         if dry_run:
-            _show_taken(kube.context, *remote.dry_run(kube, job))
+            _show_taken(kube.context, jobs.dry_run(kube, job))
             return
         with traces.span("submit", {"danlu.train_job": job.name}, kind="client"):
-            remote.submit(kube, job)
+            jobs.submit(kube, job)
         where, options = f"{kube.context}, namespace {kube.namespace}", _to_it(context, _namespace(namespace, job.cluster))
     else:
         from danlu import on_ray
@@ -65,14 +65,14 @@ def deploy(
     """Hand a service to a cluster."""
     service = service_of(spec, overrides, bundle)
     if on == "k8s":
-        from danlu import remote
-        from danlu.k8s.client import connect
+        from danlu.k8s.kubeconfig import connect
+        from danlu.remote import services
 
         kube = connect(context, _namespace(namespace, service.cluster))
         if dry_run:
-            _show_taken(kube.context, *remote.dry_run(kube, service))
+            _show_taken(kube.context, *services.dry_run(kube, service))
             return
-        show(f"  {remote.deploy(kube, service)}")
+        show(f"  {services.deploy(kube, service)}")
         where, options = f"{kube.context}, namespace {kube.namespace}", _to_it(context, _namespace(namespace, service.cluster))
     else:
         from danlu import on_ray
@@ -101,7 +101,7 @@ def _to_it(context: str | None, namespace: str | None) -> str:
     return "".join(f" --{name} {value}" for name, value in options.items() if value)
 
 
-def _show_taken(context: str, names: Sequence[str], how: str) -> None:
+def _show_taken(context: str, names: Sequence[str], how: str = "") -> None:
     show(f"{context} would take {', '.join(names)}")
     if how:
         show(f"  {how}")

@@ -8,16 +8,13 @@ import tempfile
 from pathlib import Path
 
 from danlu.artifact.bundle import FILE, Bundle, read_bundle
+from danlu.artifact.merged import MERGED, MERGED_FROM, is_whole
 from danlu.artifact.pretrained import FIELD
 from danlu.artifact.store import Store
 from danlu.artifact.uris import filesystem_of
 from danlu.errors import ModelError, StorageError
 from danlu.spec.train import TrainJob
 from danlu.spec.tuning import Adapter, Qlora, VirtualTokens
-
-MERGED, MERGED_FROM = "merged", "merged_from.json"
-"""A folder under the storage, where every worker reads merged weights, and whoever serves an adapter that was trained on them; and the file
-in it that says whose they are."""
 
 
 def with_its_start(job: TrainJob) -> TrainJob:
@@ -56,9 +53,9 @@ def started_from(model: str) -> str | None:
 
 def _merged(bundle: Bundle, uri: str) -> str:
     """Where an adapter's merged weights are, once they are: what they were merged from is written last."""
-    filesystem, path = filesystem_of(uri)
-    if filesystem.exists(f"{path}/{MERGED_FROM}"):
+    if is_whole(uri):
         return uri
+    filesystem, path = filesystem_of(uri)
     with tempfile.TemporaryDirectory(prefix="danlu-merged-") as temporary:
         folder = Path(temporary)
         _write(bundle, folder)

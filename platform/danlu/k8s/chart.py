@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 import types
 import typing
 from typing import Annotated, Any
@@ -17,6 +18,9 @@ from danlu.spec.install import Install
 from danlu.spec.parallel import Workers
 from danlu.spec.schema import schema
 from danlu.spec.serve import Autoscaling, Encoder, Limits
+
+WIDTH = 138
+"""Of a comment in values.yaml."""
 
 
 def values() -> str:
@@ -75,7 +79,7 @@ def _defaults(spec: type[BaseModel]) -> dict[str, Any]:
 def _about(name: str, field: FieldInfo) -> list[str]:
     kinds = _models(field.annotation)
     said = field.description or (kinds[0].__doc__ if kinds else "") or ""
-    comment = [f"# {line}" for line in _words(said).splitlines()]
+    comment = [f"# {line}" for line in textwrap.wrap(_words(said), WIDTH)]
     if kinds and isinstance(field.default, BaseModel):
         inner = [f"  {line}" for key, part in kinds[0].model_fields.items() for line in _about(key, part)]
         return [*comment, f"{name}:", *inner]
@@ -99,7 +103,9 @@ def _words(text: str) -> str:
 
 
 def _yaml(value: object) -> str:
-    return yaml.safe_dump(value, default_flow_style=True).removesuffix("...\n").strip()
+    if isinstance(value, list):
+        value = [one.model_dump(mode="json", exclude_defaults=True) if isinstance(one, BaseModel) else one for one in value]
+    return yaml.safe_dump(value, default_flow_style=True, width=1000).removesuffix("...\n").strip()
 
 
 def _models(annotation: Any) -> list[type[BaseModel]]:

@@ -1,4 +1,4 @@
-"""The only file that talks to a Kubernetes cluster: objects in and out through the official client, its errors said as ours."""
+"""The only file that talks to a Kubernetes cluster: objects in and out over a connection of kubeconfig.py, its errors said as ours."""
 
 from __future__ import annotations
 
@@ -7,15 +7,12 @@ import random
 import re
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import urllib3
-from kubernetes import config
-from kubernetes.client import ApiClient, Configuration
-from kubernetes.config.config_exception import ConfigException
 
 from danlu.errors import ClusterError
+from danlu.k8s.kubeconfig import Kube
 from danlu.k8s.pods import Object
 
 FIELD_MANAGER = "danlu"
@@ -30,7 +27,6 @@ WATCH_S = 300
 OUTAGE_S = 600.0
 """How long a watch that has begun waits for a server that does not answer: its own upgrade takes minutes."""
 NAME = re.compile(r"[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?")
-NAMESPACE = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
 TOO_BUSY = (429, 500, 502, 503, 504)
 
 PATHS = {
@@ -47,96 +43,12 @@ APPLY = "application/apply-patch+yaml"
 JSON_PATCH = "application/json-patch+json"
 
 
-@dataclass(frozen=True)
-class Kube:
-    """A connection: whose cluster, and the namespace that objects without one go to."""
-
-    api: ApiClient
-    namespace: str
-    context: str
-
-
 class Refused(ClusterError):
     """What the API server answered instead of doing it. `status` is the HTTP status, `reason` Kubernetes' word for it."""
 
     def __init__(self, problem: str, *, where: str = "", fix: str = "", status: int = 0, reason: str = "") -> None:
         super().__init__(problem, where=where, fix=fix)
         self.status, self.reason = status, reason
-
-
-def connect(context: str | None = None, namespace: str | None = None) -> Kube:
-    """By the kubeconfig ($KUBECONFIG or ~/.kube/config), or inside a pod by its service account."""
-    if namespace is not None and not NAMESPACE.fullmatch(namespace):
-        raise ClusterError(
-            f"{namespace!r} cannot be a namespace's name", where="--namespace", fix="lower-case letters, digits and dashes, 63 at most"
-        )
-    try:
-        # As config.list_kube_config_contexts, which cannot do without a current one.
-        file = config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION
-        loader = config.kube_config._get_kube_config_loader(filename=file, active_context=context)
-        contexts, active = loader.list_contexts(), loader.current_context
-    except ConfigException as error:
-        return _without_a_context(context, namespace, error)
-    except Exception as error:  # it reads what it has found as it comes, whatever that is
-        raise ClusterError(f"{file} is no kubeconfig: {_first_line(error)}", where="kubeconfig", fix="kubectl config view") from error
-    by_name = {one["name"]: one for one in contexts}
-    chosen = by_name[context or active["name"]]
-    try:
-        loader.load_and_set(loaded := _configuration())
-    except ConfigException as error:
-        raise ClusterError(f"context {chosen['name']!r} cannot be used: {error}", where="kubeconfig") from error
-    user = loader._user.value if loader._user is not None else {}
-    if "exec" in user and not (loaded.api_key or loaded.cert_file):  # it has logged why, and goes on as nobody
-        command = " ".join([user["exec"]["command"], *(user["exec"].get("args") or [])])
-        raise ClusterError(f"no credentials from `{command}`", where="kubeconfig", fix="run it by hand, and log in as it says")
-    return Kube(ApiClient(loaded), namespace or chosen["context"].get("namespace") or "default", chosen["name"])
-
-
-def _without_a_context(context: str | None, namespace: str | None, error: ConfigException) -> Kube:
-    """What there is where the kubeconfig has no such context, or no current one, or is not there."""
-    names, current = _contexts()
-    if context is not None and names and context not in names:
-        raise ClusterError(f"the kubeconfig has no context {context!r}", where="--context", fix=f"one of: {', '.join(names)}") from error
-    if (chosen := context or current) in names:
-        raise ClusterError(f"context {chosen!r} cannot be used: {_first_line(error)}", where="kubeconfig") from error
-    if not names:
-        return _inside_a_pod(context, namespace, error)
-    fix = f"--context, one of: {', '.join(names)}; or kubectl config use-context"
-    raise ClusterError("the kubeconfig names no current context", where="kubeconfig", fix=fix) from error
-
-
-def _contexts() -> tuple[list[str], str | None]:  # the current one, too
-    try:
-        merged = config.kube_config.KubeConfigMerger(config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION).config
-    except (ConfigException, OSError):
-        return [], None
-    found = {} if merged is None else merged.value
-    return sorted(one["name"] for one in found.get("contexts") or []), found.get("current-context")
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
-
-
-def _inside_a_pod(context: str | None, namespace: str | None, error: Exception) -> Kube:
-    try:
-        config.load_incluster_config(inside := _configuration())
-    except ConfigException:
-        raise ClusterError(
-            f"there is no kubeconfig that can be read: {error}",
-            where="kubeconfig",
-            fix="export KUBECONFIG=/path/to/kubeconfig; or --on local runs it on this machine",
-        ) from error
-    if context is not None:
-        raise ClusterError(f"inside a pod there is no context {context!r}", where="--context", fix="leave it out")
-    with open("/var/run/secrets/kubernetes.io/serviceaccount/namespace", encoding="utf-8") as file:
-        return Kube(ApiClient(inside), namespace or file.read().strip(), "in-cluster")
-
-
-def _configuration() -> Configuration:
-    found = Configuration()
-    found.retries = False  # ours know what may be asked again
-    return found
 
 
 def create(kube: Kube, one: Object, *, dry_run: bool = False) -> Object:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import re
 from collections.abc import Sequence, Set
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from danlu.errors import ClusterError
 from danlu.k8s.pods import Object
 
 State = Literal["queued", "starting", "running", "retrying", "succeeded", "failed", "cancelled"]
@@ -77,22 +79,23 @@ def job_status(
         case "Complete" if found.get("jobStatus") == "SUCCEEDED":
             return JobStatus(name, "succeeded", **times)
         case "Complete" if found.get("jobStatus") == "STOPPED":
-            return JobStatus(name, "cancelled", "it was stopped on its Ray cluster", f"danlu jobs resume {name}", **times)
+            return JobStatus(name, "cancelled", *_why_stopped(job), **times)
         case "Complete" | "Failed" | "ValidationFailed":
             why, fix = _why_failed(found, pods, log)
             return JobStatus(name, "failed", why, fix, log=tuple(log[-LAST_LINES:]), **times)
+        case deployment if job["spec"].get("suspend") and not queue_of(job):
+            why = "it is suspended" if deployment in ("", "Suspended") else "its pods are being ended"
+            return JobStatus(name, "cancelled", why, f"danlu jobs resume {name}", **times)
         case "Suspended" | "Suspending" if not queue_of(job):
-            return JobStatus(name, "cancelled", "it is suspended", f"danlu jobs resume {name}", **times)
+            return JobStatus(name, "starting", "it was suspended, and goes on", **times)
         case "Retrying":
             return JobStatus(name, "retrying", f"attempt {found.get('failed', 0) + 1} of {job['spec'].get('backoffLimit', 0) + 1}", **times)
         case "Running" if found.get("jobStatus") == "RUNNING":
             return JobStatus(name, "running", _memory_kill(pods)[0], **times)
         case "Running" if found.get("jobStatus") in RAY_ENDED:
             return JobStatus(name, "running", f"it has ended ({found['jobStatus']}), and its log is being closed", **times)
-        case _ if job["spec"].get("suspend"):
-            if queue := queue_of(job):
-                return JobStatus(name, "queued", _why_queued(queue, job, workloads), **times)
-            return JobStatus(name, "cancelled", "it is suspended", f"danlu jobs resume {name}", **times)
+        case _ if job["spec"].get("suspend") and (queue := queue_of(job)):
+            return JobStatus(name, "queued", _why_queued(queue, job, workloads), **times)
         case _:
             why, fix = _why_starting(pods, events, {("RayJob", name), ("Job", name), ("RayCluster", found.get("rayClusterName"))})
             return JobStatus(name, "starting", why, fix, **times)
@@ -138,10 +141,34 @@ def as_json(one: JobStatus | ServiceStatus) -> str:
     return json.dumps(asdict(one), ensure_ascii=False)
 
 
+def not_there(problem: str, name: str, there: Sequence[str], *, where: str, fix: str) -> ClusterError:
+    """What to say of a name that no job or service has: the names there are, the nearest first, and the one that was meant."""
+    near = difflib.get_close_matches(name, there, n=3)
+    listed = [*near, *sorted(set(there) - set(near))]
+    more = f" and {len(listed) - 8} more" if len(listed) > 8 else ""
+    told = f"; there is: {', '.join(listed[:8])}{more}" if listed else ""
+    return ClusterError(f"{problem}{told}", where=where, fix=f"did you mean {near[0]}? Else {fix}" if near else fix)
+
+
 def queue_of(job: Object) -> str | None:
     """The Kueue queue of a job or a service."""
     queue: str | None = job["metadata"].get("labels", {}).get("kueue.x-k8s.io/queue-name")
     return queue
+
+
+def keeps_its_pods(job: Object) -> bool:
+    """Whether a job was stopped through Ray, and no deletion rule lets its pods go: KubeRay has rules for success and for failure alone."""
+    found = job.get("status") or {}
+    stopped = found.get("jobDeploymentStatus") == "Complete" and found.get("jobStatus") == "STOPPED"
+    return stopped and not job["spec"].get("shutdownAfterJobFinishes")
+
+
+def _why_stopped(job: Object) -> tuple[str, str]:
+    name = job["metadata"]["name"]
+    if not keeps_its_pods(job):
+        return "it was stopped on its Ray cluster", f"danlu jobs resume {name}"
+    why = "it was stopped on its Ray cluster, and its pods stay: no deletion rule is for that"
+    return why, f"danlu jobs cancel {name} lets them go; danlu jobs resume {name} goes on"
 
 
 def _why_queued(queue: str, job: Object, workloads: Sequence[Object]) -> str:

@@ -168,7 +168,8 @@ class Ttl(Spec):
 
 
 class Rules(Spec):
-    """By how the job ended (KubeRay's deletionRules; its operator needs the feature gate RayJobDeletionPolicy). Not for Kueue."""
+    """By how the job ended (KubeRay's deletionRules; its operator needs the feature gate RayJobDeletionPolicy). Not for Kueue. What is
+    cancelled lets its pods go at once. What is stopped past Danlu, on its Ray cluster, has no rule: it keeps them until it is cancelled."""
 
     kind: Literal["rules"] = "rules"
     after_success_s: NonNegativeInt = 0

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from ipaddress import ip_network
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import AfterValidator, Field, model_validator
 
 from danlu.spec.base import PositiveInt, Spec
 from danlu.spec.cluster import Bytes, KubeName, Namespace
 from danlu.spec.serve import Service
 from danlu.spec.train import TrainJob
+
+
+def _a_network(cidr: str) -> str:
+    try:
+        return str(ip_network(cidr))
+    except ValueError as error:
+        raise ValueError(f"{error}; 10.0.0.0/8 or fd00::/8 are such networks") from error
+
+
+Cidr = Annotated[str, Field(pattern=r"^[0-9a-fA-F:.]+/[0-9]{1,3}$"), AfterValidator(_a_network)]
 
 
 class Access(Spec):
@@ -74,6 +85,8 @@ class _Gateway(Spec):
     service: KubeName
     """The name of one of `services`."""
     host: Annotated[str, Field(min_length=1)]
+    name: KubeName | None = None
+    """Of the Ingress or the route. Unset: that of the service, which a second one of its kind cannot have."""
     annotations: dict[str, str] = {}
 
 
@@ -98,8 +111,17 @@ class HttpRoute(_Gateway):
 Gateway = Annotated[Ingress | HttpRoute, Field(discriminator="kind")]
 
 
+class Egress(Spec):
+    """TCP ports that pods may reach, of every address or of some."""
+
+    ports: Annotated[list[Annotated[int, Field(ge=1, le=65_535)]], Field(min_length=1)]
+    cidrs: list[Cidr] = []
+    """169.254.170.23/32, fd00:ec2::23/128. Unset: every address, in the cluster and outside."""
+
+
 class Network(Spec):
-    """NetworkPolicies: nothing comes in but among the pods of a job or service, from the ingress and from Prometheus."""
+    """NetworkPolicies. Nothing comes in but among the pods of a job or service, from the ingress and from Prometheus; nothing goes out but
+    among those pods, to DNS, to what their specs name (`cluster.redis`, the URLs in `cluster.env`: their ports), and by `egress`."""
 
     enabled: bool = True
     ingress_namespace: Namespace | None = None
@@ -107,6 +129,13 @@ class Network(Spec):
     monitoring_namespace: Namespace = "monitoring"
     operator_namespace: Namespace = "kuberay-operator"
     """KubeRay's operator asks the head for its state."""
+    egress: list[Egress] | None = [
+        Egress(ports=[443, 6443, 6379]),
+        Egress(ports=[80, 988], cidrs=["169.254.169.252/32", "169.254.169.254/32", "169.254.170.23/32"]),
+    ]
+    """Where else pods may go. The default is made to break no install, since no chart knows these addresses: of object stores, hubs and the
+    API server (443, 6443: a service's autoscaler asks it), of a Redis that people's own services name (6379), and in the second rule the
+    servers of the clouds' workload identity. Closed further, name your cidrs for each of those that you use. null: everywhere."""
 
 
 class Quota(Spec):
@@ -154,3 +183,14 @@ class Install(Spec):
     monitoring: Monitoring = Monitoring()
     test_image: Annotated[str, Field(min_length=1)] = "curlimages/curl:8.11.1"
     """Of the pod with which `helm test` asks each service for its health."""
+
+    @model_validator(mode="after")
+    def _no_two_of_one_name(self) -> Self:
+        """Of two objects of one name the second takes the place of the first, and nothing says so."""
+        namespaces = {one.name: one.cluster.namespace if one.cluster else None for one in self.services}
+        named = [("jobs", one.name, one.cluster.namespace if one.cluster else None) for one in self.jobs]
+        named += [("services", one.name, one.cluster.namespace if one.cluster else None) for one in self.services]
+        named += [(f"gateways of kind {one.kind}", one.name or one.service, namespaces.get(one.service)) for one in self.gateways]
+        if twice := next((one for one in named if named.count(one) > 1), None):
+            raise ValueError(f"two {twice[0]} are named {twice[1]}; give one of them a name of its own")
+        return self

@@ -69,6 +69,17 @@ VALUES: dict[str, Object] = {
             | {"cluster": SERVICE["cluster"] | {"secret_volumes": [{"secret": "danlu-keys", "mount_path": "/etc/danlu-keys"}]}}
         ],
     },
+    "two ways to one service": {
+        "services": [SERVICE],
+        "gateways": [
+            {"kind": "ingress", **GATEWAY},
+            {"kind": "ingress", **GATEWAY, "host": "topics.internal", "name": "topics-internal"},
+            {"kind": "http_route", "gateway": "public", **GATEWAY},
+        ],
+    },
+    "nothing goes out": {"jobs": [JOB], "services": [SERVICE], "network": {"egress": []}},
+    "everything goes out": {"jobs": [JOB], "services": [SERVICE], "network": {"egress": None}},
+    "a way out": {"services": [SERVICE], "network": {"egress": [{"ports": [443], "cidrs": ["10.0.0.0/8", "fd00::/8"]}, {"ports": [9000]}]}},
     "a cache of models": {"storage": {"claim": "c"}, "model_cache": {"claim": "models", "size": "1Ti"}},
     "one writer": {"storage": {"claim": "c", "access_modes": ["ReadWriteOnce"]}},
     "a quota of GPUs": {"quota": {"gpus": 1}},
@@ -205,12 +216,12 @@ def test_what_is_asked_for_around_the_specs_is_there_and_nothing_else(tmp_path: 
         found = [one["kind"] for one in rendered(VALUES[name], tmp_path)]
         return {kind: found.count(kind) for kind in sorted(set(found))}
 
-    assert kinds("nothing") == {"NetworkPolicy": 3}
+    assert kinds("nothing") == {"NetworkPolicy": 4}
     assert kinds("no policies") == {"ConfigMap": 1, "Pod": 1, "RayJob": 1, "RayService": 1}
     assert kinds("everything of one team") == {
         "ConfigMap": 1,
         "LocalQueue": 1,
-        "NetworkPolicy": 5,
+        "NetworkPolicy": 6,
         "PersistentVolumeClaim": 1,
         "Pod": 1,
         "PodDisruptionBudget": 2,
@@ -289,6 +300,48 @@ def test_the_role_is_what_the_client_asks_of_a_cluster_and_no_more(tmp_path: Pat
     assert {("rayjobs", "create"), ("configmaps", "patch"), ("pods/log", "get"), ("events", "list"), ("workloads", "list")} <= rights
 
 
+def test_gateways_of_one_service_have_names_of_their_own_and_lead_to_it(tmp_path: Path) -> None:
+    ways = [one for one in rendered(VALUES["two ways to one service"], tmp_path) if one["kind"] in ("Ingress", "HTTPRoute")]
+    names = [(one["kind"], one["metadata"]["name"]) for one in ways]
+    assert names == [("Ingress", "topics"), ("Ingress", "topics-internal"), ("HTTPRoute", "topics")]
+    rules = [one["spec"]["rules"][0] for one in ways]
+    assert [rule.get("host") for rule in rules] == ["topics.example.com", "topics.internal", None]
+    assert {"topics-serve-svc"} == {
+        rule["backendRefs"][0]["name"] if "backendRefs" in rule else rule["http"]["paths"][0]["backend"]["service"]["name"]
+        for rule in rules
+    }
+
+
+TWICE: dict[str, Object] = {
+    "two are named topics": {"jobs": [JOB, JOB | {"max_steps": 3}]},
+    "two services are named topics": {"services": [SERVICE, SERVICE]},
+    "two gateways of kind ingress are named topics": {
+        "services": [SERVICE],
+        "gateways": [{"kind": "ingress", **GATEWAY}, {"kind": "ingress", **GATEWAY, "host": "topics.internal"}],
+    },
+    "two gateways of kind http_route are named a": {
+        "services": [SERVICE, SERVICE | {"name": "a"}],
+        "gateways": [
+            {"kind": "http_route", "gateway": "g", "service": "a", "host": "a"},
+            {"kind": "http_route", "gateway": "g", **GATEWAY, "name": "a"},
+        ],
+    },
+}
+
+
+@pytest.mark.parametrize("said", TWICE)
+def test_two_objects_of_one_name_are_refused_since_one_would_take_the_others_place(said: str, tmp_path: Path) -> None:
+    what, _, name = said.rpartition(" are named ")
+    done = template(TWICE[said], tmp_path)
+    assert done.returncode
+    for told in ("two", f"named {name}; give one of them a name of its own", *what.split()[-1:]):
+        assert told in done.stderr
+    with pytest.raises(ValueError, match=f"named {name}; give one of them a name of its own"):
+        Install.model_validate(TWICE[said])
+    apart = [one | ({"cluster": one["cluster"] | {"namespace": "b"}} if i else {}) for i, one in enumerate(TWICE[said].get("jobs", []))]
+    rendered({"jobs": apart}, tmp_path)  # in two namespaces they are two
+
+
 BAD: dict[str, tuple[Object, str]] = {
     "a misspelt value": ({"servces": []}, "servces"),
     "a misspelt field of a spec": ({"jobs": [JOB | {"max_step": 3}]}, "/jobs/0"),
@@ -311,6 +364,8 @@ BAD: dict[str, tuple[Object, str]] = {
         {"services": [SERVICE], "gateways": [{"kind": "http_route", "gateway": "g", "class_name": "nginx", **GATEWAY}]},
         "/gateways/0",
     ),
+    "a network that is none": ({"network": {"egress": [{"ports": [443], "cidrs": ["10.0.0.0"]}]}}, "/network/egress/0/cidrs/0"),
+    "a port that is none": ({"network": {"egress": [{"ports": [0]}]}}, "/network/egress/0/ports/0"),
     "annotations of nothing": ({"access": {"annotations": {"a/b": "c"}}}, "no effect without access.service_account"),
     "a namespace that is none": (
         {"services": [SERVICE | {"cluster": {"image": "i", "namespace": "a.b"}}]},

@@ -12,9 +12,10 @@ from k8s_jobs import JOB
 from test_chart import rendered
 from test_remote import SERVICE, danlu
 
-from danlu import remote
 from danlu.errors import ClusterError, SpecError
 from danlu.k8s import client
+from danlu.k8s.kubeconfig import Kube, connect
+from danlu.remote import jobs, services
 from danlu.spec.files import dump
 from danlu.spec.serve import Service
 
@@ -24,32 +25,32 @@ SUBMITTER = {"metadata": PODS, "spec": {"containers": [{"name": "ray-job-submitt
 
 
 @pytest.fixture
-def kube(api: Any) -> client.Kube:
-    found = client.connect()
-    remote.submit(found, JOB)
+def kube(api: Any) -> Kube:
+    found = connect()
+    jobs.submit(found, JOB)
     return found
 
 
-def test_a_name_that_is_no_name_is_not_there_and_is_never_part_of_a_path(api: Any, kube: client.Kube) -> None:
+def test_a_name_that_is_no_name_is_not_there_and_is_never_part_of_a_path(api: Any, kube: Kube) -> None:
     for name in ("topics/status", "../pods/x", "topics?watch=true", "Topics", "t" * 300, "", "主题"):
         for command in ("show", "delete", "cancel", "resume", "wait"):
             with pytest.raises(ClusterError, match="there is no job named"):
-                getattr(remote, {"show": "status"}.get(command, command))(kube, name)
+                getattr(jobs, {"show": "status"}.get(command, command))(kube, name)
     assert not [request for request in api.requests() if "/status" in request or "watch" in request]
     assert api.get("rayjobs", "topics") is not None
     with pytest.raises(ClusterError, match="cannot be a namespace's name"):
-        client.connect(namespace="a/b")
+        connect(namespace="a/b")
 
 
-def test_a_failed_job_is_shown_also_where_its_log_is_gone(api: Any, kube: client.Kube) -> None:
+def test_a_failed_job_is_shown_also_where_its_log_is_gone(api: Any, kube: Kube) -> None:
     api.put("rayjobs", "topics", status={"jobDeploymentStatus": "Failed", "message": "the pod was evicted"})
     api.put("pods", "topics-submit", **SUBMITTER, status={"phase": "Failed"})
     api.answer("get /api/v1/namespaces/default/pods/topics-submit/log", 500, {"message": "dial tcp: no route to the node"})
-    found = remote.status(kube, "topics")
+    found = jobs.status(kube, "topics")
     assert (found.state, found.why) == ("failed", "the pod was evicted")
 
 
-def test_a_watch_outlives_an_api_server_that_is_replaced(api: Any, kube: client.Kube, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_watch_outlives_an_api_server_that_is_replaced(api: Any, kube: Kube, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(client, "WATCH_S", 1)
     states = client.watch(kube, "RayJob", "topics", timeout_s=60)
     assert next(states) is not None
@@ -59,7 +60,7 @@ def test_a_watch_outlives_an_api_server_that_is_replaced(api: Any, kube: client.
 
 
 def test_a_watch_ends_with_what_was_said_where_nobody_answers_any_more_or_a_token_is_old(
-    api: Any, kube: client.Kube, monkeypatch: pytest.MonkeyPatch
+    api: Any, kube: Kube, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(client, "WATCH_S", 1)
     monkeypatch.setattr(client, "OUTAGE_S", 0.2)
@@ -70,7 +71,7 @@ def test_a_watch_ends_with_what_was_said_where_nobody_answers_any_more_or_a_toke
         list(states)
 
 
-def test_a_token_that_has_run_out_ends_a_watch_at_once(api: Any, kube: client.Kube, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_token_that_has_run_out_ends_a_watch_at_once(api: Any, kube: Kube, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(client, "WATCH_S", 1)
     states = client.watch(kube, "RayJob", "topics")
     assert next(states) is not None
@@ -80,28 +81,28 @@ def test_a_token_that_has_run_out_ends_a_watch_at_once(api: Any, kube: client.Ku
     assert "log in again" in raised.value.fix
 
 
-def test_a_job_that_changes_at_every_look_is_not_cancelled_for_ever(api: Any, kube: client.Kube) -> None:
+def test_a_job_that_changes_at_every_look_is_not_cancelled_for_ever(api: Any, kube: Kube) -> None:
     api.answer("patch", 409, {"reason": "Conflict", "message": "the object has been modified"})
     with pytest.raises(ClusterError, match="changes all the time"):
-        remote.cancel(kube, "topics")
+        jobs.cancel(kube, "topics")
 
 
 def test_a_spec_of_another_danlu_does_not_stop_its_successor(api: Any) -> None:
-    kube = client.connect()
-    remote.deploy(kube, SERVICE)
+    kube = connect()
+    services.deploy(kube, SERVICE)
     old = dump(SERVICE) + "a_field_of_tomorrow: 1\n"
-    api.put("rayservices", "echo", metadata={"annotations": {remote.SPEC: old}})
+    api.put("rayservices", "echo", metadata={"annotations": {services.SPEC: old}})
     changed = SERVICE.model_copy(update={"limits": SERVICE.limits.model_copy(update={"max_ongoing_requests": 7})})
-    assert remote.deploy(kube, changed) == "changed: KubeRay finds out how, since the spec before is another Danlu's"
-    assert api.get("rayservices", "echo")["metadata"]["annotations"][remote.PREVIOUS] == old
+    assert services.deploy(kube, changed) == "changed: KubeRay finds out how, since the spec before is another Danlu's"
+    assert api.get("rayservices", "echo")["metadata"]["annotations"][services.PREVIOUS] == old
 
 
 def test_rolling_back_twice_is_where_it_began(api: Any) -> None:
-    kube = client.connect()
+    kube = connect()
     first = SERVICE.model_copy(update={"limits": SERVICE.limits.model_copy(update={"max_ongoing_requests": 7})})
-    remote.deploy(kube, first)
-    remote.deploy(kube, SERVICE)
-    assert [remote.rollback(kube, "echo")[0] for _ in range(3)] == [first, SERVICE, first]
+    services.deploy(kube, first)
+    services.deploy(kube, SERVICE)
+    assert [services.rollback(kube, "echo")[0] for _ in range(3)] == [first, SERVICE, first]
 
 
 def test_a_specs_own_namespace_is_where_everything_of_it_is_done(api: Any, tmp_path: Path) -> None:
@@ -112,12 +113,12 @@ def test_a_specs_own_namespace_is_where_everything_of_it_is_done(api: Any, tmp_p
     assert "danlu jobs logs -f topics --namespace team " in result.output, "the next command finds it"
     assert api.get("rayjobs", "topics", "team") is not None
     assert api.get("configmaps", "topics-spec", "team") is not None
-    kube = client.connect()  # its namespace is another, as in a notebook
+    kube = connect()  # its namespace is another, as in a notebook
     with pytest.raises(ClusterError, match="a job named 'topics' already"):
-        remote.submit(kube, there)
+        jobs.submit(kube, there)
     service = SERVICE.model_copy(update={"cluster": SERVICE.cluster.model_copy(update={"namespace": "team"})})
-    assert remote.deploy(kube, service).startswith("new")
-    assert remote.deploy(kube, service) == "as it was"
+    assert services.deploy(kube, service).startswith("new")
+    assert services.deploy(kube, service) == "as it was"
     refused = danlu("train", str(tmp_path / "job.yaml"), "--on", "k8s", "--namespace", "mine")
     assert isinstance(refused.exception, SpecError)
     assert "--set cluster.namespace=mine" in refused.exception.fix
@@ -137,7 +138,7 @@ def test_a_file_that_is_no_kubeconfig_is_named(text: str, told: str, fix: str, t
     monkeypatch.setattr("kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", str(file))
     monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
     with pytest.raises(ClusterError, match=told) as raised:
-        client.connect()
+        connect()
     assert fix in raised.value.fix
 
 
@@ -159,57 +160,57 @@ def test_a_context_that_cannot_be_used_is_told_with_what_it_lacks(api: Any) -> N
         ("certificate", "context 'certificate' cannot be used: File does not exist: /nowhere/c.crt"),
     ):
         with pytest.raises(ClusterError, match=told):
-            client.connect(context)
-    assert client.connect("here").context == "here"
+            connect(context)
+    assert connect("here").context == "here"
     document["current-context"] = "there"
     file.write_text(yaml.safe_dump(document))
     with pytest.raises(ClusterError, match="context 'there' cannot be used"):
-        client.connect()
+        connect()
 
 
 def test_a_kubeconfig_without_a_current_context_does_with_one_that_is_named(api: Any) -> None:
     path = api.kubeconfig(here="default", there="team")
     document = yaml.safe_load(path.read_text())
     path.write_text(yaml.safe_dump({name: value for name, value in document.items() if name != "current-context"}))
-    assert (client.connect("there").context, client.connect("there").namespace) == ("there", "team")
+    assert (connect("there").context, connect("there").namespace) == ("there", "team")
     with pytest.raises(ClusterError, match="no context 'nowhere'") as raised:
-        client.connect("nowhere")
+        connect("nowhere")
     assert raised.value.fix == "one of: here, there"
     with pytest.raises(ClusterError, match="no current context") as raised:
-        client.connect()
+        connect()
     assert "here, there" in raised.value.fix
 
 
 def test_a_service_says_what_its_queue_says(api: Any) -> None:
-    kube = client.connect()
+    kube = connect()
     cluster = {"image": "i", "scheduler": {"kind": "kueue", "queue": "research"}}
     queued = Service.model_validate({"name": "echo", "engine": {"kind": "echo"}, "cluster": cluster})
-    remote.deploy(kube, queued)
+    services.deploy(kube, queued)
     uid = api.get("rayservices", "echo")["metadata"]["uid"]
     condition = {"type": "QuotaReserved", "status": "False", "message": "insufficient unused quota for cpu"}
     api.put("workloads", "rayservice-echo", metadata={"ownerReferences": [{"uid": uid}]}, status={"conditions": [condition]})
-    found = remote.service(kube, "echo")
+    found = services.service(kube, "echo")
     assert (found.phase, found.why) == ("starting", "behind the quota in queue research: insufficient unused quota for cpu")
 
 
-def test_the_role_of_the_chart_allows_every_request_that_the_commands_make(api: Any, kube: client.Kube, tmp_path: Path) -> None:
+def test_the_role_of_the_chart_allows_every_request_that_the_commands_make(api: Any, kube: Kube, tmp_path: Path) -> None:
     (role,) = [one for one in rendered({"access": {"groups": ["ml"]}}, tmp_path) if one["kind"] == "Role"]
     may = {(verb, resource) for rule in role["rules"] for resource in rule["resources"] for verb in rule["verbs"]}
-    remote.deploy(kube, SERVICE)
+    services.deploy(kube, SERVICE)
     api.put("rayservices", "echo", status={"activeServiceStatus": {"rayClusterName": "echo-a"}})
     api.put("rayclusters", "echo-a", spec={"workerGroupSpecs": [{"minReplicas": 1, "maxReplicas": 2}]})
     api.put("pods", "topics-submit", **SUBMITTER, status={"phase": "Failed"})
     api.answer("get /api/v1/namespaces/default/pods/topics-submit/log", 200, b"a line\n")
     for state in ("Running", "Failed"):
         api.put("rayjobs", "topics", status={"jobDeploymentStatus": state})
-        remote.status(kube, "topics")
-    list(remote.logs(kube, "topics", follow=False))
-    assert remote.wait(kube, "topics", timeout_s=1)
-    remote.jobs(kube), remote.services(kube), remote.service(kube, "echo"), remote.scale(kube, "echo", min_replicas=1, max_replicas=3)
-    remote.resume(kube, "topics")
-    remote.cancel(kube, "topics")
-    remote.delete(kube, "topics")
-    remote.delete_service(kube, "echo")
+        jobs.status(kube, "topics")
+    list(jobs.logs(kube, "topics", follow=False))
+    assert jobs.wait(kube, "topics", timeout_s=1)
+    jobs.jobs(kube), services.services(kube), services.service(kube, "echo"), services.scale(kube, "echo", min_replicas=1, max_replicas=3)
+    jobs.resume(kube, "topics")
+    jobs.cancel(kube, "topics")
+    jobs.delete(kube, "topics")
+    services.delete_service(kube, "echo")
     asked = set()
     for request in api.requests():
         verb, path = request.split(" ")

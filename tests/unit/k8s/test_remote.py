@@ -14,10 +14,12 @@ from k8s_jobs import JOB
 from kube import check
 from typer.testing import CliRunner, Result
 
-from danlu import remote, traces
+from danlu import traces
 from danlu.cli import app
 from danlu.errors import ClusterError, SpecError
 from danlu.k8s import client
+from danlu.k8s.kubeconfig import Kube, connect
+from danlu.remote import jobs
 from danlu.spec.files import dump, parse
 from danlu.spec.serve import Service
 from danlu.spec.train import TrainJob
@@ -44,9 +46,9 @@ def service_file(tmp_path: Path) -> str:
 
 
 @pytest.fixture
-def submitted(api: Any) -> client.Kube:
-    kube = client.connect()
-    remote.submit(kube, JOB)
+def submitted(api: Any) -> Kube:
+    kube = connect()
+    jobs.submit(kube, JOB)
     return kube
 
 
@@ -103,11 +105,11 @@ def test_a_trace_goes_on_from_the_submission_in_the_jobs_driver(
     assert (job.context.trace_id, job.parent.span_id) == (submit.context.trace_id, submit.context.span_id)
 
 
-def test_a_job_of_an_untraced_submission_is_started_with_no_environment_of_its_own(api: Any, submitted: client.Kube) -> None:
+def test_a_job_of_an_untraced_submission_is_started_with_no_environment_of_its_own(api: Any, submitted: Kube) -> None:
     assert "runtimeEnvYAML" not in api.get("rayjobs", "topics")["spec"]
 
 
-def test_a_job_whose_name_is_taken_is_refused_and_the_other_stays(api: Any, submitted: client.Kube, job_file: str) -> None:
+def test_a_job_whose_name_is_taken_is_refused_and_the_other_stays(api: Any, submitted: Kube, job_file: str) -> None:
     before = api.get("configmaps", "topics-spec")
     result = danlu("train", job_file, "--on", "k8s", "--set", "max_steps=7")
     assert isinstance(result.exception, ClusterError)
@@ -119,7 +121,7 @@ def test_a_job_whose_name_is_taken_is_refused_and_the_other_stays(api: Any, subm
 def test_a_job_without_its_spec_is_not_left_behind(api: Any) -> None:
     api.answer("patch", 403, {"reason": "Forbidden", "message": "no configmaps for you"})
     with pytest.raises(ClusterError, match="no configmaps for you") as refused:
-        remote.submit(client.connect(), JOB)
+        jobs.submit(connect(), JOB)
     assert "the right to patch configmaps" in refused.value.fix
     assert api.get("rayjobs", "topics") is None
 
@@ -156,7 +158,7 @@ def test_an_option_without_effect_is_refused(options: list[str], where: str, job
 )
 def test_files_of_this_machine_are_refused_before_pods_look_for_them(change: dict[str, Any], where: str) -> None:
     with pytest.raises(SpecError, match="is on this machine") as refused:
-        remote.check_reachable(TrainJob.model_validate(JOB.model_dump() | change))
+        jobs.check_reachable(TrainJob.model_validate(JOB.model_dump() | change))
     assert refused.value.where == where
 
 
@@ -221,27 +223,27 @@ STARTING: dict[str, tuple[dict[str, Any], str, str]] = {
 
 
 @pytest.mark.parametrize("name", STARTING)
-def test_a_job_that_does_not_start_says_what_it_waits_for(name: str, api: Any, submitted: client.Kube) -> None:
+def test_a_job_that_does_not_start_says_what_it_waits_for(name: str, api: Any, submitted: Kube) -> None:
     status, why, fix = STARTING[name]
     if status:
         api.put("pods", "w-0", **pod("w-0", **status))
-    found = remote.status(submitted, "topics")
+    found = jobs.status(submitted, "topics")
     assert found.state == "starting"
     assert why in found.why
     assert fix in found.fix
 
 
-def test_a_volume_that_cannot_be_mounted_is_told_by_its_event(api: Any, submitted: client.Kube) -> None:
+def test_a_volume_that_cannot_be_mounted_is_told_by_its_event(api: Any, submitted: Kube) -> None:
     api.put("pods", "w-0", **pod("w-0", phase="Pending"))
     api.put("events", "e", involvedObject={"name": "w-0"}, reason="FailedMount", message='configmap "topics-spec" not found')
-    assert 'pod w-0: configmap "topics-spec" not found' in remote.status(submitted, "topics").why
+    assert 'pod w-0: configmap "topics-spec" not found' in jobs.status(submitted, "topics").why
 
 
 def test_a_queued_job_says_which_quota_it_waits_for(api: Any) -> None:
-    kube = client.connect()
+    kube = connect()
     cluster = {"image": "i", "scheduler": {"kind": "kueue", "queue": "research"}}
-    remote.submit(kube, TrainJob.model_validate(JOB.model_dump() | {"cluster": cluster}))
-    assert remote.status(kube, "topics").why == "waiting in queue research"
+    jobs.submit(kube, TrainJob.model_validate(JOB.model_dump() | {"cluster": cluster}))
+    assert jobs.status(kube, "topics").why == "waiting in queue research"
     message = "couldn't assign flavors to pod set workers: insufficient unused quota for nvidia.com/gpu in flavor a100, 8 more needed"
     api.put(
         "workloads",
@@ -249,7 +251,7 @@ def test_a_queued_job_says_which_quota_it_waits_for(api: Any) -> None:
         metadata={"ownerReferences": [{"uid": api.get("rayjobs", "topics")["metadata"]["uid"]}]},
         status={"conditions": [{"type": "QuotaReserved", "status": "False", "message": message}]},
     )
-    found = remote.status(kube, "topics")
+    found = jobs.status(kube, "topics")
     assert found.state == "queued"
     assert found.why == f"behind the quota in queue research: {message}"
 
@@ -272,7 +274,7 @@ def failed(api: Any) -> None:
     api.put("rayjobs", "topics", status=status)
 
 
-def test_a_failed_job_says_which_rank_what_limit_which_step_and_its_last_lines(api: Any, submitted: client.Kube) -> None:
+def test_a_failed_job_says_which_rank_what_limit_which_step_and_its_last_lines(api: Any, submitted: Kube) -> None:
     failed(api)
     result = danlu("jobs", "show", "topics")
     assert result.exit_code == 0
@@ -290,27 +292,48 @@ def test_a_failed_job_says_which_rank_what_limit_which_step_and_its_last_lines(a
         ({"jobDeploymentStatus": "Retrying", "failed": 1}, "retrying", "attempt 2 of 1"),
         ({"jobDeploymentStatus": "Complete", "jobStatus": "SUCCEEDED"}, "succeeded", ""),
         ({"jobDeploymentStatus": "Complete", "jobStatus": "STOPPED"}, "cancelled", "stopped"),
-        ({"jobDeploymentStatus": "Suspended"}, "cancelled", "suspended"),
+        ({"jobDeploymentStatus": "Suspended"}, "starting", "it was suspended, and goes on"),
         ({"jobDeploymentStatus": "Failed", "reason": "DeadlineExceeded", "message": "m"}, "failed", "cluster.active_deadline_s"),
         ({"jobDeploymentStatus": "ValidationFailed", "reason": "ValidationFailed", "message": "bad"}, "failed", "KubeRay refuses it: bad"),
     ],
 )
-def test_every_state_of_kuberays_has_one_of_ours(status: dict[str, Any], state: str, why: str, api: Any, submitted: client.Kube) -> None:
+def test_every_state_of_kuberays_has_one_of_ours(status: dict[str, Any], state: str, why: str, api: Any, submitted: Kube) -> None:
     api.put("rayjobs", "topics", status=status)
-    found = remote.status(submitted, "topics")
+    found = jobs.status(submitted, "topics")
     assert found.state == state
     assert why in found.why
     assert f"{state}" in danlu("jobs", "list").output
 
 
-def test_an_unknown_job_is_answered_with_those_there_are(api: Any, submitted: client.Kube) -> None:
+def test_an_unknown_job_is_answered_with_those_there_are(api: Any, submitted: Kube) -> None:
     for command in ("show", "wait", "cancel", "resume", "delete", "logs"):
         result = danlu("jobs", command, "topic")
         assert isinstance(result.exception, ClusterError), command
         assert "no job named 'topic' in namespace default; there is: topics" in str(result.exception)
+        assert result.exception.fix.startswith("did you mean topics? Else --namespace or --context")
+    assert isinstance(danlu("jobs", "logs", "-f", "topic").exception, ClusterError), "it does not end as if there were nothing to follow"
 
 
-def test_what_outlives_the_pods_of_a_job_is_told_with_its_storage(api: Any, submitted: client.Kube) -> None:
+def test_the_name_that_was_meant_comes_first_of_many(api: Any, submitted: Kube) -> None:
+    for number in range(12):
+        jobs.submit(submitted, JOB.model_copy(update={"name": f"another-{number:02}"}))
+    told = danlu("jobs", "show", "topcis").exception
+    assert isinstance(told, ClusterError)
+    assert "; there is: topics, another-00, " in told.problem
+    assert told.problem.endswith(" and 5 more")
+    assert danlu("jobs", "show", "sentiment").exception.fix.startswith("--namespace"), "nothing like it is there"  # type: ignore[union-attr]
+
+
+def test_a_rayjob_that_is_not_danlus_is_left_alone(api: Any, submitted: Kube) -> None:
+    api.put("rayjobs", "etl", metadata={"labels": {"team": "data"}}, spec={})
+    for command in ("show", "wait", "cancel", "resume", "delete", "logs"):
+        told = danlu("jobs", command, "etl").exception
+        assert isinstance(told, ClusterError)
+        assert "no job named 'etl' in namespace default, but a RayJob that is not Danlu's; there is: topics" in told.problem
+    assert api.get("rayjobs", "etl")["spec"] == {}
+
+
+def test_what_outlives_the_pods_of_a_job_is_told_with_its_storage(api: Any, submitted: Kube) -> None:
     api.put("rayjobs", "topics", status={"jobDeploymentStatus": "Complete", "jobStatus": "SUCCEEDED"})
     assert danlu("jobs", "show", "topics").output.splitlines() == [
         "topics: succeeded",
@@ -326,7 +349,7 @@ def test_what_outlives_the_pods_of_a_job_is_told_with_its_storage(api: Any, subm
 # Following, waiting, cancelling, resuming.
 
 
-def test_waiting_ends_with_the_job_and_with_an_exit_code_that_says_how(api: Any, submitted: client.Kube) -> None:
+def test_waiting_ends_with_the_job_and_with_an_exit_code_that_says_how(api: Any, submitted: Kube) -> None:
     assert danlu("jobs", "wait", "topics", "--timeout", "0.1").exit_code == 124
     threading.Timer(0.2, failed, (api,)).start()
     result = danlu("jobs", "wait", "topics")
@@ -337,7 +360,7 @@ def test_waiting_ends_with_the_job_and_with_an_exit_code_that_says_how(api: Any,
         assert danlu("jobs", "wait", "topics").exit_code == code
 
 
-def test_a_log_is_followed_over_retries_until_the_end(api: Any, submitted: client.Kube) -> None:
+def test_a_log_is_followed_over_retries_until_the_end(api: Any, submitted: Kube) -> None:
     def put_try(number: int) -> None:
         name = f"topics-{number}"
         api.answer(f"get /api/v1/namespaces/default/pods/{name}/log", f"try {number}\n".encode())
@@ -356,27 +379,27 @@ def test_a_log_is_followed_over_retries_until_the_end(api: Any, submitted: clien
     assert danlu("jobs", "logs", "-f", "topics").output.splitlines() == ["try 1", "try 2"]
 
 
-def test_a_try_whose_pod_goes_while_it_is_followed_does_not_end_the_log(api: Any, submitted: client.Kube) -> None:
+def test_a_try_whose_pod_goes_while_it_is_followed_does_not_end_the_log(api: Any, submitted: Kube) -> None:
     api.put("pods", "topics-x", **pod("topics-x", "ray-job-submitter", phase="Running"))
     gone = {"reason": "NotFound", "message": 'pods "topics-x" not found'}
     api.answer("get /api/v1/namespaces/default/pods/topics-x/log", 404, gone)
     ended = {"jobDeploymentStatus": "Complete", "jobStatus": "SUCCEEDED"}
     threading.Timer(0.2, lambda: api.put("rayjobs", "topics", status=ended)).start()
-    assert list(remote.logs(submitted, "topics", follow=True)) == []
+    assert list(jobs.logs(submitted, "topics", follow=True)) == []
     with pytest.raises(client.Refused, match="not found"):
-        list(remote.logs(submitted, "topics", follow=False))
+        list(jobs.logs(submitted, "topics", follow=False))
 
 
-def test_a_job_that_has_no_log_yet_says_why(api: Any, submitted: client.Kube) -> None:
+def test_a_job_that_has_no_log_yet_says_why(api: Any, submitted: Kube) -> None:
     result = danlu("jobs", "logs", "topics")
     assert isinstance(result.exception, ClusterError)
     assert "has written no log: it is starting, KubeRay has made no pods yet" in str(result.exception)
 
 
-def test_a_cancelled_job_is_suspended_and_resumed(api: Any, submitted: client.Kube) -> None:
+def test_a_cancelled_job_is_suspended_and_resumed(api: Any, submitted: Kube) -> None:
     assert "is cancelled; danlu jobs resume topics" in danlu("jobs", "cancel", "topics").output
     assert api.get("rayjobs", "topics")["spec"]["suspend"] is True
-    assert remote.status(submitted, "topics").state == "cancelled"
+    assert jobs.status(submitted, "topics").state == "cancelled"
     assert danlu("jobs", "resume", "topics").exit_code == 0
     assert api.get("rayjobs", "topics")["spec"]["suspend"] is False
     result = danlu("jobs", "resume", "topics")
@@ -384,7 +407,7 @@ def test_a_cancelled_job_is_suspended_and_resumed(api: Any, submitted: client.Ku
     assert "is starting already" in str(result.exception)
 
 
-def test_a_job_that_ends_while_it_is_cancelled_has_ended(api: Any, submitted: client.Kube, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_job_that_ends_while_it_is_cancelled_has_ended(api: Any, submitted: Kube, monkeypatch: pytest.MonkeyPatch) -> None:
     patch = client.patch
 
     def ends_first(*arguments: Any) -> Any:
@@ -396,7 +419,7 @@ def test_a_job_that_ends_while_it_is_cancelled_has_ended(api: Any, submitted: cl
     assert "suspend" not in api.get("rayjobs", "topics")["spec"]
 
 
-def test_a_failed_job_is_made_anew_from_the_spec_it_had(api: Any, submitted: client.Kube) -> None:
+def test_a_failed_job_is_made_anew_from_the_spec_it_had(api: Any, submitted: Kube) -> None:
     failed(api)
     before = api.get("rayjobs", "topics")["metadata"]["uid"]
     assert danlu("jobs", "resume", "topics").exit_code == 0
@@ -407,14 +430,14 @@ def test_a_failed_job_is_made_anew_from_the_spec_it_had(api: Any, submitted: cli
 
 
 def test_a_queued_job_is_cancelled_by_deletion_since_suspending_is_the_queues(api: Any) -> None:
-    kube = client.connect()
+    kube = connect()
     cluster = {"image": "i", "scheduler": {"kind": "kueue", "queue": "research"}}
-    remote.submit(kube, TrainJob.model_validate(JOB.model_dump() | {"cluster": cluster}))
-    assert "is deleted" in remote.cancel(kube, "topics")
+    jobs.submit(kube, TrainJob.model_validate(JOB.model_dump() | {"cluster": cluster}))
+    assert "is deleted" in jobs.cancel(kube, "topics")
     assert api.get("rayjobs", "topics") is None
 
 
-def test_delete_deletes(api: Any, submitted: client.Kube) -> None:
+def test_delete_deletes(api: Any, submitted: Kube) -> None:
     assert "what it stored stays" in danlu("jobs", "delete", "topics").output
     assert api.get("rayjobs", "topics") is None
     none = danlu("jobs", "list")

@@ -8,20 +8,21 @@ import pytest
 from k8s_jobs import JOB
 from test_remote import SERVICE, danlu, pod, waiting
 
-from danlu import remote
 from danlu.errors import ClusterError
 from danlu.k8s import client
+from danlu.k8s.kubeconfig import Kube, connect
+from danlu.remote import jobs, services
 
 QUOTA = 'pods "topics-head" is forbidden: exceeded quota: team, requested: requests.nvidia.com/gpu=8, used: 12, limited: 16'
 EARLY, LATE = "2026-11-25T00:00:01Z", "2026-11-25T00:00:09Z"
 
 
 @pytest.fixture
-def kube(api: Any) -> client.Kube:
+def kube(api: Any) -> Kube:
     """A job and a service of one name, each with its Ray cluster, of which no pod is there."""
-    found = client.connect()
-    remote.submit(found, JOB)
-    remote.deploy(found, SERVICE.model_copy(update={"name": "topics"}))
+    found = connect()
+    jobs.submit(found, JOB)
+    services.deploy(found, SERVICE.model_copy(update={"name": "topics"}))
     api.put("rayjobs", "topics", status={"jobDeploymentStatus": "Initializing", "rayClusterName": "topics-abcde"})
     api.put("rayservices", "topics", status={"pendingServiceStatus": {"rayClusterName": "topics-vwxyz"}})
     return found
@@ -52,16 +53,16 @@ def told(api: Any, name: str, message: str, *, kind: str = "RayCluster", reason:
         ("a webhook is down", "its pods cannot be made: a webhook is down", ""),
     ],
 )
-def test_a_pod_that_cannot_be_made_is_told_with_what_forbids_it(message: str, why: str, fix: str, api: Any, kube: client.Kube) -> None:
+def test_a_pod_that_cannot_be_made_is_told_with_what_forbids_it(message: str, why: str, fix: str, api: Any, kube: Kube) -> None:
     told(api, "topics-abcde", message)
-    found = remote.status(kube, "topics")
+    found = jobs.status(kube, "topics")
     assert (found.state, why in found.why, fix in found.fix) == ("starting", True, True), found
-    assert "KubeRay has made no pods yet" in remote.service(kube, "topics").why, "the event is of the job's cluster"
+    assert "KubeRay has made no pods yet" in services.service(kube, "topics").why, "the event is of the job's cluster"
     told(api, "topics-vwxyz", message)
-    assert why in remote.service(kube, "topics").why
+    assert why in services.service(kube, "topics").why
 
 
-def test_workers_that_cannot_be_made_are_told_beside_a_head_that_was_and_not_once_they_are(api: Any, kube: client.Kube) -> None:
+def test_workers_that_cannot_be_made_are_told_beside_a_head_that_was_and_not_once_they_are(api: Any, kube: Kube) -> None:
     def put(name: str, made: str) -> None:
         fields = pod(name, phase="Running")
         fields["metadata"]["creationTimestamp"] = made
@@ -69,44 +70,44 @@ def test_workers_that_cannot_be_made_are_told_beside_a_head_that_was_and_not_onc
 
     put("topics-head", EARLY)
     told(api, "topics-abcde", QUOTA, reason="FailedToCreateWorkerPod", time=LATE)
-    assert "behind the namespace's quota" in remote.status(kube, "topics").why
+    assert "behind the namespace's quota" in jobs.status(kube, "topics").why
     put("topics-worker", "2026-11-25T00:00:10Z")
-    assert remote.status(kube, "topics").why == "all 2 pods are up"
+    assert jobs.status(kube, "topics").why == "all 2 pods are up"
 
 
-def test_a_submitter_that_cannot_be_made_and_a_spec_that_kuberay_refuses_are_told(api: Any, kube: client.Kube) -> None:
+def test_a_submitter_that_cannot_be_made_and_a_spec_that_kuberay_refuses_are_told(api: Any, kube: Kube) -> None:
     told(api, "topics", QUOTA, kind="Job", reason="FailedCreate")
-    assert "behind the namespace's quota" in remote.status(kube, "topics").why
+    assert "behind the namespace's quota" in jobs.status(kube, "topics").why
     told(api, "topics", "RayService name should be no more than 47 characters", kind="RayService", reason="InvalidRayServiceMetadata")
-    assert remote.service(kube, "topics").why.startswith("KubeRay refuses it: RayService name")
+    assert services.service(kube, "topics").why.startswith("KubeRay refuses it: RayService name")
 
 
-def test_a_job_and_a_service_of_one_name_are_told_apart(api: Any, kube: client.Kube) -> None:
+def test_a_job_and_a_service_of_one_name_are_told_apart(api: Any, kube: Kube) -> None:
     fields = pod("s-0", phase="Pending", containerStatuses=waiting("ImagePullBackOff", "401 Unauthorized"))
     fields["metadata"]["labels"]["danlu.ai/kind"] = "serve"
     api.put("pods", "s-0", **fields)
-    assert "cannot pull the image" in remote.service(kube, "topics").why
-    assert remote.status(kube, "topics").why == "KubeRay has made no pods yet"
+    assert "cannot pull the image" in services.service(kube, "topics").why
+    assert jobs.status(kube, "topics").why == "KubeRay has made no pods yet"
 
 
-def test_a_job_that_is_being_deleted_says_so_also_to_one_of_its_name(api: Any, kube: client.Kube) -> None:
+def test_a_job_that_is_being_deleted_says_so_also_to_one_of_its_name(api: Any, kube: Kube) -> None:
     api.put("rayjobs", "topics", metadata={"deletionTimestamp": LATE}, status={"jobDeploymentStatus": "Running", "jobStatus": "RUNNING"})
     assert "topics: cancelled, it is being deleted" in danlu("jobs", "show", "topics").output
     with pytest.raises(ClusterError, match="already \\(being deleted\\)") as refused:
-        remote.submit(kube, JOB)
+        jobs.submit(kube, JOB)
     assert refused.value.fix == "once more in a moment"
 
 
-def test_a_suspended_job_that_is_being_deleted_is_made_anew_by_resume(api: Any, kube: client.Kube) -> None:
+def test_a_suspended_job_that_is_being_deleted_is_made_anew_by_resume(api: Any, kube: Kube) -> None:
     before = api.put("rayjobs", "topics", metadata={"deletionTimestamp": LATE}, spec={"suspend": True})["metadata"]["uid"]
-    assert remote.resume(kube, "topics") == "topics goes on"
+    assert jobs.resume(kube, "topics") == "topics goes on"
     job = api.get("rayjobs", "topics")
     assert (job["metadata"]["uid"] != before, "suspend" in job["spec"]) == (True, False)
 
 
 @pytest.mark.parametrize("answer", ["lost", "an error"])
 def test_a_job_that_was_made_without_an_answer_gets_its_spec(answer: str, api: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    kube = client.connect()
+    kube = connect()
     ask, lost = kube.api.rest_client.request, []
 
     def request(method: str, *arguments: Any, **options: Any) -> Any:
@@ -120,19 +121,19 @@ def test_a_job_that_was_made_without_an_answer_gets_its_spec(answer: str, api: A
         return found
 
     monkeypatch.setattr(kube.api.rest_client, "request", request)
-    remote.submit(kube, JOB)
+    jobs.submit(kube, JOB)
     made = api.get("rayjobs", "topics")
     (owner,) = api.get("configmaps", "topics-spec")["metadata"]["ownerReferences"]
     assert owner["uid"] == made["metadata"]["uid"]
     with pytest.raises(ClusterError, match="a job named 'topics' already \\(starting\\)"):
-        remote.submit(kube, JOB)
+        jobs.submit(kube, JOB)
 
 
 def test_a_namespace_that_is_not_there_is_said(api: Any) -> None:
     status = {"reason": "NotFound", "message": 'namespaces "reserch" not found', "details": {"kind": "namespaces", "name": "reserch"}}
     api.answer("post", 404, status)
     with pytest.raises(client.Refused, match='namespaces "reserch" not found') as refused:
-        remote.submit(client.connect(namespace="reserch"), JOB)
+        jobs.submit(connect(namespace="reserch"), JOB)
     assert "kubectl create namespace" in refused.value.fix
 
 
@@ -142,23 +143,23 @@ def cluster(api: Any, name: str, **group: int) -> None:
 
 def test_a_service_that_is_scaled_has_its_pods_at_once_as_kuberay_gives_them_to_new_clusters_only(api: Any) -> None:
     """https://github.com/ray-project/kuberay/issues/4568"""
-    kube = client.connect()
-    remote.deploy(kube, SERVICE)
+    kube = connect()
+    services.deploy(kube, SERVICE)
     cluster(api, "echo-abcde", replicas=2, minReplicas=1, maxReplicas=2)
     api.put("rayservices", "echo", status={"activeServiceStatus": {"rayClusterName": "echo-abcde"}})
-    spec, how = remote.scale(kube, "echo", min_replicas=2, max_replicas=6)
+    spec, how = services.scale(kube, "echo", min_replicas=2, max_replicas=6)
     assert (spec.autoscaling.max_replicas, how.endswith("; 2 to 6 pods instead of 1 to 2")) == (6, True)
     (group,) = api.get("rayclusters", "echo-abcde")["spec"]["workerGroupSpecs"]
     assert group == {"groupName": "workers", "replicas": 2, "minReplicas": 2, "maxReplicas": 6}, "how many there are is the autoscaler's"
     before = len(api.requests("PATCH"))
-    assert remote.deploy(kube, spec) == "as it was"
+    assert services.deploy(kube, spec) == "as it was"
     assert len(api.requests("PATCH")) == before + 1, "nothing more than the apply"
     cluster(api, "echo-abcde", replicas=2, minReplicas=1, maxReplicas=2)
-    remote.deploy(kube, spec)
+    services.deploy(kube, spec)
     assert api.get("rayclusters", "echo-abcde")["spec"]["workerGroupSpecs"][0]["maxReplicas"] == 6, "what was not done is done then"
     # Other pods come as a new cluster, and the old one is left as it is.
-    remote.deploy(kube, spec.model_copy(update={"cluster": spec.cluster.model_copy(update={"image": "registry/danlu:2"})}))  # type: ignore[union-attr]
-    remote.rollback(kube, "echo")
+    services.deploy(kube, spec.model_copy(update={"cluster": spec.cluster.model_copy(update={"image": "registry/danlu:2"})}))  # type: ignore[union-attr]
+    services.rollback(kube, "echo")
     fixed = {"min_replicas": 3, "max_replicas": 3}
-    remote.deploy(kube, spec.model_copy(update={"autoscaling": type(spec.autoscaling)(**fixed)}))
+    services.deploy(kube, spec.model_copy(update={"autoscaling": type(spec.autoscaling)(**fixed)}))
     assert api.get("rayclusters", "echo-abcde")["spec"]["workerGroupSpecs"][0]["maxReplicas"] == 6

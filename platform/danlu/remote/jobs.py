@@ -1,7 +1,8 @@
-"""Jobs and services on Kubernetes: submit, list, show, follow, wait, cancel, resume, delete; deploy, scale, roll back. Over k8s.client."""
+"""Jobs on Kubernetes: submit, list, show, follow, wait, cancel, resume, delete."""
 
 from __future__ import annotations
 
+import json
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -14,21 +15,22 @@ import yaml
 from danlu import traces
 from danlu.errors import ClusterError, DanluError, SpecError
 from danlu.k8s.manifests import render
-from danlu.k8s.pods import KIND, NAME, Object
+from danlu.k8s.pods import KIND, Object
 from danlu.k8s.rayjob import SPEC_FILE, config_map, config_map_name, ray_job
-from danlu.k8s.rayservice import keeps_its_pods, ray_service, upgrade
-from danlu.k8s.status import ENDED, JobStatus, ServiceStatus, job_status, queue_of, service_status
-from danlu.spec.files import dump, parse
-from danlu.spec.serve import Service
+from danlu.k8s.status import ENDED, JobStatus, job_status, keeps_its_pods, queue_of
+from danlu.remote.objects import delete_object, find_object, in_its_namespace, pods_of
+from danlu.spec.files import parse
 from danlu.spec.train import TrainJob
 
 if TYPE_CHECKING:
-    from danlu.k8s.client import Kube
+    from danlu.k8s.kubeconfig import Kube
 
-SPEC, PREVIOUS = "danlu.ai/spec", "danlu.ai/previous-spec"
-"""Annotations of a RayService: the spec it was deployed from, and the one before it."""
 SUBMISSION = "danlu.ai/submission"
 """Annotation of a RayJob: which call of `submit` has made it."""
+RULES = "danlu.ai/deletion-rules"
+"""Annotation of a RayJob that was cancelled: its deletion rules, as JSON, for `resume`. KubeRay suspends no job that has some."""
+BY_TTL = {"shutdownAfterJobFinishes": True, "ttlSecondsAfterFinished": 0, "deletionStrategy": None}
+"""Instead of deletion rules: whenever the job has ended, its pods go."""
 LOG_TAIL = 200
 CONFLICTS = 20
 """How often a job may change between a look at it and its change."""
@@ -60,7 +62,7 @@ def submit(kube: Kube, job: TrainJob, *, dry_run: bool = False) -> None:
 
     check_reachable(job)
     order = ray_job(job)
-    kube = _where(kube, order)
+    kube = in_its_namespace(kube, order)
     if trace := traces.to_environment(traces.carrier()):
         # The trace goes on in the job's driver, which Ray starts with this environment.
         order["spec"]["runtimeEnvYAML"] = yaml.safe_dump({"env_vars": trace})
@@ -113,7 +115,7 @@ def jobs(kube: Kube) -> list[JobStatus]:
 
 def status(kube: Kube, name: str) -> JobStatus:
     """A job's state, and why."""
-    return _explained(kube, _job(kube, name))
+    return _explained(kube, find_object(kube, "RayJob", name))
 
 
 def logs(kube: Kube, name: str, *, follow: bool) -> Iterator[str]:
@@ -121,7 +123,8 @@ def logs(kube: Kube, name: str, *, follow: bool) -> Iterator[str]:
     from danlu.k8s import client
 
     seen: set[str] = set()
-    for one in client.watch(kube, "RayJob", name) if follow else [_job(kube, name)]:
+    job = find_object(kube, "RayJob", name)
+    for one in client.watch(kube, "RayJob", name) if follow else [job]:
         if one is None:
             return
         for pod in _submitters(kube, name):
@@ -135,7 +138,7 @@ def logs(kube: Kube, name: str, *, follow: bool) -> Iterator[str]:
         if job_status(one).state in ENDED:
             break
     if not seen:
-        found = _explained(kube, _job(kube, name))
+        found = _explained(kube, find_object(kube, "RayJob", name))
         storage = _storage(kube, name) if found.state in ENDED else ""
         raise ClusterError(
             f"{name} has {'no log any more' if storage else 'written no log'}: it is {found.state}{', ' + found.why if found.why else ''}",
@@ -148,7 +151,7 @@ def wait(kube: Kube, name: str, *, timeout_s: float | None = None) -> JobStatus 
     """A job's state once it has ended; None if that took longer than `timeout_s`."""
     from danlu.k8s import client
 
-    _job(kube, name)
+    find_object(kube, "RayJob", name)
     for one in client.watch(kube, "RayJob", name, timeout_s=timeout_s):
         if one is None:
             raise ClusterError(f"{name} was deleted", where="jobs wait")
@@ -158,25 +161,26 @@ def wait(kube: Kube, name: str, *, timeout_s: float | None = None) -> JobStatus 
 
 
 def cancel(kube: Kube, name: str) -> str:
-    """End a job's pods; what there is to say. It is suspended where KubeRay can do that, so that `resume` goes on with it."""
+    """End a job's pods, whatever its cleanup; what there is to say. It is suspended, so that `resume` goes on with it, but a queued job:
+    suspending is the queue's."""
     from danlu.k8s import client
 
     for _ in range(CONFLICTS):
-        job = _job(kube, name)
-        found = job_status(job)
-        if found.state in ENDED:
+        job = find_object(kube, "RayJob", name)
+        found, stopped = job_status(job), keeps_its_pods(job)
+        if found.state in ENDED and not stopped:
             return f"{name} has ended already: {found.state}"
-        if "kueue.x-k8s.io/queue-name" in job["metadata"].get("labels", {}) or not job["spec"].get("shutdownAfterJobFinishes"):
+        if queue_of(job):
             client.delete(kube, "RayJob", name)
             return f"{name} is deleted; `danlu train` of the same spec goes on from its last checkpoint"
-        version = {"resourceVersion": job["metadata"].get("resourceVersion", "")}
         try:
-            client.patch(kube, "RayJob", name, {"metadata": version, "spec": {"suspend": True}})
+            client.patch(kube, "RayJob", name, _let_go(job, suspend=not stopped))
         except client.Refused as refused:
             if refused.status == 409:  # it changed meanwhile: it may have ended
                 continue
             raise
-        return f"{name} is cancelled; danlu jobs resume {name} goes on from its last checkpoint"
+        what = "was stopped on its Ray cluster, and its pods go now" if stopped else "is cancelled"
+        return f"{name} {what}; danlu jobs resume {name} goes on from its last checkpoint"
     raise ClusterError(f"{name} changes all the time", where="jobs cancel", fix=f"danlu jobs show {name} says what it does; try again")
 
 
@@ -184,12 +188,12 @@ def resume(kube: Kube, name: str) -> str:
     """Go on with a job that was cancelled, that failed or that has ended, from its last checkpoint."""
     from danlu.k8s import client
 
-    job = _job(kube, name)
+    job = find_object(kube, "RayJob", name)
     found = job_status(job)
     if found.state not in ENDED:
         raise ClusterError(f"{name} is {found.state} already", where="jobs resume", fix=f"danlu jobs logs -f {name}")
     if job["spec"].get("suspend") and "deletionTimestamp" not in job["metadata"]:
-        client.patch(kube, "RayJob", name, {"spec": {"suspend": False}})
+        client.patch(kube, "RayJob", name, _go_on(job))
     else:
         spec = _spec(kube, name)
         client.delete(kube, "RayJob", name)
@@ -200,125 +204,41 @@ def resume(kube: Kube, name: str) -> str:
     return f"{name} goes on"
 
 
+def _let_go(job: Object, *, suspend: bool) -> Object:
+    """The change after which KubeRay lets a job's pods go; Refused where the job is not that one any more."""
+    version = {"resourceVersion": job["metadata"].get("resourceVersion", "")}
+    spec = {"suspend": True} if suspend else {}
+    if job["spec"].get("shutdownAfterJobFinishes"):
+        return {"metadata": version, "spec": spec}
+    rules = {RULES: json.dumps(job["spec"].get("deletionStrategy"))}
+    return {"metadata": {**version, "annotations": rules}, "spec": {**spec, **BY_TTL}}
+
+
+def _go_on(job: Object) -> Object:
+    """The change after which KubeRay starts a suspended job, with the deletion rules that it had."""
+    rules = job["metadata"].get("annotations", {}).get(RULES)
+    if rules is None:
+        return {"spec": {"suspend": False}}
+    own = {"shutdownAfterJobFinishes": False, "ttlSecondsAfterFinished": None, "deletionStrategy": json.loads(rules)}
+    return {"metadata": {"annotations": {RULES: None}}, "spec": {"suspend": False, **own}}
+
+
 def delete(kube: Kube, name: str) -> str:
     """Delete a job and its pods. Its runs and bundles stay in the storage."""
-    return _delete(kube, "RayJob", name)
+    return delete_object(kube, "RayJob", name)
 
 
-def deploy(kube: Kube, service: Service, *, dry_run: bool = False) -> str:
-    """Make or change a service; how it is brought there. The spec before is kept beside it, for `rollback`."""
-    from danlu.k8s import client
-
-    one = ray_service(service)
-    kube = _where(kube, one)
-    before = client.get(kube, "RayService", service.name)
-    last = (before or {}).get("metadata", {}).get("annotations", {}).get(SPEC)
-    notes = {SPEC: dump(service)}
-    if last is not None and last != notes[SPEC]:
-        notes[PREVIOUS] = last
-    elif before is not None and PREVIOUS in before["metadata"].get("annotations", {}):
-        notes[PREVIOUS] = before["metadata"]["annotations"][PREVIOUS]
-    asked = {**one, "metadata": {**one["metadata"], "annotations": notes}}
-    client.apply(kube, asked, dry_run=dry_run)
-    if before is None:
-        return "new: it answers once its pods are up"
-    was = before if last is None else _rendered(last)
-    if was and keeps_its_pods(was, one) and not dry_run:
-        _set_pods(kube, before, one)
-    if last == notes[SPEC]:
-        return "as it was"
-    return upgrade(was, one) if was else "changed: KubeRay finds out how, since the spec before is another Danlu's"
-
-
-def _set_pods(kube: Kube, before: Object, after: Object) -> None:
-    """Give the clusters there are the pods that are asked for now: KubeRay does so for new ones only (ray-project/kuberay#4568)."""
-    from danlu.k8s import client
-
-    (asked,) = after["spec"]["rayClusterConfig"]["workerGroupSpecs"]
-    wanted = {name: asked[name] for name in ("minReplicas", "maxReplicas")}
-    if asked["minReplicas"] == asked["maxReplicas"]:  # else how many there are is Ray's autoscaler's to say
-        wanted["replicas"] = asked["replicas"]
-    clusters = [(before.get("status") or {}).get(which) or {} for which in ("activeServiceStatus", "pendingServiceStatus")]
-    for name in [str(one["rayClusterName"]) for one in clusters if one.get("rayClusterName")]:
-        cluster = client.get(kube, "RayCluster", name)
-        if cluster and any(cluster["spec"]["workerGroupSpecs"][0].get(field) != number for field, number in wanted.items()):
-            client.set_values(kube, "RayCluster", name, {f"/spec/workerGroupSpecs/0/{field}": number for field, number in wanted.items()})
-
-
-def _rendered(spec: str) -> Object | None:
-    """The RayService of a spec that was deployed; None if this Danlu cannot read it."""
-    try:
-        return ray_service(parse(Service, spec))
-    except DanluError:
-        return None
-
-
-def _where(kube: Kube, one: Object) -> Kube:
-    """The connection in the namespace of an object."""
-    return replace(kube, namespace=one["metadata"].get("namespace") or kube.namespace)
-
-
-def services(kube: Kube) -> list[ServiceStatus]:
-    """Every service of ours in the namespace, by its own status alone."""
-    from danlu.k8s import client
-
-    return [service_status(one) for one in client.find(kube, "RayService", {KIND: "serve"})]
-
-
-def service(kube: Kube, name: str) -> ServiceStatus:
-    """A service's phase, and why."""
-    from danlu.k8s import client
-
-    one = _service(kube, name)
-    workloads = client.find(kube, "Workload") if queue_of(one) else []
-    return service_status(one, _pods(kube, "serve", name), client.find(kube, "Event"), workloads)
-
-
-def scale(kube: Kube, name: str, *, min_replicas: int | None, max_replicas: int | None) -> tuple[Service, str]:
-    """Change how many replicas a service has; the spec it has now, and how it is brought there."""
-    spec = _deployed(kube, name, SPEC)
-    changes = {"min_replicas": min_replicas, "max_replicas": max_replicas}
-    overrides = [f"autoscaling.{field}={number}" for field, number in changes.items() if number is not None]
-    if not overrides:
-        raise SpecError("neither --min nor --max is given", where="services scale", fix=f"danlu services scale {name} --max 8")
-    changed = parse(Service, dump(spec), overrides, source=f"the spec of {name}")
-    return changed, deploy(kube, changed)
-
-
-def rollback(kube: Kube, name: str) -> tuple[Service, str]:
-    """Go back to the spec that was deployed before, and how; again goes forward."""
-    spec = _deployed(kube, name, PREVIOUS)
-    return spec, deploy(kube, spec)
-
-
-def delete_service(kube: Kube, name: str) -> str:
-    """Delete a service and its pods. Its bundles stay in the storage."""
-    return _delete(kube, "RayService", name)
-
-
-def dry_run(kube: Kube, spec: TrainJob | Service) -> tuple[Sequence[str], str]:
-    """Ask the API server whether it would take a spec's objects; their names, and how a service would be brought there."""
-    how = ""
-    if isinstance(spec, TrainJob):
-        submit(kube, spec, dry_run=True)
-    else:
-        how = deploy(kube, spec, dry_run=True)
-    return [f"{one['kind']} {one['metadata']['name']}" for one in render(spec)], how
-
-
-def _delete(kube: Kube, kind: str, name: str) -> str:
-    from danlu.k8s import client
-
-    if not client.delete(kube, kind, name):
-        raise _unknown(kube, kind, name)
-    return f"{name} is deleted; what it stored stays"
+def dry_run(kube: Kube, job: TrainJob) -> Sequence[str]:
+    """Ask the API server whether it would take a job's objects; their names."""
+    submit(kube, job, dry_run=True)
+    return [f"{one['kind']} {one['metadata']['name']}" for one in render(job)]
 
 
 def _explained(kube: Kube, job: Object) -> JobStatus:
     from danlu.k8s import client
 
     name, found = job["metadata"]["name"], job_status(job)
-    pods = _pods(kube, "train", name)
+    pods = pods_of(kube, "train", name)
     log: list[str] = []
     for pod in _submitters(kube, name)[-1:] if found.state == "failed" else []:
         with suppress(ClusterError):  # its node may be gone; the state is known without
@@ -341,33 +261,8 @@ def _storage(kube: Kube, name: str) -> str:
 
 def _submitters(kube: Kube, name: str) -> list[Object]:
     """The pods that follow the driver's log, the oldest first: one for each try."""
-    found = [pod for pod in _pods(kube, "train", name) if pod["spec"]["containers"][0]["name"] == "ray-job-submitter"]
+    found = [pod for pod in pods_of(kube, "train", name) if pod["spec"]["containers"][0]["name"] == "ray-job-submitter"]
     return sorted(found, key=lambda pod: pod["metadata"].get("creationTimestamp", ""))
-
-
-def _pods(kube: Kube, kind: str, name: str) -> list[Object]:
-    """A job and a service may have one name: what a job trains, a service of its name often serves."""
-    from danlu.k8s import client
-
-    return client.find(kube, "Pod", {KIND: kind, NAME: name})
-
-
-def _job(kube: Kube, name: str) -> Object:
-    from danlu.k8s import client
-
-    job = client.get(kube, "RayJob", name)
-    if job is None:
-        raise _unknown(kube, "RayJob", name)
-    return job
-
-
-def _service(kube: Kube, name: str) -> Object:
-    from danlu.k8s import client
-
-    one = client.get(kube, "RayService", name)
-    if one is None:
-        raise _unknown(kube, "RayService", name)
-    return one
 
 
 def _spec(kube: Kube, name: str) -> TrainJob:
@@ -377,23 +272,3 @@ def _spec(kube: Kube, name: str) -> TrainJob:
     if found is None:
         raise ClusterError(f"{name} has lost its spec", where=f"ConfigMap {config_map_name(name)}", fix="danlu train SPEC --on k8s")
     return parse(TrainJob, found["data"][SPEC_FILE], source=f"the spec of {name}")
-
-
-def _deployed(kube: Kube, name: str, annotation: str) -> Service:
-    text = _service(kube, name)["metadata"].get("annotations", {}).get(annotation)
-    if text is None:
-        what = "was deployed once only: there is nothing before it" if annotation == PREVIOUS else "was not deployed by `danlu serve`"
-        raise ClusterError(f"{name} {what}", where="services", fix="danlu serve SPEC --on k8s; a chart's service is changed in its values")
-    return parse(Service, text, source=f"the spec of {name}")
-
-
-def _unknown(kube: Kube, kind: str, name: str) -> ClusterError:
-    from danlu.k8s import client
-
-    there = [one["metadata"]["name"] for one in client.find(kube, kind)]
-    what = {"RayJob": "job", "RayService": "service"}[kind]
-    return ClusterError(
-        f"there is no {what} named {name!r} in namespace {kube.namespace}" + (f"; there is: {', '.join(there[:8])}" if there else ""),
-        where=f"context {kube.context}",
-        fix="--namespace or --context for another place" + ("; --on local --storage URI shows what a job left" if kind == "RayJob" else ""),
-    )

@@ -1,0 +1,1 @@
+"""Jobs and services on Kubernetes, over k8s.client."""
