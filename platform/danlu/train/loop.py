@@ -298,12 +298,13 @@ def _check_finite(loss: float, grad_norm: float, step: int, checkpoints: Checkpo
             raise ModelError(
                 f"{name} in {folder} holds values that are no numbers", where="model.model_name_or_path", fix="copy or download it again"
             )
-        kept = checkpoints.steps()
+        # A loss that is no number is that of weights which the step before left so: a checkpoint of theirs is no help.
+        kept = [saved for saved in checkpoints.steps() if saved < step or math.isfinite(loss)]
         raise DivergedError(
             f"the loss of step {step + 1} is {loss} and its gradient norm {grad_norm}: training has diverged",
             where="optim.learning_rate",
             fix="a lower learning rate, a longer warm-up or a max_grad_norm; "
-            + (f"the checkpoint of step {kept[0]} is from before" if kept else "there is no checkpoint yet"),
+            + (f"the checkpoint of step {kept[0]} is from before" if kept else "no checkpoint is from before"),
         )
 
 

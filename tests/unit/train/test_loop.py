@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -174,11 +175,14 @@ def test_early_stopping_stops_after_patience_evaluations_without_a_best(setting:
     assert outcome.best_step == 2
 
 
-def test_divergence_is_said_instead_of_trained_on(setting: Setting) -> None:
-    with pytest.raises(DanluError, match=r"optim.learning_rate: the loss of step \d+ is (nan|inf|[0-9.e+]+)"):
-        setting.run(
-            setting.job(optim={"learning_rate": 1e30, "max_grad_norm": None, "schedule": {"kind": "constant", "warmup_ratio": 0.0}})
-        )
+@pytest.mark.parametrize(("save_steps", "told"), [(1, "the checkpoint of step 1 is from before"), (8, "no checkpoint is from before")])
+def test_divergence_is_said_instead_of_trained_on(save_steps: int, told: str, setting: Setting) -> None:
+    """The first step moves nothing and the second everything: of their checkpoints only the first one's helps."""
+    optim = {"learning_rate": 1e30, "max_grad_norm": None, "schedule": {"kind": "linear", "warmup_ratio": 0.99}}
+    job = setting.job(optim=optim, checkpoint={"save_steps": save_steps})
+    with pytest.raises(DanluError, match=r"optim.learning_rate: the loss of step \d+ is (nan|inf|[0-9.e+]+)") as raised:
+        setting.run(job)
+    assert re.search(told, str(raised.value)), raised.value
 
 
 def test_weights_that_are_no_numbers_are_told_apart_from_a_rate_too_high(setting: Setting, tmp_path: Path) -> None:

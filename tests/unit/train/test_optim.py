@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import write_tiny_model
 from pydantic import TypeAdapter, ValidationError
 from transformers import (
     AutoModelForCausalLM,
@@ -257,6 +258,12 @@ def job_of(model: Path, files: dict[str, str], folder: Path, **overrides: Any) -
     return TrainJob.model_validate(fields | overrides)
 
 
+@pytest.fixture(scope="module")
+def wide_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """bitsandbytes keeps the state of weights of less than 4,096 elements in 32 bits, whatever it is told."""
+    return write_tiny_model(tmp_path_factory.mktemp("wide-bert"), hidden_size=64)
+
+
 def run_of(job: TrainJob, model: Path, uri: str, listener: Any = None) -> LocalRun:
     run = LocalRun(CPU, listener)
     tokenizer = load_tokenizer(model)
@@ -275,11 +282,11 @@ def run_of(job: TrainJob, model: Path, uri: str, listener: Any = None) -> LocalR
     ],
 )
 def test_every_optimizer_learns_in_the_loop(
-    optimizer: dict[str, Any], rate: float, parallel: dict[str, Any], tiny_model: Path, topic_files: dict[str, str], tmp_path: Path
+    optimizer: dict[str, Any], rate: float, parallel: dict[str, Any], wide_model: Path, topic_files: dict[str, str], tmp_path: Path
 ) -> None:
     optim = {"optimizer": optimizer, "learning_rate": rate, "schedule": {"kind": "constant"}}
-    job = job_of(tiny_model, topic_files, tmp_path, optim=optim, parallel=parallel, max_steps=40)
-    found = [record.loss for record in run_of(job, tiny_model, str(tmp_path / "run")).records if isinstance(record, StepRecord)]
+    job = job_of(wide_model, topic_files, tmp_path, optim=optim, parallel=parallel, max_steps=40)
+    found = [record.loss for record in run_of(job, wide_model, str(tmp_path / "run")).records if isinstance(record, StepRecord)]
     assert sum(found[-5:]) / 5 < 0.6 * sum(found[:5]) / 5
 
 
@@ -330,10 +337,10 @@ RESUMED: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", RESUMED)
-def test_a_killed_run_goes_on_as_if_it_had_not_been(name: str, tiny_model: Path, topic_files: dict[str, str], tmp_path: Path) -> None:
+def test_a_killed_run_goes_on_as_if_it_had_not_been(name: str, wide_model: Path, topic_files: dict[str, str], tmp_path: Path) -> None:
     fields = {"learning_rate": 5e-3} | RESUMED[name].get("optim", {})
     shape = {"max_steps": 8, "checkpoint": {"save_steps": 3}, "evaluation": {"eval_steps": 8}}
-    job = job_of(tiny_model, topic_files, tmp_path, **shape | RESUMED[name] | {"optim": fields})
+    job = job_of(wide_model, topic_files, tmp_path, **shape | RESUMED[name] | {"optim": fields})
 
     def told(run: LocalRun) -> dict[int, tuple[float, ...]]:
         """Of each step after the checkpoint; the evaluation's under 0."""
@@ -345,13 +352,22 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(name: str, tiny_model: Path,
         if isinstance(record, StepRecord) and record.step == 5:
             raise Killed
 
-    whole = told(run_of(job, tiny_model, str(tmp_path / "whole")))
+    whole = told(run_of(job, wide_model, str(tmp_path / "whole")))
     with pytest.raises(Killed):
-        run_of(job, tiny_model, str(tmp_path / "broken"), killer)
-    assert told(run_of(job, tiny_model, str(tmp_path / "broken"))) == {
+        run_of(job, wide_model, str(tmp_path / "broken"), killer)
+    assert told(run_of(job, wide_model, str(tmp_path / "broken"))) == {
         step: pytest.approx(found, abs=1e-6) for step, found in whole.items()
     }
     assert whole.keys() == {0, 4, 5, 6, 7, 8}
+    if name in ("8 bits", "lion in 8 bits"):
+        assert torch.uint8 in stored_types(tmp_path / "whole")
+
+
+def stored_types(run: Path) -> set[torch.dtype]:
+    """Of the optimizer's state in the last checkpoint; bitsandbytes puts a weight's into a mapping of its own."""
+    file = max((run / "checkpoints").glob("step-*/ddp.pt"))
+    states = [its for state in torch.load(file, weights_only=True)["optimizer"]["state"].values() for its in (state, *state.values())]
+    return {value.dtype for state in states if isinstance(state, dict) for value in state.values() if torch.is_tensor(value)}
 
 
 def test_the_average_is_torchs_ema() -> None:
