@@ -46,6 +46,21 @@ LONG_SKIP = 3
 
 
 @dataclass(frozen=True)
+class Sizes:
+    """Steps of a round and how many of them warm up, at 64 and at 256 tokens; rows to draw from, None for all."""
+
+    steps: int
+    skip: int
+    long_steps: int
+    long_skip: int
+    num_rows: int | None
+
+
+FULL = Sizes(SKIP + 26, SKIP, LONG_SKIP + 8, LONG_SKIP, None)
+QUICK = Sizes(3, 1, 2, 1, 256)
+
+
+@dataclass(frozen=True)
 class Curve:
     """What each step took, read and lost."""
 
@@ -53,7 +68,7 @@ class Curve:
     tokens: list[int]
     seconds: list[float]
 
-    def rate(self, skip: int = SKIP) -> float:
+    def rate(self, skip: int) -> float:
         """Tokens per second without the first steps."""
         return sum(self.tokens[skip:]) / sum(self.seconds[skip:])
 
@@ -256,15 +271,15 @@ def make_job(
     return TrainJob.model_validate(fields)
 
 
-def write_rows(folder: Path) -> None:
-    """R8's training rows as train.csv, 64 of its test rows as dev.csv."""
+def write_rows(folder: Path, num_rows: int | None) -> None:
+    """R8's training rows, or the first `num_rows` of them, as train.csv, 64 of its test rows as dev.csv."""
     import pandas
 
     from danlu.data.columns import labelled
     from danlu.data.formats import read_rows
 
     data = load(TrainJob, SPEC).data
-    for name, source, number in (("train", data.train, None), ("dev", data.test, 64)):
+    for name, source, number in (("train", data.train, num_rows), ("dev", data.test, 64)):
         assert source is not None
         found = labelled(read_rows(source, format=data.format, max_rows=None, where=name), data.columns, where=name)
         pandas.DataFrame({"text": found.texts, "label": found.labels})[:number].to_csv(folder / f"{name}.csv", index=False)
@@ -279,12 +294,13 @@ def check_losses(name: str, curve: Curve, raw: Curve, tolerance: float) -> str:
 
 def main() -> None:
     given = options(__doc__, rounds=3)
-    steps = SKIP + 2 if given.quick else SKIP + 26
+    sizes = QUICK if given.quick else FULL
+    steps = sizes.steps
     torch.set_num_threads(cores())
     with tempfile.TemporaryDirectory(prefix="danlu-bench-") as temporary:
         folder = Path(temporary)
         os.chdir(SPEC.parents[2])
-        write_rows(folder)
+        write_rows(folder, sizes.num_rows)
         one = load_work(make_job(folder, steps=steps))
         start_ray(num_cpus=cores())
         single: dict[str, Callable[[], Curve]] = {
@@ -294,9 +310,9 @@ def main() -> None:
             "HF Trainer": lambda: hf_trainer(one, folder, "sequential"),
             "HF Trainer, group_by_length": lambda: hf_trainer(one, folder, "group_by_length"),
         }
-        say(f"{steps} steps of 32 rows, {SKIP} left out")
+        say(f"{steps} steps of 32 rows, {sizes.skip} left out")
         curves = interleave(single, given.rounds)
-        long = load_work(make_job(folder, steps=LONG_SKIP + (1 if given.quick else 8), max_length=256))
+        long = load_work(make_job(folder, steps=sizes.long_steps, max_length=256))
         whole: dict[str, Callable[[], Curve]] = {
             "Danlu in process, 256 tokens": lambda: danlu_in_process(long, folder),
             "HF Trainer, 256 tokens": lambda: hf_trainer(long, folder, "sequential"),
@@ -315,12 +331,12 @@ def main() -> None:
                 "raw PyTorch loop, half the threads": lambda: raw_on_half(load_work(half)),
             }
             pairs = interleave(contestants, max(1, given.rounds - 1))
-    finish("train", given, _rows(curves, longs, pairs), _notes(curves, longs, pairs, one))
+    finish("train", given, _rows(curves, longs, pairs, sizes), _notes(curves, longs, pairs, one))
 
 
-def _rows(curves: dict[str, list[Curve]], longs: dict[str, list[Curve]], pairs: dict[str, list[Curve]]) -> list[Row]:
-    rates = {name: [curve.rate() for curve in found] for name, found in (curves | pairs).items()}
-    rates |= {name: [curve.rate(LONG_SKIP) for curve in found] for name, found in longs.items()}
+def _rows(curves: dict[str, list[Curve]], longs: dict[str, list[Curve]], pairs: dict[str, list[Curve]], sizes: Sizes) -> list[Row]:
+    rates = {name: [curve.rate(sizes.skip) for curve in found] for name, found in (curves | pairs).items()}
+    rates |= {name: [curve.rate(sizes.long_skip) for curve in found] for name, found in longs.items()}
     ours, *theirs = longs
     against = [
         ("Danlu on Ray Train", "raw PyTorch loop"),

@@ -14,6 +14,7 @@ from danlu.artifact.trainable import (
     HEADS,
     LAYER,
     check_adapter_can_be_stored,
+    check_head_rate,
     check_prompt_fits,
     is_embedding,
     new_parameters,
@@ -22,7 +23,7 @@ from danlu.artifact.trainable import (
     targets,
 )
 from danlu.errors import SpecError
-from danlu.spec.optim import Adafactor, AdamW, BnbAdamW, Lion, Optimizer
+from danlu.spec.optim import Adafactor, AdamW, BnbAdamW, Lion, Optim
 from danlu.spec.parallel import Ddp, DeepSpeed, Fsdp, GPipe, Interleaved1F1B, Pipeline, Tensor
 from danlu.spec.task import EncoderTask
 from danlu.spec.train import TrainJob
@@ -114,6 +115,7 @@ def make_plan(job: TrainJob, folder: Path, *, num_rows: int, mean_tokens: float,
     config = model.config.to_dict()
     shapes = {name: Weight(tuple(parameter.shape), "F32") for name, parameter in model.named_parameters()}
     head = _head_names(model) | (new := new_parameters(folder, task.head_parameters(model), model.base_model_prefix))
+    check_head_rate(job.tuning, job.optim, head)
     num_parameters = sum(weight.num_elements for weight in shapes.values())
     embeddings = sum(weight.num_elements for name, weight in shapes.items() if is_embedding(name))
     body = {name: weight for name, weight in shapes.items() if name not in head}
@@ -172,7 +174,7 @@ def make_plan(job: TrainJob, folder: Path, *, num_rows: int, mean_tokens: float,
         tokens_per_step=tokens_per_step,
         expected_s=expected,
         expected_note=expected_note,
-        checkpoint_bytes=job.checkpoint.save_total_limit * 12 * trainable + 4 * num_parameters,
+        checkpoint_bytes=job.checkpoint.save_total_limit * (12 if job.optim.ema_decay is None else 16) * trainable + 4 * num_parameters,
         offloaded_bytes=held.offloaded,
         offloaded_to=held.offloaded_to if held.offloaded else "",
         nvme_bytes=held.on_nvme,
@@ -180,17 +182,16 @@ def make_plan(job: TrainJob, folder: Path, *, num_rows: int, mean_tokens: float,
     )
 
 
-def _optimizer_bytes(optimizer: Optimizer) -> float:
-    """Of one trained weight's state; what goes by rows and columns or by blocks is too little to count."""
-    match optimizer:
+def _optimizer_bytes(optim: Optim) -> float:
+    """Of one trained weight's state and average; what goes by rows and columns or by blocks is too little to count."""
+    average = 0 if optim.ema_decay is None else 4
+    match optim.optimizer:
         case AdamW():
-            return 8
-        case BnbAdamW():
-            return optimizer.bits / 4
-        case Lion():
-            return optimizer.bits / 8
+            return average + 8
+        case BnbAdamW() | Lion() as optimizer:
+            return average + optimizer.bits / (4 if isinstance(optimizer, BnbAdamW) else 8)
         case Adafactor():
-            return 0
+            return average
 
 
 @dataclass(frozen=True)
@@ -223,7 +224,7 @@ class _Numbers:
 def _held(job: TrainJob, half: bool, numbers: _Numbers) -> _Held:
     """What a worker holds besides activations: the optimizer's state, and float32 masters where the weights are in 16 bits."""
     everything, trainable, embeddings, layers = numbers.everything, numbers.trainable, numbers.embeddings, numbers.layers
-    n, on_gpu, state = job.workers.num_workers, job.workers.gpus_per_worker > 0, _optimizer_bytes(job.optim.optimizer)
+    n, on_gpu, state = job.workers.num_workers, job.workers.gpus_per_worker > 0, _optimizer_bytes(job.optim)
     match job.parallel:
         case Ddp():
             return _Held(4 * everything, 4 * trainable, round(state * trainable))
@@ -297,12 +298,9 @@ def _passes_held(job: TrainJob) -> float:
                     return job.accumulation_steps / size
                 case Interleaved1F1B() as interleaved:
                     return 1 + (size - 1) / (size * interleaved.stages_per_worker)  # section 2.2 of the paper
-                case _:
-                    return 1.0
         case Ddp() | DeepSpeed() | Fsdp() as data:
             return 1 / data.context_parallel_size
-        case _:
-            return 1.0
+    return 1.0
 
 
 def _spread_name(job: TrainJob) -> str:

@@ -224,9 +224,13 @@ def quantize(
 @contextmanager
 def serving(service: Service) -> Iterator[Endpoint]:
     """An endpoint on this machine, up while the block runs."""
+    from danlu.serve.adapters import check_adapters
+
+    service = service.model_copy(update={"storage": absolute(service.storage)})
+    check_adapters(service)
     from danlu.serve import app
 
-    endpoint = app.run(service.model_copy(update={"storage": absolute(service.storage)}))
+    endpoint = app.run(service)
     try:
         yield endpoint
     finally:

@@ -39,6 +39,7 @@ from danlu.train.run import EventRecord, LocalRun, RayRun, Record, StepRecord
 WAIT = timedelta(seconds=90)
 """How long a rank waits for another one: a test that hangs says so."""
 SLOW_S = 0.06
+LANGUAGE_TASKS = ("pretrain", "chat", "preference", "seq2seq")
 
 Curve = list[tuple[float, float]]
 """(loss, gradient norm) of each step."""
@@ -79,7 +80,10 @@ def job_of(model: str, train_file: str, overrides: dict[str, Any]) -> TrainJob:
         "checkpoint": {"save_steps": 2},
         "storage": "unused",
     }
-    return TrainJob.model_validate(fields | overrides)
+    fields |= overrides
+    if fields.get("task", {}).get("kind", "classification") in LANGUAGE_TASKS:  # they have no head for a rate of its own
+        fields["optim"] = {name: value for name, value in fields["optim"].items() if name != "head_learning_rate_multiplier"}
+    return TrainJob.model_validate(fields)
 
 
 def curve(job: TrainJob, run: LocalRun | RayRun, records: list[Any], run_uri: str) -> Curve:

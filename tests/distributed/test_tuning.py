@@ -34,14 +34,17 @@ METHODS: dict[str, dict[str, Any]] = {
     "lora": {"kind": "lora", "r": 4, "target_modules": "all-linear"},
     "freeze-half": {"kind": "freeze", "num_trainable_layers": 2},
     "freeze-a-layer": {"kind": "freeze", "num_trainable_layers": 3},
+    "qlora-8": {"kind": "qlora", "r": 4, "bits": 8},
+    "prompt": {"kind": "prompt", "num_virtual_tokens": 5},
+    "prefix": {"kind": "prefix", "num_virtual_tokens": 5},
 }
 STAGED = {"lora", "freeze-half", "freeze-a-layer"}
 """Of a model of four layers, the latter two: two stages of two, or four of one, where nothing is trained in one and two of them."""
 TAKEN = {
     "ddp": METHODS.keys() - STAGED,
     "zero2": METHODS.keys() - STAGED,
-    "zero3": METHODS.keys() - STAGED - {"adalora", "p_tuning"},
-    "fsdp": METHODS.keys() - STAGED - {"adalora"},
+    "zero3": METHODS.keys() - STAGED - {"adalora", "p_tuning", "prompt", "prefix"},
+    "fsdp": METHODS.keys() - STAGED - {"adalora", "qlora-8"},
     "tensor": {"lora", "pissa", "freeze"},
     "pipeline": {"lora", "pissa", "dora", "freeze", "freeze-a-layer"},
     "interleaved": {"freeze-half"},

@@ -140,6 +140,39 @@ def test_all_that_is_swapped_has_its_room_before_the_first_step(async_io: None, 
     assert sizes(drive) == before
 
 
+@pytest.mark.parametrize("place", ["offload_optimizer", "offload_param"])
+def test_what_was_lost_while_deepspeed_began_is_told_before_the_first_step(
+    place: str, async_io: None, drive: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process may take the drive's last bytes between the look at its room and DeepSpeed's first writes."""
+    import deepspeed
+
+    from danlu.errors import ResourceError
+    from danlu.spec.parallel import DeepSpeed
+    from danlu.spec.train import Optim
+    from danlu.train.strategies.deepspeed import DeepSpeedStrategy
+    from danlu.train.strategies.group import ensure_process_group
+    from danlu.train.strategy import Setup
+
+    begin = deepspeed.initialize
+
+    def lose(**named: Any) -> Any:
+        begun = begin(**named)
+        for file in drive.rglob("*.swp"):
+            os.truncate(file, 1 << 10)
+        return begun
+
+    module = torch.nn.Sequential(torch.nn.Linear(901, 901), torch.nn.Linear(901, 3))
+    setup = Setup(Optim(), [{"params": list(module.parameters()), "lr": 0.1}], 4, torch.float32, torch.device("cpu"), 0, 1)
+    ensure_process_group(setup)
+    monkeypatch.setattr(deepspeed, "initialize", lose)
+    spec = parallel(drive) | {"offload_optimizer": "none", place: "nvme"}
+    with pytest.raises(
+        ResourceError, match=r"parallel.nvme_path: another process took the drive's space meanwhile; worker 0 on .*No space"
+    ):
+        DeepSpeedStrategy(DeepSpeed.model_validate(spec)).prepare(module, setup)
+
+
 def sizes(drive: Path) -> dict[str, tuple[int, int]]:
     return {path.name: (path.stat().st_size, path.stat().st_blocks) for path in drive.rglob("*.swp")}
 

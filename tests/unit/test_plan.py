@@ -122,6 +122,9 @@ def test_memory_is_what_the_optimizer_holds(tiny_model: Path) -> None:
     moments = sum(t.numel() * t.element_size() for state in optimizer.state.values() for t in state.values() if t.ndim)
     assert found.weight_bytes == found.gradient_bytes == sum(p.numel() * p.element_size() for p in module.parameters())
     assert found.optimizer_bytes == moments
+    averaged = plan(job(tiny_model, optim={"ema_decay": 0.9}))
+    assert averaged.optimizer_bytes == moments + found.weight_bytes
+    assert averaged.checkpoint_bytes == found.checkpoint_bytes + 2 * found.weight_bytes
     assert found.worker_bytes == found.weight_bytes + found.gradient_bytes + found.optimizer_bytes + found.activation_bytes
     assert json.loads(json.dumps(found.to_dict()))["worker_bytes"] == found.worker_bytes
 

@@ -75,12 +75,15 @@ def weight_shapes(folder: Path) -> Mapping[str, Weight] | None:
         return None
     shapes: dict[str, Weight] = {}
     for file in files:
-        shapes.update(_header(folder / file))
+        shapes.update(header(folder / file))
     return shapes
 
 
-def _header(path: Path) -> dict[str, Weight]:
-    """https://huggingface.co/docs/safetensors: 8 bytes of length, then JSON."""
+def header(path: Path) -> dict[str, Weight]:
+    """Names and shapes of the tensors in a safetensors file, without reading them; ModelError if it is not whole.
+
+    https://huggingface.co/docs/safetensors: 8 bytes of length, then JSON.
+    """
     damaged = ModelError(f"{path} is not a whole safetensors file", where=FIELD, fix="copy or download the model again")
     try:
         with path.open("rb") as file:

@@ -9,6 +9,7 @@ from typing import Any
 
 from danlu.artifact.pretrained import Weight, weight_shapes
 from danlu.errors import SpecError
+from danlu.spec.optim import Optim
 from danlu.spec.tuning import Adalora, Adapter, Freeze, Full, Ia3, Lora, Prefix, Prompt, PTuning, Qlora, Tuning, VirtualTokens, is_merged
 
 LAYER = re.compile(r"(?:^|\.)(?:layer|layers|h|block|blocks)\.(\d+)\.")
@@ -116,6 +117,16 @@ def check_adapter_can_be_stored(tuning: Tuning, shapes: Mapping[str, Weight], sh
                 where="tuning.r",
                 fix=f"at most {most}, or init_lora_weights=default",
             )
+
+
+def check_head_rate(tuning: Tuning, optim: Optim, head: Collection[str]) -> None:
+    """SpecError if the rate of a head is that of none: `head` names the parameters that an `adapter` would train whole."""
+    if isinstance(tuning, Adapter) and optim.head_learning_rate_multiplier != 1 and not head:
+        raise SpecError(
+            f"{optim.head_learning_rate_multiplier:g} has no effect: the output layer is pretrained, and tuning.kind=adapter leaves it",
+            where="optim.head_learning_rate_multiplier",
+            fix="leave it out, or tuning.kind=full",
+        )
 
 
 def check_prompt_fits(tuning: VirtualTokens, config: Mapping[str, Any], max_length: int) -> None:

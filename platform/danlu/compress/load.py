@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypedDict, cast
 
@@ -25,6 +26,7 @@ from transformers import (
 from danlu.artifact.bundle import Bundle
 from danlu.artifact.pretrained import model_folder
 from danlu.compress.bf16 import hold_linears_in_bf16
+from danlu.compress.fits import check_fits
 from danlu.compress.quantized_base import keep_format, keep_format_of_odd_shapes, need_bitsandbytes, quantized_base
 from danlu.errors import ModelError
 from danlu.spec.compress import BnbInt8, BnbNf4, Int4, Int8
@@ -44,7 +46,7 @@ from danlu.spec.task import (
     TokenClassification,
     is_decoders,
 )
-from danlu.spec.tuning import Adapter, Qlora, VirtualTokens
+from danlu.spec.tuning import Adalora, Adapter, Lora, Qlora, VirtualTokens
 from danlu.tasks import bottleneck
 from danlu.tasks.answers import MaskedJudge, Seq2SeqJudge
 from danlu.tasks.judge import DecoderJudge, LanguageJudge, PreferenceJudge, RowScorer, end_ids
@@ -239,6 +241,12 @@ def load_model(bundle: Bundle) -> PreTrainedModel:
 def _adapted(bundle: Bundle) -> PreTrainedModel:
     """An adapter on its base: merged where that is exact, else beside the weights it was trained on."""
     meta, folder = bundle.meta, _base_folder(bundle)
+    if isinstance(meta.tuning, Lora | Qlora | Adalora):  # or PEFT would tell of tensors, after loading both
+        task = task_file(meta.task)
+        skeleton = partial(task.skeleton, folder, len(meta.labels))
+        check_fits(
+            bundle.path / "model", folder, skeleton, source=f"{bundle.path}, an adapter of {meta.base_model},", where="bundle.base_model"
+        )
     match meta.tuning:
         case Qlora():
             from peft import PeftModel

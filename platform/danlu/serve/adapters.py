@@ -7,11 +7,50 @@ from pathlib import Path
 from typing import Any
 
 from danlu.artifact.bundle import FILE, Bundle, read_bundle
+from danlu.artifact.pretrained import model_folder
 from danlu.artifact.store import Store
+from danlu.compress.fits import check_fits
 from danlu.errors import ModelError
+from danlu.spec.model import Model
+from danlu.spec.serve import Service, Torch
+from danlu.spec.vllm import Vllm
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 MORE_THAN_LORA = {"use_dora": "DoRA", "modules_to_save": "whole modules", "fan_in_fan_out": "transposed weights"}
+
+
+def check_adapters(service: Service) -> None:
+    """ModelError if an adapter that is to be there from the start is not one of the model that is served. Reads headers of files only."""
+    engine = service.engine
+    if not isinstance(engine, Torch | Vllm) or not engine.adapters:
+        return
+    served = None if service.bundle is None else read_bundle(Store(service.storage).resolve(service.bundle))
+    base = base_folder(engine, served)
+    for name, source in engine.adapters.items():
+        folder, _ = adapter_folder(source, name, service.storage, served)
+        if base is not None:
+            check_fits_decoder(folder, base, source, name)
+
+
+def base_folder(engine: Torch | Vllm, served: Bundle | None) -> Path | None:
+    """The folder with the shapes of the weights that adapters are put on; None where a bundle's are stored in a form of their own."""
+    if served is None:
+        assert engine.model_name_or_path is not None, "the spec asks for a bundle or a model"
+        return model_folder(Model(model_name_or_path=engine.model_name_or_path, revision=engine.revision))
+    if served.meta.weights == "adapter" and served.meta.base_model is not None:
+        return model_folder(Model(model_name_or_path=served.meta.base_model))
+    return served.path / "model" if served.meta.quantization is None else None
+
+
+def check_fits_decoder(folder: Path, base: Path, source: str, name: str) -> None:
+    """ModelError if an adapter is not one of the causal language model in `base`."""
+
+    def skeleton() -> Any:
+        from danlu.tasks import pretrain
+
+        return pretrain.skeleton(base)
+
+    check_fits(folder, base, skeleton, source=source, where=name)
 
 
 def adapter_folder(source: str, name: str, storage: str, served: Bundle | None) -> tuple[Path, dict[str, Any]]:

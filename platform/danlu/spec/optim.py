@@ -102,7 +102,7 @@ class Optim(Spec):
     optimizer: Optimizer = AdamW()
     learning_rate: PositiveFloat = 5e-5
     head_learning_rate_multiplier: PositiveFloat = 1.0
-    """The task's head starts from nothing: a larger rate there saves steps."""
+    """The task's head starts from nothing: a larger rate there saves steps. Language models and embeddings have no head of their own."""
     layer_learning_rate_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Each layer below the top learns this much slower than the one above it, the embeddings slowest (https://arxiv.org/abs/2003.10555)."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.01

@@ -30,7 +30,7 @@ from danlu.spec.task import (
     is_decoders,
     named,
 )
-from danlu.spec.tunable import check_tuning
+from danlu.spec.tunable import check_rates, check_tuning
 from danlu.spec.tuning import Freeze, Full, Lora, Prefix, Tuning, VirtualTokens, is_merged
 from danlu.spec.vllm import Vllm
 
@@ -301,6 +301,7 @@ class TrainJob(Spec):
                 "start as; tuning.kind=lora, or task.loss.kind=orpo"
             )
         check_tuning(self.tuning, self.task, self.parallel, self.precision, self.max_steps)
+        check_rates(self.optim, self.task, self.tuning)
         if isinstance(self.tuning, Prefix) and self.model.gradient_checkpointing:
             raise ValueError(
                 "model.gradient_checkpointing does not go with tuning.kind=prefix: its keys and values stand in a cache, which a second "

@@ -1,10 +1,11 @@
-"""Which ways of tuning go with which ways of spreading a job over workers, and with which tasks."""
+"""Which ways of tuning go with which ways of spreading a job over workers, with which tasks, and with which learning rates."""
 
 from __future__ import annotations
 
+from danlu.spec.optim import Optim
 from danlu.spec.parallel import DeepSpeed, Fsdp, Parallel
-from danlu.spec.task import Task, is_decoders, named
-from danlu.spec.tuning import Adalora, Qlora, Tuning, VirtualTokens
+from danlu.spec.task import Embed, EncoderTask, MaskedLm, Pretrain, Task, is_decoders, named
+from danlu.spec.tuning import Adalora, Adapter, Freeze, Full, Qlora, Tuning, VirtualTokens
 
 PROMPTED = ("classification", "multi_label_classification", "regression")
 """Encoders' tasks that learn behind virtual tokens, as every decoder's task does."""
@@ -32,6 +33,29 @@ def check_tuning(tuning: Tuning, task: Task, parallel: Parallel, precision: str,
             )
         case _:
             pass
+
+
+def check_rates(optim: Optim, task: Task, tuning: Tuning) -> None:
+    """ValueError, for the validator of the job, for a share of the rate that no parameter would get."""
+    if optim.head_learning_rate_multiplier != 1 and not _trains_a_head(task, tuning):
+        told = f"optim.head_learning_rate_multiplier={optim.head_learning_rate_multiplier:g} has no effect"
+        if isinstance(task, Pretrain) and isinstance(task.objective, MaskedLm):
+            raise ValueError(
+                f"{told}: tuning.kind={tuning.kind} leaves the output layer of {named(task)} as it is; leave it out, or tuning.kind=full"
+            )
+        raise ValueError(f"{told}: {named(task)} trains pretrained weights only and has no head; leave it out, or raise learning_rate")
+    if optim.layer_learning_rate_decay != 1 and isinstance(tuning, VirtualTokens):
+        raise ValueError(
+            f"optim.layer_learning_rate_decay={optim.layer_learning_rate_decay:g} has no effect: tuning.kind={tuning.kind} trains nothing "
+            "in the layers; leave it out, or tuning.kind=lora"
+        )
+
+
+def _trains_a_head(task: Task, tuning: Tuning) -> bool:
+    """True if some of what is trained may have started from nothing; an `adapter` trains an output layer that the weights file has not."""
+    if isinstance(task, Pretrain) and isinstance(task.objective, MaskedLm):
+        return isinstance(tuning, Full | Freeze | Adapter)
+    return isinstance(task, EncoderTask) and not isinstance(task, Embed)
 
 
 def _check_ranks_can_move(tuning: Adalora, parallel: Parallel, precision: str, max_steps: int | None) -> None:

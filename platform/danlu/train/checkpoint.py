@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import shutil
 import tempfile
@@ -246,8 +247,8 @@ def _digest(path: Path) -> str:
 
 
 def improved(progress: Progress, value: float, *, higher_is_better: bool) -> bool:
-    """True if `value` beats the best so far."""
-    if progress.best_step < 0:
+    """True if `value` beats the best so far, as any number beats NaN: or one evaluation that overflowed would stay the best for ever."""
+    if progress.best_step < 0 or (math.isnan(progress.best_value) and not math.isnan(value)):
         return True
     return value > progress.best_value if higher_is_better else value < progress.best_value
 

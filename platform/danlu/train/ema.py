@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,10 +15,13 @@ FILE = "ema.pt"
 
 
 class Ema:
-    """The average of a module's trainable parameters. They have to be whole in every process."""
+    """The average of a module's trainable parameters. They have to be whole in every process.
 
-    def __init__(self, module: nn.Module, decay: float) -> None:
-        self.decay = decay
+    `put_out` names those in which a zero is a decision and not a value: it is zero in the average too.
+    """
+
+    def __init__(self, module: nn.Module, decay: float, put_out: Collection[str] = ()) -> None:
+        self.decay, self.put_out = decay, put_out
         self.live = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
         self.average = {name: parameter.detach().clone() for name, parameter in self.live.items()}
 
@@ -28,6 +31,8 @@ class Ema:
         share = max(1 - self.decay, 1 / (step + 1))
         for name, average in self.average.items():
             average.lerp_(self.live[name], share)
+            if name in self.put_out:
+                average.masked_fill_(self.live[name] == 0, 0)
 
     @contextmanager
     def applied(self) -> Iterator[None]:

@@ -75,7 +75,7 @@ def _train(
     strategy = make_strategy(job.parallel)
     exchange = Exchange(run.device)
     model = strategy.prepare(trainee.module, _setup(job, trainee, run, dtype, loss_scale, exchange))
-    ema = Ema(trainee.module, job.optim.ema_decay) if job.optim.ema_decay is not None else None
+    ema = _ema(job, trainee)
     state = _state(strategy, trainee, run)
     state = state if ema is None else EmaState(state, ema, run.rank)
     state = state if loss_scale is None else LossScaleState(state, loss_scale, run.rank)
@@ -114,7 +114,8 @@ def _train(
         phases.begin(step)
         micro_batches = [batch.to(run.device) for batch in batches.at(step)]
         phases.end("data")
-        num_targets = float(models.all_sum(torch.tensor(float(sum(task.num_targets(batch) for batch in micro_batches)))))
+        # None in rows of which the tokenizer makes nothing: such a step learns nothing, and is no division by zero.
+        num_targets = max(1.0, float(models.all_sum(torch.tensor(float(sum(task.num_targets(batch) for batch in micro_batches))))))
         phases.end("wait")
 
         def loss(model: nn.Module, batch: Packed, num_targets: float = num_targets) -> torch.Tensor:
@@ -266,6 +267,14 @@ def _setup(job: TrainJob, trainee: Trainee, run: Run, dtype: torch.dtype, loss_s
     )
 
 
+def _ema(job: TrainJob, trainee: Trainee) -> Ema | None:
+    if job.optim.ema_decay is None:
+        return None
+    # A direction that AdaLoRA has put out is out of what is scored and stored, or the bundle would have all ranks it started with.
+    put_out = {name for name, _ in trainee.module.named_parameters() if trainee.allocator is not None and ".lora_E." in name}
+    return Ema(trainee.module, job.optim.ema_decay, put_out)
+
+
 def _state(strategy: Strategy, trainee: Trainee, run: Run) -> State:
     if trainee.allocator is None:
         return strategy.state()
@@ -289,12 +298,13 @@ def _check_finite(loss: float, grad_norm: float, step: int, checkpoints: Checkpo
             raise ModelError(
                 f"{name} in {folder} holds values that are no numbers", where="model.model_name_or_path", fix="copy or download it again"
             )
-        kept = checkpoints.steps()
+        # A loss that is no number is that of weights which the step before left so: a checkpoint of theirs is no help.
+        kept = [saved for saved in checkpoints.steps() if saved < step or math.isfinite(loss)]
         raise DivergedError(
             f"the loss of step {step + 1} is {loss} and its gradient norm {grad_norm}: training has diverged",
             where="optim.learning_rate",
             fix="a lower learning rate, a longer warm-up or a max_grad_norm; "
-            + (f"the checkpoint of step {kept[0]} is from before" if kept else "there is no checkpoint yet"),
+            + (f"the checkpoint of step {kept[0]} is from before" if kept else "no checkpoint is from before"),
         )
 
 

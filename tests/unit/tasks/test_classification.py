@@ -120,8 +120,13 @@ def test_bad_rows_are_refused_before_anything_is_tokenised(tiny_model: Path, top
     frame = pandas.read_csv(topic_files["test"])
     frame.loc[4, "label"] = "gold"
     frame.to_csv(tmp_path / "test.csv", index=False)
-    with pytest.raises(DataError, match="row 5 has the label 'gold'"):
-        load(tiny_model, train=topic_files["train"], test=str(tmp_path / "test.csv"), cache_dir=str(tmp_path / "cache"))
+    for split in ("dev", "test"):
+        with pytest.raises(DataError, match="row 5 has the label 'gold'") as told:
+            load(tiny_model, train=topic_files["train"], **{split: str(tmp_path / "test.csv")}, cache_dir=str(tmp_path / "cache"))
+        assert told.value.where == f"data.{split}"
+    (tmp_path / "none.csv").write_text("text,label\n")
+    with pytest.raises(DataError, match="a header but no rows"):
+        load(tiny_model, train=topic_files["train"], dev=str(tmp_path / "none.csv"), cache_dir=str(tmp_path / "cache"))
     frame.assign(label="ship").to_csv(tmp_path / "one.csv", index=False)
     with pytest.raises(DataError, match="every row has the same label, 'ship'"):
         load(tiny_model, train=str(tmp_path / "one.csv"), cache_dir=str(tmp_path / "cache"))

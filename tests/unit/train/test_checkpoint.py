@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import math
 import resource
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from danlu.errors import CheckpointError, StorageError
-from danlu.train.checkpoint import MANIFEST, Checkpoints, Progress
+from danlu.train.checkpoint import MANIFEST, Checkpoints, Progress, after_eval, improved
 from danlu.train.run import EventRecord, LocalRun
 
 
@@ -180,3 +181,16 @@ def test_another_number_of_workers_goes_on(shape: str, tmp_path: Path) -> None:
     manifest = tmp_path / "step-000005" / MANIFEST
     manifest.write_text(manifest.read_text().replace('"world_size": 1', '"world_size": 2'))
     assert ours.restore(Numbers()) == Progress(step=5)
+
+
+@pytest.mark.parametrize("higher_is_better", [True, False])
+def test_the_best_is_the_best_number_also_after_one_that_was_none(higher_is_better: bool) -> None:
+    progress, kept = Progress(), []
+    for step, value in enumerate([math.nan, 0.5, math.nan, 0.6, 0.4], start=1):
+        is_best = improved(progress, value, higher_is_better=higher_is_better)
+        progress = after_eval(
+            Progress(step, 0, progress.best_step, progress.best_value, progress.evals_without_best), value, is_best=is_best
+        )
+        kept += [step] * is_best
+    assert kept == ([1, 2, 4] if higher_is_better else [1, 2, 5])
+    assert progress.evals_without_best == (1 if higher_is_better else 0)

@@ -17,7 +17,7 @@ from danlu.spec.parallel import DeepSpeed
 from danlu.spec.train import Optim, TrainJob
 from danlu.train.strategies.deepspeed import check_nvme, deepspeed_config
 from danlu.train.strategies.group import ensure_process_group
-from danlu.train.strategies.nvme import SwapFolder, check_folder, check_free
+from danlu.train.strategies.nvme import SwapFolder, check_folder, check_free, check_whole
 from danlu.train.strategies.swapped import Saved
 from danlu.train.strategies.universal import converted
 from danlu.train.strategy import Setup
@@ -103,6 +103,22 @@ def test_memory_is_no_drive() -> None:
 def test_a_full_drive_is_said_with_what_is_needed(tmp_path: Path) -> None:
     with pytest.raises(ResourceError, match=r"GiB free; what the workers keep there takes 1048576.0 GiB"):
         check_free(str(tmp_path), 1 << 50)
+
+
+def test_a_swap_file_that_a_full_drive_has_cut_short_or_left_a_hole_in_is_no_whole_one(tmp_path: Path) -> None:
+    """DeepSpeed does not look at what its writes return; threads write a file's parts, so that its length alone does not tell."""
+    file = tmp_path / "1.tensor.swp"
+    file.write_bytes(b"x" * (1 << 16))
+    check_whole(file, 1 << 16)
+    with pytest.raises(OSError, match="No space left"):
+        check_whole(file, (1 << 16) + 1)
+    with file.open("wb") as parts:
+        parts.write(b"x" * (1 << 14))
+        parts.seek(3 << 14)
+        parts.write(b"x" * (1 << 14))
+    assert file.stat().st_size == 1 << 16
+    with pytest.raises(OSError, match="No space left"):
+        check_whole(file, 1 << 16)
 
 
 def test_a_swap_folder_goes_with_its_owner_and_after_a_kill_with_the_next_one(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -15,13 +16,13 @@ import torch
 from conftest import write_tiny_model
 from peft import LoraConfig, TaskType, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModelForMaskedLM, AutoModelForSequenceClassification
 
 from danlu.compiled import KernelsUnavailable
 from danlu.data.pack import Batches, pack_rows
 from danlu.errors import DanluError, ModelError, SpecError
 from danlu.spec.train import TrainJob
-from danlu.tasks import classification
+from danlu.tasks import classification, masked
 from danlu.tasks import kernels as compiled
 from danlu.tasks.rows import Splits
 from danlu.tasks.tokenizer import load_tokenizer
@@ -174,11 +175,14 @@ def test_early_stopping_stops_after_patience_evaluations_without_a_best(setting:
     assert outcome.best_step == 2
 
 
-def test_divergence_is_said_instead_of_trained_on(setting: Setting) -> None:
-    with pytest.raises(DanluError, match=r"optim.learning_rate: the loss of step \d+ is (nan|inf|[0-9.e+]+)"):
-        setting.run(
-            setting.job(optim={"learning_rate": 1e30, "max_grad_norm": None, "schedule": {"kind": "constant", "warmup_ratio": 0.0}})
-        )
+@pytest.mark.parametrize(("save_steps", "told"), [(1, "the checkpoint of step 1 is from before"), (8, "no checkpoint is from before")])
+def test_divergence_is_said_instead_of_trained_on(save_steps: int, told: str, setting: Setting) -> None:
+    """The first step moves nothing and the second everything: of their checkpoints only the first one's helps."""
+    optim = {"learning_rate": 1e30, "max_grad_norm": None, "schedule": {"kind": "linear", "warmup_ratio": 0.99}}
+    job = setting.job(optim=optim, checkpoint={"save_steps": save_steps})
+    with pytest.raises(DanluError, match=r"optim.learning_rate: the loss of step \d+ is (nan|inf|[0-9.e+]+)") as raised:
+        setting.run(job)
+    assert re.search(told, str(raised.value)), raised.value
 
 
 def test_weights_that_are_no_numbers_are_told_apart_from_a_rate_too_high(setting: Setting, tmp_path: Path) -> None:
@@ -190,6 +194,30 @@ def test_weights_that_are_no_numbers_are_told_apart_from_a_rate_too_high(setting
     setting.model = broken
     with pytest.raises(ModelError, match=f"{name} in {broken} holds values that are no numbers"):
         setting.run(setting.job())
+
+
+def test_a_step_of_rows_in_which_nothing_is_learned_learns_nothing_and_goes_on(setting: Setting, tmp_path: Path) -> None:
+    """BERT's tokenizer makes nothing of the sign for what could not be read; a batch may have no other rows."""
+    torch.manual_seed(0)
+    AutoModelForMaskedLM.from_config(AutoConfig.from_pretrained(setting.model)).save_pretrained(
+        folder := shutil.copytree(setting.model, tmp_path / "m")
+    )
+    (tmp_path / "texts.csv").write_text("text\n" + "\n".join(["\ufffd\ufffd", "wheat rose and corn fell", "the port"] * 8) + "\n")
+    job = setting.job(
+        data={"train": str(tmp_path / "texts.csv"), "dev": str(tmp_path / "texts.csv"), "cache_dir": str(tmp_path / "cache")},
+        task={"kind": "pretrain", "objective": {"kind": "masked"}},
+        model={"model_name_or_path": str(folder), "max_length": 16},
+        global_batch_size=1,
+        micro_batch_size=1,
+    )
+    tokenizer, run = load_tokenizer(folder), LocalRun(CPU)
+    data = masked.splits(job.data, job.task, tokenizer, max_length=16, seed=job.seed)
+    assert min(data.train.encoded.lengths) == 2, "nothing but the two special tokens"
+    assert train(job, data, folder, tokenizer, run, str(tmp_path / "run")).steps == 8
+    found = losses(run)
+    assert 0.0 in found.values()
+    assert 0 < sum(loss > 0 for loss in found.values()) < 8
+    assert all(np.isfinite(list(found.values())))
 
 
 def test_lora_gives_the_losses_of_peft_by_hand(setting: Setting) -> None:

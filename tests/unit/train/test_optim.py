@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import write_tiny_model
 from pydantic import TypeAdapter, ValidationError
 from transformers import (
     AutoModelForCausalLM,
@@ -154,6 +155,50 @@ def test_each_layer_learns_slower_than_the_one_above_it(tiny_model: Path) -> Non
     assert decays[id(model.classifier.weight)] == 0.01
 
 
+WITHOUT_A_HEAD: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
+    "chat": ({"kind": "chat"}, {"kind": "full"}, "task.kind=chat trains pretrained weights only and has no head; leave it out"),
+    "preference": ({"kind": "preference"}, {"kind": "lora"}, "has no head"),
+    "seq2seq": ({"kind": "seq2seq"}, {"kind": "full"}, "has no head"),
+    "causal": ({"kind": "pretrain"}, {"kind": "full"}, "task.objective.kind=causal trains pretrained weights only"),
+    "embedding": ({"kind": "embedding"}, {"kind": "full"}, "has no head"),
+    "a frozen output layer": (
+        {"kind": "pretrain", "objective": {"kind": "masked"}},
+        {"kind": "lora"},
+        "tuning.kind=lora leaves the output layer of task.kind=pretrain with task.objective.kind=masked as it is.*tuning.kind=full",
+    ),
+}
+WITH_A_HEAD: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "labels": ({"kind": "classification"}, {"kind": "lora"}),
+    "questions": ({"kind": "extractive_qa"}, {"kind": "adapter"}),
+    "masked": ({"kind": "pretrain", "objective": {"kind": "masked"}}, {"kind": "freeze"}),
+}
+
+
+@pytest.mark.parametrize("case", [*WITHOUT_A_HEAD, *WITH_A_HEAD])
+def test_a_rate_of_a_head_is_refused_where_there_is_none(case: str, tiny_model: Path, topic_files: dict[str, str], tmp_path: Path) -> None:
+    def job(multiplier: float) -> TrainJob:
+        task, tuning = (WITHOUT_A_HEAD | WITH_A_HEAD)[case][:2]  # type: ignore[operator]
+        fields = {"task": task, "tuning": tuning, "optim": {"head_learning_rate_multiplier": multiplier}}
+        return job_of(tiny_model, topic_files, tmp_path, **fields)
+
+    assert job(1.0).optim.head_learning_rate_multiplier == 1.0
+    if case in WITH_A_HEAD:
+        assert job(5.0).optim.head_learning_rate_multiplier == 5.0
+        return
+    with pytest.raises(ValidationError, match=r"optim.head_learning_rate_multiplier=5 has no effect: .*" + WITHOUT_A_HEAD[case][2]):
+        job(5.0)
+
+
+def test_rates_by_layer_are_refused_where_nothing_in_the_layers_is_trained(
+    tiny_model: Path, topic_files: dict[str, str], tmp_path: Path
+) -> None:
+    optim = {"layer_learning_rate_decay": 0.9}
+    for kind in ("prompt", "p_tuning", "prefix"):
+        with pytest.raises(ValidationError, match=rf"layer_learning_rate_decay=0.9 has no effect: tuning.kind={kind} .*tuning.kind=lora"):
+            job_of(tiny_model, topic_files, tmp_path, optim=optim, tuning={"kind": kind})
+    assert job_of(tiny_model, topic_files, tmp_path, optim=optim, tuning={"kind": "lora"})
+
+
 FAMILIES = {
     "t5": (T5Config(d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, vocab_size=40), "shared.weight", "encoder.block.0."),
     "bart": (
@@ -213,6 +258,12 @@ def job_of(model: Path, files: dict[str, str], folder: Path, **overrides: Any) -
     return TrainJob.model_validate(fields | overrides)
 
 
+@pytest.fixture(scope="module")
+def wide_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """bitsandbytes keeps the state of weights of less than 4,096 elements in 32 bits, whatever it is told."""
+    return write_tiny_model(tmp_path_factory.mktemp("wide-bert"), hidden_size=64)
+
+
 def run_of(job: TrainJob, model: Path, uri: str, listener: Any = None) -> LocalRun:
     run = LocalRun(CPU, listener)
     tokenizer = load_tokenizer(model)
@@ -231,11 +282,11 @@ def run_of(job: TrainJob, model: Path, uri: str, listener: Any = None) -> LocalR
     ],
 )
 def test_every_optimizer_learns_in_the_loop(
-    optimizer: dict[str, Any], rate: float, parallel: dict[str, Any], tiny_model: Path, topic_files: dict[str, str], tmp_path: Path
+    optimizer: dict[str, Any], rate: float, parallel: dict[str, Any], wide_model: Path, topic_files: dict[str, str], tmp_path: Path
 ) -> None:
     optim = {"optimizer": optimizer, "learning_rate": rate, "schedule": {"kind": "constant"}}
-    job = job_of(tiny_model, topic_files, tmp_path, optim=optim, parallel=parallel, max_steps=40)
-    found = [record.loss for record in run_of(job, tiny_model, str(tmp_path / "run")).records if isinstance(record, StepRecord)]
+    job = job_of(wide_model, topic_files, tmp_path, optim=optim, parallel=parallel, max_steps=40)
+    found = [record.loss for record in run_of(job, wide_model, str(tmp_path / "run")).records if isinstance(record, StepRecord)]
     assert sum(found[-5:]) / 5 < 0.6 * sum(found[:5]) / 5
 
 
@@ -264,6 +315,59 @@ def test_the_average_is_what_is_scored_and_a_resumed_run_has_the_same(
     assert rest == pytest.approx({step: loss for step, loss in whole.items() if step > 4}, abs=1e-6)
     without = job_of(tiny_model, topic_files, tmp_path, evaluation={"eval_steps": 3})
     assert scores(run_of(without, tiny_model, str(tmp_path / "without")))[12] != pytest.approx(whole[12], abs=1e-4)
+
+
+ZERO2 = {"kind": "deepspeed", "zero_stage": 2}
+RESUMED: dict[str, dict[str, Any]] = {
+    "8 bits": {"optim": {"optimizer": {"kind": "bnb_adamw"}}},
+    "8 bits, ZeRO-2": {"optim": {"optimizer": {"kind": "bnb_adamw"}}, "parallel": ZERO2},
+    "8 bits, ZeRO-3": {"optim": {"optimizer": {"kind": "bnb_adamw"}}, "parallel": ZERO2 | {"zero_stage": 3}},
+    "lion": {"optim": {"optimizer": {"kind": "lion"}}, "parallel": ZERO2},
+    "lion in 8 bits": {"optim": {"optimizer": {"kind": "lion", "bits": 8}}},
+    "adafactor": {"optim": {"optimizer": {"kind": "adafactor"}, "learning_rate": 3e-2}},
+    "wsd": {"optim": {"schedule": {"kind": "wsd", "decay_ratio": 0.6}}},
+    "one_cycle": {"optim": {"schedule": {"kind": "one_cycle", "warmup_ratio": 0.5}}},
+    "by layer, averaged": {
+        "optim": {"layer_learning_rate_decay": 0.5, "head_learning_rate_multiplier": 4.0, "ema_decay": 0.8, "max_grad_norm": 0.2},
+        "tuning": {"kind": "lora", "r": 4},
+        "micro_batch_size": 4,
+    },
+    "by length": {"group_by_length": True, "micro_batch_size": 4},
+}
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_a_killed_run_goes_on_as_if_it_had_not_been(name: str, wide_model: Path, topic_files: dict[str, str], tmp_path: Path) -> None:
+    fields = {"learning_rate": 5e-3} | RESUMED[name].get("optim", {})
+    shape = {"max_steps": 8, "checkpoint": {"save_steps": 3}, "evaluation": {"eval_steps": 8}}
+    job = job_of(wide_model, topic_files, tmp_path, **shape | RESUMED[name] | {"optim": fields})
+
+    def told(run: LocalRun) -> dict[int, tuple[float, ...]]:
+        """Of each step after the checkpoint; the evaluation's under 0."""
+        steps = [record for record in run.records if isinstance(record, StepRecord) and record.step > 3]
+        scored = [record.metrics["loss"] for record in run.records if isinstance(record, EvalRecord)]
+        return {record.step: (record.loss, record.learning_rate, record.grad_norm) for record in steps} | {0: tuple(scored)}
+
+    def killer(record: object) -> None:
+        if isinstance(record, StepRecord) and record.step == 5:
+            raise Killed
+
+    whole = told(run_of(job, wide_model, str(tmp_path / "whole")))
+    with pytest.raises(Killed):
+        run_of(job, wide_model, str(tmp_path / "broken"), killer)
+    assert told(run_of(job, wide_model, str(tmp_path / "broken"))) == {
+        step: pytest.approx(found, abs=1e-6) for step, found in whole.items()
+    }
+    assert whole.keys() == {0, 4, 5, 6, 7, 8}
+    if name in ("8 bits", "lion in 8 bits"):
+        assert torch.uint8 in stored_types(tmp_path / "whole")
+
+
+def stored_types(run: Path) -> set[torch.dtype]:
+    """Of the optimizer's state in the last checkpoint; bitsandbytes puts a weight's into a mapping of its own."""
+    file = max((run / "checkpoints").glob("step-*/ddp.pt"))
+    states = [its for state in torch.load(file, weights_only=True)["optimizer"]["state"].values() for its in (state, *state.values())]
+    return {value.dtype for state in states if isinstance(state, dict) for value in state.values() if torch.is_tensor(value)}
 
 
 def test_the_average_is_torchs_ema() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -262,6 +263,18 @@ def test_adalora_gives_the_losses_and_ranks_of_peft_by_hand(setting: Setting) ->
     assert len(set(kept.values())) > 1
 
 
+def test_an_averaged_adalora_is_scored_and_stored_with_the_ranks_that_were_decided(setting: Setting) -> None:
+    """The average of a direction that was put out is not zero by itself: the bundle would have all ranks that the run began with."""
+    optim = {"learning_rate": 1e-2, "ema_decay": 0.9, "schedule": {"kind": "constant"}}
+    live = setting.train(setting.job("pretrain", ADALORA, optim=optim))
+    assert_its_bundle_is_the_live_model(setting, live)
+    stored = json.loads((live.trained.bundle.path / "model" / "adapter_config.json").read_text())["rank_pattern"]
+    last = [record.detail for record in live.run.records if isinstance(record, EventRecord) and record.event == "ranks"][-1]
+    ranks = [f"{name.partition('.lora_E')[0]} {sum(kept)}" for name, kept in stored.items()]
+    assert sorted(last.partition(": ")[2].split(", ")) == sorted(ranks)
+    assert sum(sum(kept) for kept in stored.values()) == ADALORA["target_r"] * len(ranks)
+
+
 KILLED = {
     f"{method} {name}": (method, parallel)
     for name, parallel, methods in (
@@ -423,6 +436,19 @@ def test_a_masked_language_models_bundle_answers_as_the_live_model_did(method: s
     dev = prepare(job, calibrate=False).splits.dev
     outputs = evaluate(load_judge(live.trained.bundle), dev).outputs
     np.testing.assert_allclose(outputs, live.outputs, rtol=BOUND, atol=10 * BOUND)
+
+
+def test_a_rate_of_an_output_layer_that_a_bottleneck_leaves_alone_is_refused_before_anything_starts(
+    setting: Setting, tmp_path: Path
+) -> None:
+    """Where the weights file has none, the adapter trains one whole, at that rate."""
+    setting.models["classification"] = bert = shutil.copytree(setting.models["classification"], tmp_path / "masked")
+    job = masked(setting, "pfeiffer")
+    job = job.model_copy(update={"optim": job.optim.model_copy(update={"head_learning_rate_multiplier": 3.0})})
+    assert prepare(job, calibrate=False)
+    AutoModelForMaskedLM.from_config(AutoConfig.from_pretrained(bert)).save_pretrained(bert)
+    with pytest.raises(SpecError, match=r"multiplier: 3 has no effect: the output layer is pretrained"):
+        prepare(job, calibrate=False)
 
 
 @pytest.mark.parametrize("method", ["rslora, lora+", "qlora 4", "adalora", "ia3"])

@@ -38,7 +38,8 @@ class DdpStrategy(OneByOne):
         return self.model
 
     def _average(self, group: Any, bucket: Any) -> torch.futures.Future[torch.Tensor]:
-        """What DDP does without a hook; with the last bucket there is nothing left to compute."""
+        """What DDP does without a hook, but for the last bit: it divides where DDP multiplies. With the last bucket there is nothing left
+        to compute."""
         averaged = allreduce_hook(group, bucket)
         if bucket.is_last():
             self.computed = self.setup.exchange.now()

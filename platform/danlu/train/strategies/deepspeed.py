@@ -143,8 +143,8 @@ class DeepSpeedStrategy(OneByOne):
                 config=deepspeed_config(self.spec, setup, largest_shard=largest_shard),
                 dist_init_required=False,
             )
-        if self.spec.offload_optimizer == "nvme":
-            reserve(self.optimizer, setup)
+        if self.spec.uses_nvme:
+            reserve(self.optimizer, model, setup)
         self.last = True
         prepared: nn.Module = self.engine
         self.model = prepared

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import fcntl
 import mmap
 import os
@@ -96,6 +97,16 @@ def reserve_file(path: Path, num_bytes: int) -> None:
     file = os.open(path, os.O_WRONLY | os.O_CREAT, 0o600)
     try:
         os.posix_fallocate(file, 0, -(-num_bytes // ALIGNMENT) * ALIGNMENT)
+    finally:
+        os.close(file)
+
+
+def check_whole(path: Path, num_bytes: int) -> None:
+    """OSError if a swap file has not all of its bytes, since the drive was full when DeepSpeed wrote it. It is written in place later."""
+    file = os.open(path, os.O_RDONLY)
+    try:
+        if os.lseek(file, 0, os.SEEK_HOLE) < num_bytes:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
     finally:
         os.close(file)
 

@@ -20,7 +20,7 @@ from danlu.errors import CheckpointError, ResourceError
 from danlu.spec.optim import Optim
 from danlu.spec.parallel import DeepSpeed
 from danlu.train.optim import make_optimizer
-from danlu.train.strategies.nvme import NUM_BUFFERS, SWAPPED_FROM, check_lock, reserve_file
+from danlu.train.strategies.nvme import NUM_BUFFERS, SWAPPED_FROM, check_lock, check_whole, reserve_file
 from danlu.train.strategy import Setup
 
 FILE_BYTES = 64 << 20
@@ -60,18 +60,32 @@ def check_room(spec: DeepSpeed, model: nn.Module, setup: Setup, folder: Path) ->
     ballast.unlink()
 
 
-def reserve(zero: Any, setup: Setup) -> None:
-    """Take the space of what the optimizer will keep and of the gradients, on every worker, as long as training goes on. Collective."""
-    swapper = zero.optimizer_swapper
+def reserve(zero: Any, model: nn.Module, setup: Setup) -> None:
+    """Look at what DeepSpeed has written, and take the space of what the optimizer will keep and of the gradients, on every worker, as
+    long as training goes on. Collective."""
+    swapper = zero.optimizer_swapper  # None where only parameters are swapped
 
     def take() -> None:
-        for its in swapper.swap_params_info.values():
+        for path, num_bytes in _parameter_files(model).items():
+            check_whole(path, num_bytes)
+        for its in () if swapper is None else swapper.swap_params_info.values():
+            check_whole(Path(its.get_swap_paths()[0]), 4 * its.numel())
             for name in state_names(setup.optim):
                 reserve_file(Path(its.swap_folder) / f"{name}-{its.param_id}.tensor.swp", 4 * its.numel())
             aligned = its.numel() // swapper.numel_alignment * swapper.numel_alignment  # what is left over it does not swap
             reserve_file(Path(its.swap_folder) / f"{its.param_id}_gradient_0_{aligned}.tensor.swp", 4 * aligned)
 
     _on_all(take, setup, "another process took the drive's space meanwhile")
+
+
+def _parameter_files(model: nn.Module) -> dict[Path, int]:
+    """The files of a worker's shards of parameters, and the bytes in each."""
+    files: dict[Path, int] = {}
+    for parameter in model.parameters():
+        swapper, number = getattr(parameter, "nvme_swapper", None), getattr(parameter, "ds_id", None)
+        if swapper is not None and number in swapper.id_to_path:
+            files[Path(swapper.id_to_path[number])] = swapper.param_id_to_numel[number] * swapper.swap_element_size
+    return files
 
 
 def _on_all(take: Callable[[], None], setup: Setup, otherwise: str) -> None:

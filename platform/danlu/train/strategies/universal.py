@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import torch.distributed as dist
 
 from danlu.errors import CheckpointError
+from danlu.spec.optim import AdamW
 from danlu.train.strategy import Setup
 
 TAG = "deepspeed"
@@ -33,6 +34,14 @@ def converted(folder: Path, setup: Setup) -> Iterator[Path]:
 
     https://www.deepspeed.ai/tutorials/universal-checkpointing
     """
+    optimizer, writers = setup.optim.optimizer, num_writers(folder)
+    if not isinstance(optimizer, AdamW):  # state by other names, or in blocks of bytes that another cut would go through
+        raise CheckpointError(
+            f"it was written by {writers} workers, and DeepSpeed cannot put the state of optim.optimizer.kind={optimizer.kind} together "
+            f"for {setup.world_size}",
+            where=str(folder),
+            fix=f"workers.num_workers={writers}, or start anew with --fresh; optim.optimizer.kind=adamw takes any number",
+        )
     hosts: list[str] = [""] * setup.world_size
     dist.all_gather_object(hosts, socket.gethostname())
     leader = hosts.index(hosts[setup.rank])

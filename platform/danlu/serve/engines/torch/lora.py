@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from danlu.artifact.bundle import Bundle
+from danlu.compress.fits import changed_layers, does_not_fit
 from danlu.errors import ModelError, ResourceError
 from danlu.serve.adapters import WEIGHTS, adapter_folder, no_adapter
 from danlu.serve.engines.torch.sequence import Key
@@ -71,13 +72,9 @@ class Adapters:
         """ModelError if it is for another model."""
         shapes = {part.name: (part.stop - part.start, linear.shape[1]) for linear in self.linears for part in linear.parts}
         for layer, (down, up) in adapter.weights.items():
-            if shapes.get(layer) != (up.shape[0], down.shape[1]):
-                here = f"has {shapes[layer]}" if layer in shapes else "has no such layer"
-                raise ModelError(
-                    f"the adapter changes {layer} {(up.shape[0], down.shape[1])}, and the model {here}",
-                    where=name,
-                    fix="an adapter that was trained on this model",
-                )
+            changed = (up.shape[0], down.shape[1])
+            if shapes.get(layer) != changed:
+                raise does_not_fit("the adapter", layer, changed, shapes.get(layer), name)
 
     def add(self, key: Key, adapter: Adapter, busy: set[Key]) -> list[Key]:
         """Load; what had to go for it, the longest unused of those that are not `busy`. ResourceError if all are."""
@@ -142,6 +139,7 @@ def read_adapter(source: str, name: str, storage: str, served: Bundle | None = N
     """A LoRA adapter of a PEFT folder or a bundle: a folder, a URI, or a `name@alias` of the storage. ModelError names what cannot be
     served beside others, or beside what is merged into the bundle that is `served`."""
     folder, config = adapter_folder(source, name, storage, served)
+    changed_layers(folder, source, name)
     try:
         tensors = load_file(folder / WEIGHTS)
     except (OSError, ValueError, SafetensorError) as error:

@@ -55,6 +55,7 @@ class VllmEngine:
     async def start(self) -> None:
         python = interpreter(self.spec)
         files = await asyncio.to_thread(find, self.spec, self.bundle)
+        self.base = files.folder
         child = self.child = Child(
             lambda folder: command(self.spec, python, files.folder, folder / "s", dtype=files.dtype),
             environment(self.spec, python, os.environ),
@@ -116,7 +117,7 @@ class VllmEngine:
         self.loading.add(name)
         try:
             rank = self.spec.max_lora_rank
-            folder = await asyncio.to_thread(servable_folder, source, name, self.storage, self.bundle, max_lora_rank=rank)
+            folder = await asyncio.to_thread(servable_folder, source, name, self.storage, self.bundle, base=self.base, max_lora_rank=rank)
             if name in self.loaded:
                 await self.unload_adapter(name)
                 self.loading.add(name)
