@@ -89,7 +89,15 @@ FULL_JOB: Document = {
     "storage": "s3://bucket/runs",
     "compress": {"quantization": {"kind": "bnb_nf4", "double_quant": False}, "max_quality_drop": 1, "min_speedup": 1.5},
     "serve": {
-        "engine": {"kind": "encoder", "dtype": "fp32", "max_batch_tokens": 9, "batch_wait_ms": 1.5, "num_threads": 2, "num_gpus": 1},
+        "engine": {
+            "kind": "encoder",
+            "dtype": "fp32",
+            "max_batch_tokens": 9,
+            "batch_wait_ms": 1.5,
+            "num_threads": 2,
+            "num_gpus": 1,
+            "step_timeout_s": 5,
+        },
         "autoscaling": {
             "min_replicas": 0,
             "max_replicas": 3,
@@ -442,6 +450,7 @@ GOOD: dict[str, tuple[type[Spec], Document]] = {
                         "dtype": "bf16",
                         "max_num_seqs": 4,
                         "batch_wait_ms": 0.5,
+                        "step_timeout_s": 20,
                         "num_threads": 2,
                         "num_gpus": 1,
                     },
@@ -567,6 +576,7 @@ BAD: dict[str, tuple[type[Spec], Document, str, object]] = {
         "engine.labels": [["a"]],
         "engine.dtype": ["fp16", None],
         "engine.batch_wait_ms": [-1],
+        "engine.step_timeout_s": [0, -1, "5"],
         "engine.num_gpus": [2, True],
         "autoscaling.min_replicas": [-1, 1.5],
         "autoscaling.max_replicas": [0],
