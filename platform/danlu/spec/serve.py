@@ -209,6 +209,8 @@ class Http(Spec):
     """0 takes a free port."""
     haproxy: bool = False
     """Ray Serve's HAProxy ingress instead of its Python proxy: several times the requests per second, one such service per machine."""
+    allowed_origins: list[Annotated[str, Field(pattern=r"^(\*|https?://[^/\s]+)$")]] = []
+    """Whose pages may ask from a browser (CORS): `https://chat.example`, or `*` for all. Nobody's unless said."""
 
 
 class Auth(Spec):

@@ -7,13 +7,14 @@ import random
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import llguidance
 import openai
 import pytest
 from jsonschema import Draft202012Validator
 from lm import engine, write_family
+from pydantic import BaseModel
 from tokenizers import AddedToken
 from transformers import AutoTokenizer
 
@@ -87,6 +88,15 @@ ANSWERED = {
     "Well.": False,
     "": False,
 }
+
+
+class Forecast(BaseModel):
+    city: Literal["Rome", "Oslo"]
+    days: int
+
+
+class Ok(BaseModel):
+    ok: bool
 
 
 def write_model(folder: Path, markers: str) -> Path:
@@ -310,3 +320,10 @@ def test_the_fake_engine_keeps_it_too(served: Served) -> None:
         answer: Any = {"type": "json_schema", "json_schema": {"name": "ok", "schema": ANSWER}}
         assert json.loads(ask("a", response_format=answer).message.content) == {"ok": True}
         assert ask(TAGGED, response_format=answer).finish_reason == "tool_calls"
+        messages: Any = [{"role": "user", "content": "a"}]
+        tools = [openai.pydantic_function_tool(Forecast)]  # which makes them strict
+        found = client.chat.completions.parse(model="echo", messages=messages, response_format=Ok, tools=tools).choices[0].message
+        assert found.parsed == Ok(ok=True)
+        messages[0]["content"] = '<tool_call>{"name": "Forecast", "arguments": {}}</tool_call>'
+        (call,) = client.chat.completions.parse(model="echo", messages=messages, tools=tools).choices[0].message.tool_calls or ()
+        assert call.function.parsed_arguments == Forecast(city="Rome", days=0)

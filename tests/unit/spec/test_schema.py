@@ -113,7 +113,7 @@ FULL_JOB: Document = {
             "request_timeout_s": 5,
             "drain_timeout_s": 6,
         },
-        "http": {"host": "0.0.0.0", "port": 0, "haproxy": True},
+        "http": {"host": "0.0.0.0", "port": 0, "haproxy": True, "allowed_origins": ["https://chat.example"]},
         "cluster": {
             **PODS,
             "scheduler": {"kind": "kai", "queue": "research"},
@@ -548,6 +548,7 @@ BAD: dict[str, tuple[type[Spec], Document, str, object]] = {
         "serve.engine": [{"kind": "echo"}, {"kind": None}, {"num_threads": 2}, "torch"],
         "serve.http.port": [-1, 65536, "80", 80.5],
         "serve.http.haproxy": ["yes", 1, None],
+        "serve.http.allowed_origins": ["*", ["chat.example"], ["https://chat.example/"], [""], None],
         "serve.bundle": ["a@v1"],
         "learning_rate": [1e-4],
         "cluster": [{}, {"image": ""}, {"image": "i", "gpus": 8}, "k8s"],
