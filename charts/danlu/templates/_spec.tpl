@@ -94,7 +94,8 @@
   "max_batch_tokens": 1024,
   "batch_wait_ms": 0.0,
   "num_threads": 1,
-  "num_gpus": 0
+  "num_gpus": 0,
+  "step_timeout_s": 120.0
  },
  "tls_env": {
   "RAY_USE_TLS": "1",

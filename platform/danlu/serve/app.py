@@ -28,6 +28,7 @@ from danlu.metrics import catalog, emit
 from danlu.metrics.catalog import Metric
 from danlu.metrics.prices import accelerator, usd_per_hour
 from danlu.serve.asgi import App
+from danlu.serve.cors import Cors
 from danlu.serve.engine import make_engine
 from danlu.serve.gateway import Gateway
 from danlu.serve.generation import TextEngine
@@ -79,6 +80,7 @@ class Replica:
             ring = KeyRing(Path(service.auth.keys_file))
             self.entrance = Authenticated(self.gateway, ring, self.gateway.count)
             self.reading.append(asyncio.create_task(_meter_keys(ring, service.name)))
+        self.entrance = Cors(self.entrance, origins) if (origins := service.http.allowed_origins) else self.entrance
         await self.gateway.start()
         if isinstance(engine, TextEngine):
             self.reading.append(asyncio.create_task(_meter_engine(engine, service.name)))
@@ -236,12 +238,10 @@ def _wait_for_port(host: str, port: int) -> None:
     """Until nobody listens there: Serve kills its proxies and does not wait for their end, and who serves next may want the port."""
     deadline = time.monotonic() + PROXIES_TIMEOUT_S
     while time.monotonic() < deadline:
-        try:
+        with contextlib.suppress(ResourceError):
             _free_port(host, port)
-        except ResourceError:
-            time.sleep(0.02)
-        else:
             return
+        time.sleep(0.02)
 
 
 def _wait_for_proxies(client: Any) -> None:

@@ -100,18 +100,30 @@ async def send_reply(send: Send, reply: Reply, headers: Mapping[str, str]) -> No
 
 
 async def send_stream(send: Send, stream: Stream, headers: Mapping[str, str], *, silence_s: float) -> None:
-    """The events as they come, but not the end of the body. ClientGone if the client takes nothing for `silence_s`."""
+    """The events as they come, but not the end of the body. ClientGone if the client's connection breaks, or it takes nothing for
+    `silence_s`; what the events themselves raise is not the client's, and passes."""
     # nginx would otherwise keep events back until its buffer is full.
     extra = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache", "x-accel-buffering": "no"}
-    try:
-        async with aclosing(stream.events) as events, Patience(silence_s) as taken:
-            await send(_start(200, {**headers, **extra}))
-            async for chunk in events:
-                taken.begin()
-                await send({"type": "http.response.body", "body": chunk, "more_body": True})
-                taken.end()
-    except (OSError, TimeoutError) as error:  # ASGI servers raise the first
-        raise ClientGone from error
+    taken = Patience(silence_s)
+
+    async def give(message: Message) -> None:
+        try:
+            await send(message)
+        except OSError as error:  # as ASGI servers tell it
+            raise ClientGone from error
+
+    async with aclosing(stream.events) as events:
+        try:
+            async with taken:
+                await give(_start(200, {**headers, **extra}))
+                async for chunk in events:
+                    taken.begin()
+                    await give({"type": "http.response.body", "body": chunk, "more_body": True})
+                    taken.end()
+        except TimeoutError as error:
+            if not taken.is_over:
+                raise
+            raise ClientGone from error
 
 
 def _start(status: int, headers: Mapping[str, str]) -> Message:

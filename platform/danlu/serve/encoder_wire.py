@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import base64
 import json
-import struct
 import time
 import uuid
 from collections.abc import Mapping, Sequence
@@ -13,6 +11,7 @@ from typing import Any, ClassVar
 
 from danlu.errors import RequestError
 from danlu.serve.engine import Answer
+from danlu.serve.openai.common import unknown_field
 from danlu.spec.serve import Limits
 from danlu.spec.task import (
     AnsweredTask,
@@ -35,6 +34,7 @@ from danlu.tasks.exchange import (
     Span,
     Tagging,
     Text,
+    TokenIds,
     Value,
     Words,
     read_example,
@@ -77,6 +77,8 @@ class Wire:
 
     ASKED_IN: ClassVar[str] = "input"
     """Where the examples stand in a body."""
+    MORE: ClassVar[tuple[str, ...]] = ()
+    """Fields that the route takes beside them, `model` and `user`."""
 
     @property
     def example(self) -> str:
@@ -89,9 +91,10 @@ class Wire:
     def parse(self, document: Mapping[str, Any], max_inputs: int) -> Request:
         """The request in a body; RequestError names the field, the rule and what would work."""
         items, name = self._items(document, self.ASKED_IN, max_inputs), self.ASKED_IN
-        single = not isinstance(document[name], list)
+        self._check_fields(document)
+        single = items is not document[name]
         inputs = [self._read(item, name if single else f"{name}[{i}]") for i, item in enumerate(items)]
-        return Request(_model(document), inputs)
+        return Request(asked_model(document), inputs)
 
     def request(self, model: str, examples: Sequence[Example]) -> dict[str, Any]:
         """The body that asks `examples`."""
@@ -113,11 +116,19 @@ class Wire:
     def schemas(self, labels: Sequence[str], limits: Limits) -> tuple[Schema, Schema]:
         """JSON Schema of the two bodies."""
         several = array_of(self.item, minItems=1, maxItems=limits.max_inputs)
-        request = {"type": "object", "required": ["input"], "properties": {"model": MODEL, "input": {"anyOf": [self.item, several]}}}
+        request = object_of({"input": {"anyOf": [self.item, several]}}, model=MODEL, user=USER)
         answer = {"type": "object", "properties": {"index": {"type": "integer"}, **entry_schema(self.task, labels)}}
         shared = {"id": TEXT, "object": {"const": "list"}, "created": {"type": "integer"}, "model": TEXT, "usage": {"type": "object"}}
         properties = {**shared, "data": array_of(answer), **({"labels": array_of(TEXT)} if labels else {})}
         return request, {"type": "object", "required": ["data", "model", "usage"], "properties": properties}
+
+    def _check_fields(self, document: Mapping[str, Any]) -> None:
+        """Closed, as every body here: a field that is not known is refused with the name that was meant."""
+        known = [self.ASKED_IN, "model", "user", *self.MORE]
+        if unknown := next((name for name in document if name not in known), None):
+            raise unknown_field(unknown, known)
+        if not isinstance(document.get("user"), str | None):
+            raise RequestError("`user` is a text", param="user", fix="leave it out")
 
     def _read(self, item: object, where: str) -> Example:
         try:
@@ -143,83 +154,15 @@ class Wire:
 
 
 MODEL: Schema = {"type": ["string", "null"], "description": "A name from GET /v1/models, or nothing."}
-
-
-@dataclass(frozen=True)
-class EmbeddingsWire(Wire):
-    """`POST /v1/embeddings`, OpenAI's: https://platform.openai.com/docs/api-reference/embeddings."""
-
-    def parse(self, document: Mapping[str, Any], max_inputs: int) -> Request:
-        request = super().parse(document, max_inputs)
-        encoding = document.get("encoding_format") or "float"
-        if encoding not in ("float", "base64"):
-            raise RequestError(f"`encoding_format` is {encoding!r}", param="encoding_format", fix="float or base64")
-        if document.get("dimensions") is not None:
-            raise RequestError("this model's vectors have one length", param="dimensions", fix="leave `dimensions` out")
-        return Request(request.model, request.inputs, {"encoding_format": encoding})
-
-    def respond(self, model: str, request: Request, answers: Sequence[Answer], labels: Sequence[str]) -> dict[str, Any]:
-        as_text = request.options["encoding_format"] == "base64"
-        data = []
-        for i, answer in enumerate(answers):
-            vector = answer.probabilities
-            told = base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode() if as_text else vector
-            data.append({"object": "embedding", "index": i, "embedding": told})
-        tokens = sum(answer.num_tokens for answer in answers)
-        return {"object": "list", "model": model, "data": data, "usage": {"prompt_tokens": tokens, "total_tokens": tokens}}
-
-    def schemas(self, labels: Sequence[str], limits: Limits) -> tuple[Schema, Schema]:
-        request, response = super().schemas(labels, limits)
-        request["properties"] |= {"encoding_format": {"enum": ["float", "base64"]}, "user": TEXT}
-        return request, response
-
-
-@dataclass(frozen=True)
-class RerankWire(Wire):
-    """`POST /v1/rerank`, as Jina, Cohere and vLLM have it: documents by the cosine of their vectors with the query's."""
-
-    @property
-    def example(self) -> str:
-        return json.dumps(self.sample, ensure_ascii=False)
-
-    def parse(self, document: Mapping[str, Any], max_inputs: int) -> Request:
-        documents = self._items(document, "documents", max_inputs)
-        top_n = document.get("top_n")
-        if top_n is not None and (not isinstance(top_n, int) or isinstance(top_n, bool) or top_n < 1):
-            raise RequestError(f"`top_n` is {top_n!r}", param="top_n", fix="a number of documents, 1 or more")
-        if "query" not in document:
-            raise RequestError("there is no `query`", param="query", fix=self.example)
-        query = self._read(document["query"], "query")
-        inputs = [query, *(self._read(item, f"documents[{i}]") for i, item in enumerate(documents))]
-        return Request(_model(document), inputs, {"top_n": top_n})
-
-    def respond(self, model: str, request: Request, answers: Sequence[Answer], labels: Sequence[str]) -> dict[str, Any]:
-        query, *documents = (answer.probabilities for answer in answers)
-        found = [sum(a * b for a, b in zip(query, vector, strict=True)) for vector in documents]
-        texts = [example.text for example in request.inputs[1:] if isinstance(example, Text)]
-        order = sorted(range(len(found)), key=lambda i: -found[i])[: request.options["top_n"]]
-        results = [{"index": i, "document": {"text": texts[i]}, "relevance_score": found[i]} for i in order]
-        tokens = sum(answer.num_tokens for answer in answers)
-        return {"id": f"rerank-{uuid.uuid4().hex}", "model": model, "results": results, "usage": {"total_tokens": tokens}}
-
-    def schemas(self, labels: Sequence[str], limits: Limits) -> tuple[Schema, Schema]:
-        documents = array_of(TEXT, minItems=1, maxItems=limits.max_inputs)
-        request = {
-            "type": "object",
-            "required": ["query", "documents"],
-            "properties": {"model": MODEL, "query": TEXT, "documents": documents, "top_n": {"type": ["integer", "null"], "minimum": 1}},
-        }
-        result = object_of({"index": {"type": "integer"}, "document": object_of({"text": TEXT}), "relevance_score": NUMBER})
-        return request, {
-            "type": "object",
-            "properties": {"id": TEXT, "model": TEXT, "results": array_of(result), "usage": {"type": "object"}},
-        }
+USER: Schema = {"type": ["string", "null"], "description": "Taken, not looked at."}
 
 
 def read_json(body: bytes, example: str) -> dict[str, Any]:
     """The object in a body."""
     try:
         document = json.loads(body)
+    except RecursionError as error:
+        raise RequestError("the body is nested too deep", fix=example) from error
     except UnicodeDecodeError as error:
         raise RequestError(f"the body is not UTF-8: {error.reason} at byte {error.start}", fix="send JSON in UTF-8") from error
     except ValueError as error:
@@ -341,7 +284,8 @@ def entry_schema(task: AnsweredTask, labels: Sequence[str]) -> dict[str, Schema]
     return {}
 
 
-def _model(document: Mapping[str, Any]) -> str | None:
+def asked_model(document: Mapping[str, Any]) -> str | None:
+    """The name that a body gives."""
     model = document.get("model")
     if model is not None and not isinstance(model, str):
         raise RequestError(f"`model` is a text, not {type(model).__name__}", param="model", fix="a name from GET /v1/models")
@@ -352,6 +296,8 @@ def _item(example: Example) -> object:
     match example:
         case Words():
             return {"tokens": [example.text[start:end] for start, end in example.spans]}
+        case TokenIds():
+            return list(example.ids)
         case Text(text_pair=None):
             return example.text
         case _:

@@ -18,7 +18,7 @@ from danlu.serve.asgi import Call, ClientGone, Receive, Reply, Route, Routes, Sc
 from danlu.serve.engine import Engine
 from danlu.serve.generation import TextEngine
 from danlu.serve.keys import Key
-from danlu.serve.openai.common import ModelCard, error_response, model_response, models_response
+from danlu.serve.openai.common import DONE, ModelCard, error_response, event, model_response, models_response
 from danlu.serve.openapi import docs_page, openapi
 from danlu.serve.routes.predict import PredictApi, check_model
 from danlu.serve.routes.text import TextApi, engine_failed
@@ -61,7 +61,7 @@ class Gateway:
         self.routes: Routes = {
             **self.api.routes(),
             "/v1/models": Route("GET", self._models),
-            **({"/v1/models/": Route("GET", self._one_model)} if isinstance(self.api, TextApi) else {}),
+            "/v1/models/": Route("GET", self._one_model),
             "/healthz": Route("GET", self._healthz),
             "/readyz": Route("GET", self._readyz),
             "/openapi.json": Route("GET", self._openapi),
@@ -141,7 +141,8 @@ class Gateway:
         facts: dict[str, object],
     ) -> str | None:
         """Answer; the status, None if nobody is there any more to be answered."""
-        reply: Reply | Stream
+        reply: Reply | Stream | None = None
+        end = b""
         try:
             async with AsyncExitStack() as stack:
                 try:
@@ -160,7 +161,10 @@ class Gateway:
                     # A client gets an answer whatever broke; health says the rest.
                     logger.exception("%s", found)
                     facts["error"] = type(error).__name__
-                    reply = self._refused(engine_failed(error), extra, found)
+                    if isinstance(reply, Stream):  # its status is out: the error is its last event
+                        end = event(error_response(engine_failed(error))) + DONE
+                    else:
+                        reply = self._refused(engine_failed(error), extra, found)
         except ClientGone:
             self.count(catalog.SERVE_REFUSALS, 1, reason="client_gone")
             return None
@@ -171,7 +175,7 @@ class Gateway:
         self.count(catalog.SERVE_REQUESTS, 1, route=found or "other", status=status)
         self.count(catalog.SERVE_SECONDS, time.perf_counter() - began, route=found or "other")
         if isinstance(reply, Stream):
-            await send({"type": "http.response.body", "body": b""})
+            await send({"type": "http.response.body", "body": end})
         else:
             await send_reply(send, reply, extra)
         return status

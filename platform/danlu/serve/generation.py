@@ -28,9 +28,10 @@ Prompt = str | tuple[int, ...] | Chat
 class Guide:
     """What the output must match, from the first token to the last."""
 
-    kind: Literal["json_schema", "json_object", "regex", "choice"]
+    kind: Literal["json_schema", "json_object", "regex", "choice", "tool_calls"]
     pattern: str = ""
-    """The JSON Schema as JSON, the regular expression, or the choices as a JSON list; empty for json_object."""
+    """The JSON Schema as JSON, the regular expression, or the choices as a JSON list; empty for json_object. tool_calls: any text, in
+    which calls are well formed: `{"tools": {name: schema of its arguments}, "answer": schema of what is no call, or null}`."""
     param: str = "guide"
     """The request's field that asks for it, which an error names."""
 

@@ -24,6 +24,8 @@ from danlu.tasks.exchange import MAX_TOP_K, Example, Filled, Guess, MaskedText, 
 class FillMaskWire(Wire):
     """`POST /v1/fill_mask`: for each mask of each text what transformers' fill-mask pipeline says."""
 
+    MORE: ClassVar[tuple[str, ...]] = ("top_k",)
+
     def parse(self, document: Mapping[str, Any], max_inputs: int) -> Request:
         request, top_k = super().parse(document, max_inputs), document.get("top_k")
         if top_k is None:

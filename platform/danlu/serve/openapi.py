@@ -48,6 +48,8 @@ def openapi(model: str, paths: Paths, schemas: Schemas) -> dict[str, Any]:
     def plain(summary: str) -> dict[str, Any]:
         return {"get": {"summary": summary, "security": [], "responses": {"200": {"description": "OK"}}}}
 
+    one = {"name": "model", "in": "path", "required": True, "schema": {"type": "string"}}
+    found = {"200": {"description": "OK"}, **_refused({"404": "No such model"})}
     bearer = {"type": "http", "scheme": "bearer", "description": "A key of `danlu keys`, where the service asks for one."}
     return {
         "openapi": "3.1.0",
@@ -55,6 +57,7 @@ def openapi(model: str, paths: Paths, schemas: Schemas) -> dict[str, Any]:
         "paths": {
             **paths,
             "/v1/models": {"get": {"summary": "The models that are served here", "responses": {"200": {"description": "OK"}}}},
+            "/v1/models/{model}": {"get": {"summary": "One model", "parameters": [one], "responses": found}},
             "/healthz": plain("Whether the process is alive"),
             "/readyz": plain("Whether the model has answered its probes as evaluated"),
         },
@@ -109,9 +112,6 @@ def text_paths(model: str, limits: Limits, *, updates: bool) -> tuple[Paths, Sch
         bodies["/v1/unload_lora_adapter"] = (UnloadAdapterRequest, "Forget a LoRA adapter")
     _, document = models_json_schema([(kind, "validation") for kind, _ in bodies.values()], ref_template="#/components/schemas/{model}")
     paths: Paths = {path: {"post": _operation(kind, summary, limits)} for path, (kind, summary) in bodies.items()}
-    one = {"name": "model", "in": "path", "required": True, "schema": {"type": "string"}}
-    responses = {"200": {"description": "OK"}, **_refused({"404": "No such model"})}
-    paths["/v1/models/{model}"] = {"get": {"summary": "One model", "parameters": [one], "responses": responses}}
     return paths, document["$defs"]
 
 

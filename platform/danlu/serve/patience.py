@@ -26,6 +26,11 @@ class Patience:
     def end(self) -> None:
         self.since = None
 
+    @property
+    def is_over(self) -> bool:
+        """Whether the TimeoutError is its own, and not one that was raised inside."""
+        return self.bound.expired()
+
     async def __aenter__(self) -> Patience:
         await self.bound.__aenter__()
         self._look_at(self.loop.time() + self.seconds)

@@ -109,8 +109,9 @@ class Sequences:
         how, num_deltas, num_tokens = "error", 0, 0
         came = time.perf_counter()
         begun, first, last = came, None, self.began
+        silence = Patience(self.silence_s)
         try:
-            async with Patience(self.silence_s) as silence, aclosing(self.engine.generate(generation)) as deltas:
+            async with silence, aclosing(self.engine.generate(generation)) as deltas:
                 silence.begin()
                 async for delta in deltas:
                     now = time.perf_counter()
@@ -135,8 +136,8 @@ class Sequences:
                         how, self.finished[index] = delta.finish_reason, delta
                     self.came.set()
             assert how != "error", "the engine's answer ended without a terminal delta"
-        except TimeoutError:
-            self.fail(_silent(self.silence_s))
+        except TimeoutError as error:
+            self.fail(_silent(self.silence_s) if silence.is_over else error)
         except asyncio.CancelledError:
             how = how if index in self.finished else "cancelled" if self.error is None else "error"
             raise

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from danlu.serve.encoder_wire import TEXT, EmbeddingsWire, RerankWire, Wire, array_of, object_of
+from danlu.serve.embedding_wire import EmbeddingsWire, RerankWire
+from danlu.serve.encoder_wire import TEXT, Wire, array_of, object_of
 from danlu.serve.language_wire import CompletionsWire, FillMaskWire
 from danlu.spec.task import (
     AnsweredTask,

@@ -30,6 +30,9 @@ class Encoder(Spec):
 
     num_gpus: Annotated[Literal[0, 1], Number] = 0
 
+    step_timeout_s: PositiveFloat = 120.0
+    """A forward that takes longer is stuck: all requests fail and the replica is replaced."""
+
 
 class EncoderDecoder(Spec):
     """Texts that are written for texts (task.kind=seq2seq), as many as there are at a time, by the task's own beams, on CPU or one GPU."""
@@ -49,6 +52,9 @@ class EncoderDecoder(Spec):
     """Compute threads of one replica on CPU; also the cores it asks Ray for."""
 
     num_gpus: Annotated[Literal[0, 1], Number] = 0
+
+    step_timeout_s: PositiveFloat = 120.0
+    """An encoder's pass or a written token that takes longer is stuck: all requests fail and the replica is replaced."""
 
 
 class Torch(Spec):
@@ -203,6 +209,8 @@ class Http(Spec):
     """0 takes a free port."""
     haproxy: bool = False
     """Ray Serve's HAProxy ingress instead of its Python proxy: several times the requests per second, one such service per machine."""
+    allowed_origins: list[Annotated[str, Field(pattern=r"^(\*|https?://[^/\s]+)$")]] = []
+    """Whose pages may ask from a browser (CORS): `https://chat.example`, or `*` for all. Nobody's unless said."""
 
 
 class Auth(Spec):

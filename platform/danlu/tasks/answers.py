@@ -3,12 +3,12 @@ answer as an encoder's predictor does, so that an engine may batch what they are
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from danlu.artifact.bundle import Probe
 from danlu.data.encode import NO_TARGET, Encoded, encode
@@ -166,6 +166,8 @@ class Seq2SeqJudge(LanguageJudge):
     """An encoder-decoder. Its scores are also of what it writes by itself, with the task's number of beams."""
 
     task: Seq2Seq
+    on_token: Callable[[], None] | None = None
+    """Called before each token that is written."""
 
     def scores(self, outputs: np.ndarray, split: Split) -> Scored:
         """The task's scores with those of the written texts."""
@@ -285,8 +287,11 @@ class Seq2SeqJudge(LanguageJudge):
             eos_token_id=config.eos_token_id,
             pad_token_id=int(self.tokenizer.pad_token_id or 0),
         )
+        look = LogitsProcessorList([Looked(self.on_token)])
         with self.autocast():
-            whole: torch.Tensor = self.pretrained.generate(input_ids=ids, attention_mask=mask, generation_config=settings)
+            whole: torch.Tensor = self.pretrained.generate(
+                input_ids=ids, attention_mask=mask, generation_config=settings, logits_processor=look
+            )
         return whole
 
     @torch.inference_mode()
@@ -318,3 +323,17 @@ class Seq2SeqJudge(LanguageJudge):
 def _all(judge: MaskedJudge | Seq2SeqJudge, encoded: Encoded) -> list[Any]:
     """What the model gives for every row, each in a pass of its own: none is padded to another's length."""
     return [judge.each(encoded.take([row]))[0] for row in range(len(encoded))]
+
+
+class Looked(LogitsProcessor):  # type: ignore[misc]
+    """Changes nothing: FloatingPointError for scores that are no numbers, of which the search would make tokens all the same."""
+
+    def __init__(self, on_token: Callable[[], None] | None) -> None:
+        self.on_token = on_token
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if self.on_token is not None:
+            self.on_token()
+        if not bool((scores.amax(-1) < torch.inf).all()):
+            raise FloatingPointError("the model's logits are no numbers: NaN or infinity")
+        return scores

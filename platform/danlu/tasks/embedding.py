@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AutoModel, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from danlu.data.columns import Labelled, as_text, choose, enough
-from danlu.data.encode import Encoded, encode, ends
+from danlu.data.encode import Encoded, encode, encoded_rows, ends
 from danlu.data.formats import Rows
 from danlu.data.pack import Packed
 from danlu.data.report import data_report
@@ -22,7 +22,7 @@ from danlu.data.split import random_split
 from danlu.spec.data import Columns, Data
 from danlu.spec.task import Embed
 from danlu.tasks.encoder import build_encoder, encoder_skeleton
-from danlu.tasks.exchange import Embedding, Text
+from danlu.tasks.exchange import BadExample, Embedding, Text, TokenIds
 from danlu.tasks.packed import PackedEmbedder, inputs
 from danlu.tasks.rows import Split, Splits, hold_out, metrics_line, read_given, read_splits
 
@@ -62,15 +62,38 @@ def given_split(
 
 
 def encode_examples(
-    examples: Sequence[Text],
+    examples: Sequence[Text | TokenIds],
     tokenizer: PreTrainedTokenizerBase,
     task: Embed,
     *,
     max_length: int,
     cache_dir: str | Path | None = None,
 ) -> Encoded:
-    """Token ids of single texts, cut to max_length."""
-    return encode([one.text for one in examples], None, tokenizer, max_length=max_length, cache_dir=cache_dir)
+    """Token ids of single texts, cut to max_length; ids as they are, BadExample for those that this model does not read."""
+    texts = [one.text for one in examples if isinstance(one, Text)]
+    encoded = encode(texts, None, tokenizer, max_length=max_length, cache_dir=cache_dir)
+    if len(texts) == len(examples):
+        return encoded
+    of_text, rows, truncated = iter(range(len(encoded))), list[np.ndarray](), list[bool]()
+    for i, one in enumerate(examples):
+        if isinstance(one, TokenIds):
+            _check_ids(one.ids, "input" if len(examples) == 1 else f"input[{i}]", len(tokenizer), max_length)
+            rows.append(np.asarray(one.ids, dtype=np.int32))
+            truncated.append(False)
+        else:
+            at = next(of_text)
+            rows.append(encoded.row(at))
+            truncated.append(bool(encoded.truncated[at]))
+    return encoded_rows(rows, truncated)
+
+
+def _check_ids(ids: Sequence[int], where: str, vocabulary: int, max_length: int) -> None:
+    if len(ids) > max_length:
+        told = f"`{where}` has {len(ids)} tokens; this model reads {max_length} at most"
+        raise BadExample(told, where, f"{max_length} or fewer; or the text, which is cut")
+    if (wrong := next((one for one in ids if not 0 <= one < vocabulary), None)) is not None:
+        fix = f"ids of this model's own tokenizer, 0 to {vocabulary - 1}; or the text (LangChain: check_embedding_ctx_length=False)"
+        raise BadExample(f"`{where}` has the token id {wrong}, and the vocabulary {vocabulary} tokens", where, fix)
 
 
 def _split(rows: Rows, data: Data, tokenizer: PreTrainedTokenizerBase, max_length: int, where: str) -> Split:

@@ -19,6 +19,13 @@ class Text:
 
 
 @dataclass(frozen=True)
+class TokenIds:
+    """A text as its sender has tokenised it, with the special tokens that are wanted: none is added."""
+
+    ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Question:
     """A question whose answer stands in the context, or does not."""
 
@@ -59,7 +66,7 @@ class SourceText:
     max_tokens: int | None = None
 
 
-Example = Text | Question | Choices | Words | MaskedText | SourceText
+Example = Text | TokenIds | Question | Choices | Words | MaskedText | SourceText
 
 MAX_TOP_K = 20
 """Tokens that are told of one mask at most."""
@@ -156,6 +163,10 @@ def _filled(value: object, where: str, shape: str) -> str:
         raise BadExample(f"`{where}` is {type(value).__name__}, not a text", where, shape)
     if not value.strip():
         raise BadExample(f"`{where}` is empty", where, "a text with at least one word")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise BadExample(f"`{where}` has half a character at {error.start}: a lone surrogate", where, "text in Unicode") from error
     return value
 
 
@@ -204,6 +215,8 @@ def from_fields(fields: Mapping[str, Any], task: AnsweredTask) -> Example:
 
 def shown(example: Example) -> str:
     """For people: the text, or the question."""
+    if isinstance(example, TokenIds):
+        return str(list(example.ids))
     return example.question if isinstance(example, Question | Choices) else example.text
 
 

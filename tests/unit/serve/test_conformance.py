@@ -24,6 +24,7 @@ from danlu.serve.engines.torch.engine import TorchEngine
 from danlu.serve.engines.vllm.engine import VllmEngine
 from danlu.serve.gateway import Gateway
 from danlu.serve.generation import Chat, Delta, Generation, Guide, Prompt, Sampling, TextEngine
+from danlu.serve.openai.tools import OPEN, CallDelta, ToolCallParser
 from danlu.spec.serve import EchoText, Limits, Torch
 from danlu.spec.vllm import Vllm
 
@@ -246,6 +247,32 @@ def test_an_answer_follows_its_guide(guide: Guide, make_engine: Callable[[], Tex
             case "json_schema":
                 jsonschema.validate(json.loads(text), SCHEMA)
         assert deltas[-1].finish_reason == "stop"
+
+    with_engine(make_engine, body)
+
+
+def test_calls_follow_their_schemas_and_what_is_no_call_the_answers(make_engine: Callable[[], TextEngine]) -> None:
+    """Whatever the model says: a random one is pushed to open a call in every other answer."""
+
+    async def body(engine: TextEngine) -> None:
+        guide = Guide("tool_calls", json.dumps({"tools": {"grade": SCHEMA}, "answer": SCHEMA}), "tools")
+        called = 0
+        for i in range(6):
+            # Spaces would take the room of what has to come.
+            bias = {engine.tokenize(f"{OPEN}x")[0]: 100.0 * (i % 2), engine.tokenize(" ")[0]: -100.0, engine.tokenize("\n")[0]: -100.0}
+            sampling = Sampling(max_tokens=100, temperature=1.0, seed=i, logit_bias=bias)
+            deltas = await ask(engine, f"{PROMPT} {OPEN}{{}}" if i % 2 else PROMPT, sampling, guide=guide)
+            text, parser = text_of(deltas), ToolCallParser(["grade"], bare=False)
+            pieces = parser.feed(text) + parser.end()
+            if deltas[-1].finish_reason == "length":
+                continue
+            called += parser.num_calls
+            if not parser.num_calls:
+                jsonschema.validate(json.loads(text), SCHEMA)
+            for number in range(parser.num_calls):
+                arguments = "".join(one.arguments for one in pieces if isinstance(one, CallDelta) and one.index == number)
+                jsonschema.validate(json.loads(arguments), SCHEMA)
+        assert called or isinstance(engine, EchoTextEngine)
 
     with_engine(make_engine, body)
 

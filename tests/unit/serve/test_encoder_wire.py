@@ -11,17 +11,19 @@ import pytest
 from jsonschema import Draft202012Validator
 
 from danlu.errors import RequestError
-from danlu.serve.encoder_wire import Request, Wire, read_json
+from danlu.serve.encoder_wire import Wire, read_json
 from danlu.serve.engine import Answer
 from danlu.serve.wires import routes_of, wire_of
 from danlu.spec.serve import Limits
 from danlu.spec.task import (
+    AnsweredTask,
     Classification,
     Embed,
     EncoderTask,
     ExtractiveQA,
     MultiLabelClassification,
     MultipleChoice,
+    Pretrain,
     Regression,
     TokenClassification,
 )
@@ -37,6 +39,7 @@ from danlu.tasks.exchange import (
     Span,
     Tagging,
     Text,
+    TokenIds,
     Value,
     from_fields,
     join_words,
@@ -76,14 +79,61 @@ def test_documents_are_ordered_by_their_cosine_with_the_query() -> None:
     assert request.inputs == [Text("wheat"), Text("corn"), Text("port")]
     (best,) = wire.respond("m", request, answers(*VECTORS), [])["results"]
     assert best == {"index": 0, "document": {"text": "corn"}, "relevance_score": pytest.approx(0.96)}
-    every = wire.respond("m", Request(None, request.inputs, {"top_n": None}), answers(VECTORS[0], VECTORS[2], VECTORS[1]), [])["results"]
-    assert [one["index"] for one in every] == [1, 0]
+    every = wire.parse({"query": "wheat", "documents": ["corn", "port"], "return_documents": False}, 8)
+    found = wire.respond("m", every, answers(VECTORS[0], VECTORS[2], VECTORS[1]), [])["results"]
+    assert [(one["index"], "document" in one) for one in found] == [(1, False), (0, False)]
+
+
+def test_token_ids_are_one_text_or_many() -> None:
+    wire = routes_of(Embed())["/v1/embeddings"]
+    assert wire.parse({"input": [1, 2, 3]}, 2).inputs == [TokenIds((1, 2, 3))], "one text, however many ids it has"
+    assert wire.parse({"input": [[1], [2, 3]]}, 2).inputs == [TokenIds((1,)), TokenIds((2, 3))]
+    assert wire.parse(wire.request("m", [TokenIds((1, 2)), TokenIds((3,))]), 2).inputs == [TokenIds((1, 2)), TokenIds((3,))]
+
+
+def test_shorter_vectors_are_the_first_numbers_of_length_one() -> None:
+    wire = routes_of(Embed())["/v1/embeddings"]
+
+    def asked(dimensions: int | None) -> list[float]:
+        request = wire.parse({"input": "wheat", "dimensions": dimensions}, 8)
+        found: list[float] = wire.respond("m", request, answers([2 / 3, 1 / 3, 2 / 3]), [])["data"][0]["embedding"]
+        return found
+
+    assert asked(None) == asked(3) == [2 / 3, 1 / 3, 2 / 3]
+    assert asked(2) == pytest.approx([2 / 5**0.5, 1 / 5**0.5])
+    with pytest.raises(RequestError, match="this model's vectors have 3 numbers"):
+        asked(4)
+
+
+@pytest.mark.parametrize("task", [Classification(), ExtractiveQA(), MultipleChoice(), TokenClassification(), Embed(), Pretrain()])
+def test_a_field_that_is_not_known_is_refused_with_the_name_that_was_meant(task: AnsweredTask) -> None:
+    for path, wire in routes_of(task).items():
+        body = json.loads(wire.example)
+        assert wire.parse(body | {"user": "u"}, 8).inputs
+        with pytest.raises(RequestError, match="did you mean `model`") as raised:
+            wire.parse(body | {"modell": "m"}, 8)
+        assert (raised.value.param, raised.value.code, raised.value.status) == ("modell", "unknown_parameter", 400)
+        schema, _ = wire.schemas([], Limits())
+        Draft202012Validator(schema).validate(body | {"user": "u"})
+        assert not Draft202012Validator(schema).is_valid(body | {"modell": "m"}), path
 
 
 BAD: dict[str, tuple[str, dict[str, Any], str]] = {
-    "token ids": ("/v1/embeddings", {"input": [[1, 2]]}, "input[0]"),
+    "an id that is none": ("/v1/embeddings", {"input": [1, "a"]}, "input"),
+    "an id below nothing": ("/v1/embeddings", {"input": [[1], [2, -1]]}, "input[1]"),
+    "a truth for an id": ("/v1/embeddings", {"input": [True]}, "input"),
+    "half an id": ("/v1/embeddings", {"input": [[1.5]]}, "input[0]"),
+    "no ids": ("/v1/embeddings", {"input": [[]]}, "input[0]"),
+    "texts and ids": ("/v1/embeddings", {"input": ["a", [1]]}, "input"),
+    "ids of too many texts": ("/v1/embeddings", {"input": [[1]] * 9}, "input"),
+    "another field": ("/v1/embeddings", {"input": "a", "encoding": "float"}, "encoding"),
+    "another user": ("/v1/embeddings", {"input": "a", "user": 3}, "user"),
+    "half a character": ("/v1/embeddings", {"input": ["a", "b\ud800"]}, "input[1]"),
     "another encoding": ("/v1/embeddings", {"input": "a", "encoding_format": "int8"}, "encoding_format"),
-    "other dimensions": ("/v1/embeddings", {"input": "a", "dimensions": 8}, "dimensions"),
+    "no dimensions": ("/v1/embeddings", {"input": "a", "dimensions": 0}, "dimensions"),
+    "dimensions in words": ("/v1/embeddings", {"input": "a", "dimensions": "8"}, "dimensions"),
+    "a document's field": ("/v1/rerank", {"query": "a", "documents": ["a"], "top_k": 1}, "top_k"),
+    "documents that are no truth": ("/v1/rerank", {"query": "a", "documents": ["a"], "return_documents": "no"}, "return_documents"),
     "no query": ("/v1/rerank", {"documents": ["a"]}, "query"),
     "no documents": ("/v1/rerank", {"query": "a", "documents": []}, "documents"),
     "too many documents": ("/v1/rerank", {"query": "a", "documents": ["a"] * 9}, "documents"),
@@ -183,6 +233,7 @@ def test_an_answer_is_written_read_and_described(name: str) -> None:
 
 
 def test_a_body_is_json_in_utf_8() -> None:
-    for body, told in ((b"[1]", "an object is needed"), (b"{", "not JSON"), (b'{"a": "\xff"}', "not UTF-8")):
+    deep = b'{"a":' + b"[" * 100_000
+    for body, told in ((b"[1]", "an object is needed"), (b"{", "not JSON"), (b'{"a": "\xff"}', "not UTF-8"), (deep, "too deep")):
         with pytest.raises(RequestError, match=told):
             read_json(body, "{}")

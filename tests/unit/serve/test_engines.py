@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 from conftest import make_rows
@@ -18,7 +21,8 @@ from danlu.errors import QualityError, ResourceError
 from danlu.serve.engine import Answer, Engine
 from danlu.serve.engines.echo import EchoEngine
 from danlu.serve.engines.encoder import BatchRecord, EncoderEngine
-from danlu.spec.serve import Echo, Encoder
+from danlu.serve.gateway import Gateway
+from danlu.spec.serve import Echo, Encoder, Limits
 from danlu.spec.task import Classification
 from danlu.tasks.exchange import Text
 from danlu.tasks.packed import PackedClassifier
@@ -169,47 +173,118 @@ def test_a_cancelled_request_leaves_the_queue(predictor: Predictor) -> None:
     assert sum(batch.rows for batch in batches) == 1
 
 
-def test_a_forward_that_breaks_fails_its_requests_and_no_other(predictor: Predictor, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = predictor.forward
+def raising(error: BaseException) -> Callable[[Packed], np.ndarray]:
+    def forward(batch: Packed) -> np.ndarray:
+        raise error
 
-    def broken(batch: Packed) -> np.ndarray:
-        raise RuntimeError("out of memory")
+    return forward
 
-    async def life() -> list[Answer]:
-        engine = encoder(predictor)
+
+def giving(value: float) -> Callable[[Packed], np.ndarray]:
+    return lambda batch: np.full((batch.num_rows, 3), value, dtype=np.float32)
+
+
+SICK: dict[str, tuple[Callable[[Packed], np.ndarray], str]] = {
+    "a broken kernel": (raising(RuntimeError("a broken kernel")), "a broken kernel"),
+    "no memory": (raising(MemoryError("no memory")), "no memory"),
+    "the end of its thread": (raising(SystemExit("the end")), "the end"),
+    "NaN": (giving(np.nan), "no numbers"),
+    "infinity": (giving(np.inf), "no numbers"),
+}
+
+
+@pytest.mark.parametrize("name", SICK)
+def test_a_forward_that_breaks_fails_every_request_and_health(name: str, predictor: Predictor, monkeypatch: pytest.MonkeyPatch) -> None:
+    forward, told = SICK[name]
+
+    async def life() -> None:
+        engine = encoder(predictor, max_batch_tokens=30)  # a few of them; the others wait
         await engine.start()
-        monkeypatch.setattr(predictor, "forward", broken)
-        results = await asyncio.gather(*(engine.predict([Text(text)]) for text in TEXTS[:5]), return_exceptions=True)
-        assert all(isinstance(result, RuntimeError) for result in results)
-        monkeypatch.setattr(predictor, "forward", whole)
-        engine.check_health()
-        answers = await engine.predict([Text(TEXTS[0])])
+        monkeypatch.setattr(predictor, "forward", forward)
+        asked = asyncio.gather(*(engine.predict([Text(text)]) for text in TEXTS), return_exceptions=True)
+        for error in await asyncio.wait_for(asked, 20):
+            assert isinstance(error, ResourceError)
+            assert told in str(error)
+        with pytest.raises(ResourceError, match=told):
+            engine.check_health()
+        with pytest.raises(ResourceError, match=told):
+            await engine.predict([Text(TEXTS[0])])
         await engine.stop()
-        return answers
 
-    assert asyncio.run(life())[0].label == predictor.predict(TEXTS[:1])[0].label
+    asyncio.run(life())
 
 
-def test_outputs_that_are_no_numbers_fail_their_request_and_no_other(predictor: Predictor, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole, usual = predictor.forward, max(predictor.encode([Text(text) for text in TEXTS[:2]]).lengths)
+def test_a_step_that_never_ends_fails_every_request_and_health(predictor: Predictor, monkeypatch: pytest.MonkeyPatch) -> None:
+    release, whole = threading.Event(), predictor.forward
 
-    def sick(batch: Packed) -> np.ndarray:
-        outputs = whole(batch).copy()
-        outputs[batch.cu_seqlens.diff().numpy() > usual] = np.nan
-        return outputs
+    def stuck(batch: Packed) -> np.ndarray:
+        release.wait(60)
+        return whole(batch)
+
+    async def life() -> EncoderEngine:
+        engine = encoder(predictor, max_batch_tokens=30, step_timeout_s=0.3)
+        await engine.start()
+        monkeypatch.setattr(predictor, "forward", stuck)
+        for error in await asyncio.gather(*(engine.predict([Text(text)]) for text in TEXTS), return_exceptions=True):
+            assert isinstance(error, ResourceError)
+            assert "step_timeout_s=0.3" in str(error)
+        with pytest.raises(ResourceError, match=r"step_timeout_s=0\.3"):
+            engine.check_health()
+        await engine.stop()  # and does not wait for it
+        return engine
+
+    try:
+        engine = asyncio.run(life())
+    finally:
+        release.set()
+    assert engine.thread is not None
+    engine.thread.join(20)
+    with pytest.raises(ResourceError, match="step_timeout_s"):  # what comes too late changes nothing
+        engine.check_health()
+
+
+def test_a_sick_model_is_a_503_a_red_replica_and_counted(
+    predictor: Predictor, monkeypatch: pytest.MonkeyPatch, served: Callable[..., AbstractContextManager[str]], meter: Any
+) -> None:
+    """As it is behind a language model's engine."""
+    gateway = Gateway(encoder(predictor), "topics", Limits(), meter)
+    with served(gateway) as url:
+        assert httpx.get(f"{url}/healthz").status_code == 200
+        monkeypatch.setattr(predictor, "forward", giving(np.nan))
+        for _ in range(2):
+            answer = httpx.post(f"{url}/v1/classify", json={"input": TEXTS[:2]})
+            assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
+            error = answer.json()["error"]
+            assert (error["type"], error["code"]) == ("server_error", 503)
+            assert "no numbers" in error["message"]
+        assert [httpx.get(f"{url}/{probe}").status_code for probe in ("healthz", "readyz")] == [503, 503]
+    assert meter.by_label["danlu_serve_requests", "503"] >= 2
+    assert meter.by_label["danlu_serve_refusals", "503"] >= 2
+
+
+@pytest.mark.parametrize("method", ["encode", "made_of"])
+def test_what_breaks_before_or_after_the_model_is_its_requests_affair_alone(
+    method: str, predictor: Predictor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, poison = getattr(predictor, method), Text("a poison")
+
+    def broken(*given: Any) -> Any:
+        if poison in given[-1]:
+            raise IndexError("a text of one's own")
+        return whole(*given)
 
     async def life() -> list[Any]:
         engine = encoder(predictor)
         await engine.start()
-        monkeypatch.setattr(predictor, "forward", sick)
-        texts = [TEXTS[0], " ".join(TEXTS[:3]), TEXTS[1]]
-        found = await asyncio.gather(*(engine.predict([Text(text)]) for text in texts), return_exceptions=True)
+        monkeypatch.setattr(predictor, method, broken)
+        asked = [[Text(TEXTS[0])], [poison], [Text(TEXTS[1])]]
+        found = await asyncio.gather(*map(engine.predict, asked), return_exceptions=True)
         engine.check_health()
         await engine.stop()
         return found
 
-    first, longest, other = asyncio.run(life())
-    assert isinstance(longest, FloatingPointError)
+    first, error, other = asyncio.run(life())
+    assert isinstance(error, IndexError)
     monkeypatch.undo()
     assert [first[0].label, other[0].label] == [answer.label for answer in predictor.predict(TEXTS[:2])]
 
@@ -254,25 +329,6 @@ def test_a_request_that_comes_as_the_engine_ends_is_answered_or_refused_but_does
         (result,) = await asyncio.gather(asyncio.wait_for(engine.predict([Text(TEXTS[0])]), 20), return_exceptions=True)
         assert isinstance(result, list | ResourceError)
         await engine.stop()
-
-    asyncio.run(life())
-
-
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_all_who_wait_are_told_when_the_engines_thread_fails(predictor: Predictor, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(batch: Packed) -> np.ndarray:
-        raise SystemExit("the end")
-
-    async def life() -> None:
-        engine = encoder(predictor, max_batch_tokens=30)
-        await engine.start()
-        monkeypatch.setattr(predictor, "forward", broken)
-        waiting = asyncio.gather(*(engine.predict([Text(text)]) for text in TEXTS), return_exceptions=True)
-        for result in await asyncio.wait_for(waiting, 20):
-            assert isinstance(result, ResourceError)
-            assert "the end" in str(result)
-        with pytest.raises(ResourceError, match="the end"):
-            engine.check_health()
 
     asyncio.run(life())
 

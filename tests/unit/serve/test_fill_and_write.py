@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -32,13 +33,14 @@ from transformers import (
 
 from danlu import sdk
 from danlu.artifact.bundle import Bundle, BundleMeta, Lineage, Probe
-from danlu.errors import QualityError, SpecError
+from danlu.errors import QualityError, ResourceError, SpecError
 from danlu.serve.engine import make_engine
 from danlu.serve.engines.encoder import BatchRecord, EncoderEngine
 from danlu.serve.gateway import Gateway
 from danlu.spec.serve import Encoder, EncoderDecoder, Limits
 from danlu.spec.task import MaskedLm, Pretrain, Seq2Seq
 from danlu.spec.train import TrainJob
+from danlu.tasks.answers import Seq2SeqJudge
 from danlu.tasks.exchange import BadExample, MaskedText, SourceText
 from danlu.tasks.from_scratch import train_tokenizer
 
@@ -236,6 +238,64 @@ def test_texts_that_come_together_are_written_together_and_as_they_are_alone(fol
     assert sum(batch.rows for batch in batches) == len(sources)
     assert max(batch.rows for batch in batches) == 5
     assert len(batches) <= 5
+
+
+@pytest.mark.parametrize(("kind", "beams"), [("masked", 0), ("seq2seq", 1), ("seq2seq", 3)])
+def test_a_model_whose_numbers_are_none_fails_every_request_and_health(kind: str, beams: int, folders: dict[str, Path]) -> None:
+    """Else the search would write a token all the same."""
+
+    async def life() -> None:
+        if kind == "masked":
+            engine, asked = masked(folders["bert"]), [[MaskedText("wheat [MASK]")], [MaskedText("the [MASK] rose")]]
+        else:
+            engine = writer(folders["t5"], Seq2Seq(max_target_length=8, num_beams=max(beams, 1)))
+            asked = [[SourceText(text)] for text in SOURCES]
+        await engine.start()
+        assert engine.predictor is not None
+        for parameter in engine.predictor.model.parameters():
+            torch.nn.init.constant_(parameter, torch.nan)
+        for error in await asyncio.gather(*map(engine.predict, asked), return_exceptions=True):
+            assert isinstance(error, ResourceError)
+            assert "no numbers" in str(error)
+        with pytest.raises(ResourceError, match="no numbers"):
+            engine.check_health()
+        await engine.stop()
+
+    asyncio.run(life())
+
+
+def test_a_token_that_is_never_written_is_a_stuck_step_and_many_tokens_are_not(folders: dict[str, Path]) -> None:
+    release, moved = threading.Event(), list[None]()
+
+    async def life() -> None:
+        engine = writer(folders["t5"], step_timeout_s=0.3)
+        await engine.start()
+        assert isinstance(engine.predictor, Seq2SeqJudge)
+        begin = engine.predictor.on_token
+        assert begin is not None
+
+        def write(stuck_at: int) -> None:
+            moved.append(None)
+            begin()
+            if len(moved) == stuck_at:
+                release.wait(60)
+
+        engine.predictor.on_token = lambda: write(stuck_at=0)
+        (answer,) = await engine.predict([SourceText(SOURCES[1])])
+        assert len(moved) == answer.prediction.num_tokens > 2, "the watch begins anew with every token"  # type: ignore[attr-defined]
+        moved.clear()
+        engine.predictor.on_token = lambda: write(stuck_at=3)
+        for error in await asyncio.gather(*(engine.predict([SourceText(text)]) for text in SOURCES), return_exceptions=True):
+            assert isinstance(error, ResourceError)
+            assert "step_timeout_s=0.3" in str(error)
+        with pytest.raises(ResourceError, match="step_timeout_s"):
+            engine.check_health()
+        await engine.stop()
+
+    try:
+        asyncio.run(life())
+    finally:
+        release.set()
 
 
 @pytest.mark.parametrize(("kind", "precision"), [("masked", "bf16"), ("seq2seq", "fp32"), ("seq2seq", "bf16")])

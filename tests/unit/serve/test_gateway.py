@@ -182,7 +182,10 @@ def test_models_openapi_and_docs() -> None:
     assert (models["object"], models["data"][0]["id"], models["data"][0]["object"]) == ("list", "parity", "model")
     document = run(ask(app, "GET", "/openapi.json")).json()
     assert document["openapi"].startswith("3.1")
-    assert set(document["paths"]) == {"/v1/classify", "/v1/models", "/healthz", "/readyz"}
+    assert set(document["paths"]) == {"/v1/classify", "/v1/models", "/v1/models/{model}", "/healthz", "/readyz"}
+    assert run(ask(app, "GET", "/v1/models/parity")).json() == models["data"][0]
+    missing = run(ask(app, "GET", "/v1/models/gpt"))
+    assert (missing.status_code, missing.json()["error"]["code"]) == (404, "model_not_found")
     page = run(ask(app, "GET", "/docs"))
     assert page.headers["content-type"].startswith("text/html")
     assert "http://" not in page.text.replace("http://test", "")

@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from danlu.errors import RequestError
 from danlu.metrics import catalog
+from danlu.serve.asgi import Route, Stream
 from danlu.serve.engines.echo import EchoTextEngine
 from danlu.serve.gateway import Gateway
 from danlu.serve.generation import Delta, Generation, TokenLogprob, Usage
@@ -106,7 +107,7 @@ def test_content_parts_are_read_and_pictures_refused(client: OpenAI) -> None:
     parts: Any = [{"type": "text", "text": "a "}, {"type": "text", "text": "b"}]
     assert client.chat.completions.create(model="echo", messages=say(parts)).choices[0].message.content == "a b"
     picture: Any = [{"type": "image_url", "image_url": {"url": "data:,"}}]
-    with pytest.raises(openai.BadRequestError, match=r"messages\[0\].content\[0\]"):
+    with pytest.raises(openai.BadRequestError, match=r"messages\[0\].content\[0\].*Try: a text: pictures are not read here"):
         client.chat.completions.create(model="echo", messages=say(picture))
 
 
@@ -260,6 +261,12 @@ def test_a_mistake_is_openais_error_class_with_the_field_and_what_would_work(cli
     with pytest.raises(openai.BadRequestError, match="4096 positions") as long:
         client.chat.completions.create(model="echo", messages=say("a"), max_tokens=5000)
     assert (long.value.code, long.value.param) == ("context_length_exceeded", "max_tokens")
+    with pytest.raises(openai.BadRequestError, match="Try: max_tokens"):
+        client.completions.create(model="echo", prompt="a", extra_body={"max_completion_tokens": 3})
+    with pytest.raises(openai.BadRequestError, match="`store` is true; it should be false"):
+        client.chat.completions.create(model="echo", messages=say("a"), store=True)
+    with pytest.raises(openai.BadRequestError, match="`max_tokens` is 2 and `max_completion_tokens`, its newer name, 3"):
+        client.chat.completions.create(model="echo", messages=say("a"), max_tokens=2, max_completion_tokens=3)
     with pytest.raises(openai.BadRequestError, match="tools"):
         client.chat.completions.create(model="echo", messages=say("a"), extra_body={"functions": []})
 
@@ -282,6 +289,41 @@ def test_an_engine_that_breaks_ends_a_stream_with_an_error_and_one_done(client: 
     assert events[-1] == "[DONE]"
     assert events.count("[DONE]") == 1
     assert json.loads(events[-2])["error"]["type"] == "server_error"
+
+
+@pytest.mark.parametrize("error", [ConnectionResetError("secret"), TimeoutError("secret")])
+def test_an_engines_own_connection_that_breaks_is_an_error_event_and_no_client_that_left(
+    error: Exception, meter: Any, served: Served
+) -> None:
+    class Breaking(EchoTextEngine):
+        async def generate(self, generation: Generation) -> Any:
+            yield Delta("x", (120,))
+            await asyncio.sleep(0.01)
+            raise error
+
+    with served(make_gateway(meter, engine=Breaking)) as url, client_of(url) as client:
+        with pytest.raises(openai.APIError, match=f"the engine failed: {type(error).__name__}"):
+            list(client.chat.completions.create(model="echo", messages=say("a"), stream=True))
+        with pytest.raises(openai.InternalServerError, match=f"the engine failed: {type(error).__name__}"):
+            client.chat.completions.create(model="echo", messages=say("a"))
+    assert not meter.by_label[catalog.SERVE_REFUSALS.name, "client_gone"]
+    assert meter.by_label[catalog.SERVE_SEQUENCES.name, "error"] == 2
+
+
+def test_a_stream_whose_events_break_ends_with_an_error_event_too(meter: Any, served: Served) -> None:
+    async def events() -> Any:
+        yield b"data: 1\n\n"
+        raise OSError("secret")
+
+    async def answer(call: Any) -> Stream:
+        return Stream(events())
+
+    gateway = make_gateway(meter)
+    gateway.routes = {**gateway.routes, "/v1/chat/completions": Route("POST", answer)}
+    with served(gateway) as url:
+        *first, error, done = httpx.post(f"{url}/v1/chat/completions", json={"messages": say("a")}).text.split("\n\n")[:-1]
+    assert (first, done) == (["data: 1"], "data: [DONE]")
+    assert json.loads(error.removeprefix("data: "))["error"]["message"] == "the engine failed: OSError"
 
 
 def test_who_comes_when_all_is_taken_hears_when_to_come_back(meter: Any, served: Served) -> None:

@@ -186,3 +186,46 @@ def test_a_client_that_takes_nothing_is_gone_and_the_answer_is_closed() -> None:
         assert [one["type"] for one in sent] == ["http.response.start", *["http.response.body"] * 3]
 
     run(life)
+
+
+@pytest.mark.parametrize("error", [ConnectionResetError("the engine's"), TimeoutError("the engine's"), RuntimeError("the engine's")])
+def test_what_the_events_raise_is_not_taken_for_the_clients_going(error: Exception) -> None:
+    async def life() -> None:
+        async def events() -> Any:
+            yield b"data: 1\n\n"
+            raise error
+
+        async def send(message: Any) -> None:
+            await asyncio.sleep(0)
+
+        with pytest.raises(type(error), match="the engine's"):
+            await send_stream(send, Stream(events()), {}, silence_s=5)
+
+    run(life)
+
+
+@pytest.mark.parametrize("broken_at", [0, 2])
+def test_a_connection_that_breaks_is_the_clients_going(broken_at: int) -> None:
+    async def life() -> None:
+        closed, sent = asyncio.Event(), 0
+
+        async def events() -> Any:
+            try:
+                while True:
+                    yield b"data: 1\n\n"
+            finally:
+                closed.set()
+
+        async def send(message: Any) -> None:
+            nonlocal sent
+            sent += 1
+            if sent > broken_at:
+                raise BrokenPipeError("gone")
+
+        answer = events()
+        await anext(answer)  # as a route does, which has its first event ready
+        with pytest.raises(ClientGone):
+            await send_stream(send, Stream(answer), {}, silence_s=5)
+        assert closed.is_set()
+
+    run(life)

@@ -17,6 +17,7 @@ from danlu.metrics import catalog
 from danlu.metrics.catalog import Metric
 from danlu.serve.engine import Answer
 from danlu.serve.generation import Chat, Delta, FinishReason, Generation, Guide, Prompt, TokenLogprob, Usage
+from danlu.serve.openai.tools import CLOSE, OPEN, CallDelta, Content, ToolCallParser
 from danlu.spec.serve import Echo, EchoText
 from danlu.spec.task import Classification
 from danlu.tasks.exchange import Example, Prediction, Text
@@ -215,13 +216,15 @@ def _render(chat: Chat) -> list[int]:
 
 
 def _answer(prompt: Sequence[int], generation: Generation) -> bytes:
-    """What is said: the guide's document, or the bytes of the last message."""
-    if generation.guide is not None:
-        return _guided(generation.guide).encode()
+    """What is said: the guide's document, or the bytes of the last message, its calls valid where they have to be."""
+    guide = generation.guide
+    if guide is not None and guide.kind != "tool_calls":
+        return _guided(guide).encode()
     begins = [at for at, token in enumerate(prompt) if token in NAMES and token != END]
     last = prompt[begins[-2] + 1 :] if len(begins) > 1 else prompt
     named = f"[{generation.adapter}] " if generation.adapter else ""
-    return named.encode() + bytes(token for token in last if token < END)
+    said = named.encode() + bytes(token for token in last if token < END)
+    return said if guide is None else _called(said.decode("utf-8", "replace"), guide).encode()
 
 
 def _token(answer: bytes, index: int, *, endless: bool) -> int:
@@ -260,6 +263,21 @@ def _guided(guide: Guide) -> str:
             except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
                 raise RequestError(f"the JSON Schema cannot be followed: {error}", param=guide.param, fix="a simpler one") from error
     raise RequestError("the echo engine follows no regular expression", param=guide.param, fix="a JSON Schema or choices")
+
+
+def _called(text: str, guide: Guide) -> str:
+    """A text with its calls written anew, each with the smallest arguments; or the guide's document, where it has one and there is none."""
+    asked = json.loads(guide.pattern)
+    tools, answer = asked["tools"], asked["answer"]
+    parser = ToolCallParser(tools)
+    pieces = parser.feed(text) + parser.end()
+    called = [piece.name for piece in pieces if isinstance(piece, CallDelta) and piece.name in tools]
+    calls = [{"name": name, "arguments": _instance(tools[name], tools[name])} for name in called]
+    if answer is not None:
+        text = "" if calls else json.dumps(_instance(answer, answer), ensure_ascii=False)
+    elif calls:
+        text = "".join(piece.text for piece in pieces if isinstance(piece, Content))
+    return text + "".join(f"{OPEN}{json.dumps(call, ensure_ascii=False)}{CLOSE}" for call in calls)
 
 
 def _instance(schema: Mapping[str, Any], root: Mapping[str, Any]) -> Any:

@@ -4,6 +4,7 @@ thread of its own."""
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 import time
 from collections import deque
@@ -20,17 +21,22 @@ from danlu.compress.load import load_answerer
 from danlu.data.encode import Encoded, ends
 from danlu.errors import QualityError, ResourceError
 from danlu.serve.engine import Answer
+from danlu.serve.engines.watchdog import Watchdog
 from danlu.spec.serve import Encoder, EncoderDecoder
 from danlu.spec.task import AnsweredTask, engine_kind
 from danlu.tasks.agreement import change, tolerance
 from danlu.tasks.answers import Answerer, MaskedJudge, Seq2SeqJudge
 from danlu.tasks.device import pick_device
-from danlu.tasks.exchange import BadExample, Example, from_fields, largest_change
+from danlu.tasks.exchange import Example, from_fields, largest_change
 from danlu.tasks.predictor import Predictor
+
+log = logging.getLogger(__name__)
 
 TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2, "quantized": 2e-2}
 """How far a number may be from the evaluation's (as a share of the largest, where that is above 1): other kernels on another CPU round
 differently, other weights are further off."""
+
+NO_NUMBERS = "the model's outputs are no numbers: NaN or infinity"
 
 
 @dataclass
@@ -97,12 +103,16 @@ class EncoderEngine:
         """Nothing is taken from `jobs` any more, and nothing may be put there; as they, it belongs to who holds `wake`."""
         self.failure: BaseException | None = None
         self.thread: threading.Thread | None = None
+        self.watchdog = Watchdog(spec.step_timeout_s)
+        self.watching: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        started: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self.thread = threading.Thread(target=self._run, args=(asyncio.get_running_loop(), started), name="danlu-engine", daemon=True)
+        loop = asyncio.get_running_loop()
+        started: asyncio.Future[None] = loop.create_future()
+        self.thread = threading.Thread(target=self._run, args=(loop, started), name="danlu-engine", daemon=True)
         self.thread.start()
         await started
+        self.watching = loop.create_task(self.watchdog.watch(self._end))
 
     async def predict(self, inputs: Sequence[Example]) -> list[Answer]:
         if not inputs:
@@ -124,13 +134,16 @@ class EncoderEngine:
             raise ResourceError(f"the engine has failed: {self.failure!r}")
         if self.thread is None or self.ended or not self.thread.is_alive():
             raise ResourceError("the engine is not running")
+        self.watchdog.check()
 
     async def stop(self) -> None:
         with self.wake:
             self.stopping = True
             self.wake.notify()
-        if self.thread is not None:
+        if self.thread is not None and not self.watchdog.is_stuck:
             await asyncio.to_thread(self.thread.join)
+        if self.watching is not None:
+            self.watching.cancel()
 
     # On the engine's thread:
 
@@ -144,9 +157,9 @@ class EncoderEngine:
         loop.call_soon_threadsafe(started.set_result, None)
         try:
             self._serve()
-        except BaseException as error:
+        except BaseException as error:  # whatever it is, everybody has to hear of it
+            log.exception("the engine has failed")
             self._end(error)
-            raise
         self._end(None)
 
     def _start(self) -> None:
@@ -154,6 +167,8 @@ class EncoderEngine:
         if self.predictor is None:
             precision = None if self.spec.dtype == "auto" else self.spec.dtype
             self.predictor = load_answerer(self.bundle, precision=precision, device=pick_device(self.spec.num_gpus))
+        if isinstance(self.predictor, Seq2SeqJudge):
+            self.predictor.on_token = self.watchdog.begin
         for probe, problem in self._wrong_probes(self.predictor):
             raise QualityError(
                 problem,
@@ -167,8 +182,10 @@ class EncoderEngine:
             self._step(self.predictor, jobs)
 
     def _end(self, failure: BaseException | None) -> None:
-        """Take no more jobs; those that came too late to be answered get an error."""
+        """Take no more jobs; whoever still waits gets an error."""
         with self.wake:
+            if self.ended:
+                return
             self.ended, self.failure = True, failure
             left, self.jobs = list(self.jobs), deque()
         why = "the engine is not running" if failure is None else f"the engine has failed: {failure!r}"
@@ -178,7 +195,7 @@ class EncoderEngine:
         """The jobs of the next forward, once there are any; None when it is time to end."""
         with self.wake:
             while not self.jobs:
-                if self.stopping:
+                if self.stopping or self.ended:
                     return None
                 self.wake.wait()
         if self.spec.batch_wait_ms:
@@ -188,50 +205,29 @@ class EncoderEngine:
             return list(self.jobs)
 
     def _step(self, predictor: Predictor | MaskedJudge | Seq2SeqJudge, jobs: list[Job]) -> None:
-        """One forward over as many rows as fit, taken from the jobs in order."""
-        finished: list[tuple[Job, list[Answer] | Exception]] = []
-        taken: list[tuple[Job, int]] = []
-        try:
-            tokens, refused = self._fill(predictor, jobs, taken)
-            self._drop([job for job, _ in refused])
-            _deliver(refused)
-            if not taken:
-                return
-            # Sequences of one length side by side take one attention call; the answers go back by `order`.
-            order = np.argsort([int(_sequences(job).lengths[at]) for job, at in taken], kind="stable")
-            batch = _joined([(_sequences(taken[i][0]), taken[i][1]) for i in order])
-            began = time.perf_counter()
-            pieces = predictor.each(batch)
-            seconds = time.perf_counter() - began
-            placed: list[Any] = [None] * len(taken)
-            for place, piece in zip(order, pieces, strict=True):
-                placed[place] = piece
-            waited = [began - job.arrived for job, at in taken if at == 0]
-            for (job, at), piece in zip(taken, placed, strict=True):
-                job.begun = job.begun if at else began
-                job.outputs.append(piece)
+        """One forward over as many rows as fit, taken from the jobs in order. What it raises is the end of the engine: a model that failed
+        once is not asked again."""
+        self.watchdog.begin()
+        taken, refused = self._fill(predictor, jobs)
+        self._drop([job for job, _ in refused])
+        _deliver(refused)
+        if taken:
+            self._forward(predictor, taken)
             finished = [(job, self._answers(predictor, job)) for job in jobs if job.is_whole]
-            if self.on_batch is not None:
-                self.on_batch(BatchRecord(len(taken), tokens, seconds, waited))
-        except Exception as error:  # noqa: BLE001  # every request of the batch gets it; none may wait for ever
-            failed = [job for job in jobs if job.encoded is None or any(job is other for other, _ in taken)]
-            self._drop(failed)
-            _deliver([(job, error) for job in failed])
-            return
-        self._drop([job for job, _ in finished])
-        _deliver(finished)
+            self._drop([job for job, _ in finished])
+            _deliver(finished)
+        self.watchdog.end()
 
-    def _fill(
-        self, predictor: Answerer, jobs: list[Job], taken: list[tuple[Job, int]]
-    ) -> tuple[int, list[tuple[Job, list[Answer] | Exception]]]:
-        """Put (job, sequence) into `taken` until the batch is full; at least one, if there is one. The number of tokens, and the jobs that
-        ask what this model cannot answer."""
-        tokens, refused = 0, list[tuple[Job, list[Answer] | Exception]]()
+    def _fill(self, predictor: Answerer, jobs: list[Job]) -> tuple[list[tuple[Job, int]], list[tuple[Job, list[Answer] | Exception]]]:
+        """What fills a batch, as (job, sequence), at least one if there is one; and the jobs that ask what this model cannot answer."""
+        taken, tokens, refused = list[tuple[Job, int]](), 0, list[tuple[Job, list[Answer] | Exception]]()
         for job in jobs:
             if job.sequences is None:
                 try:
                     job.encoded = predictor.encode(job.inputs)
-                except BadExample as error:
+                except MemoryError:
+                    raise
+                except Exception as error:  # noqa: BLE001  # of this request's own inputs, and its own affair
                     refused.append((job, error))
                     continue
                 job.sequences = job.encoded.sequences
@@ -239,10 +235,31 @@ class EncoderEngine:
             for at in range(job.next_sequence, len(lengths)):
                 length = int(lengths[at])
                 if taken and self._is_full(len(taken), tokens + length):
-                    return tokens, refused
+                    return taken, refused
                 taken.append((job, at))
                 tokens += length
-        return tokens, refused
+        return taken, refused
+
+    def _forward(self, predictor: Answerer, taken: Sequence[tuple[Job, int]]) -> None:
+        """The outputs of some jobs' sequences; FloatingPointError if they are no numbers."""
+        lengths = [int(_sequences(job).lengths[at]) for job, at in taken]
+        # Sequences of one length side by side take one attention call; the answers go back by `order`.
+        order = np.argsort(lengths, kind="stable")
+        batch = _joined([(_sequences(taken[i][0]), taken[i][1]) for i in order])
+        began = time.perf_counter()
+        pieces = predictor.each(batch)
+        seconds = time.perf_counter() - began
+        if not all(map(_is_finite, pieces)):
+            raise FloatingPointError(NO_NUMBERS)
+        placed: list[Any] = [None] * len(taken)
+        for place, piece in zip(order, pieces, strict=True):
+            placed[place] = piece
+        waited = [began - job.arrived for job, at in taken if at == 0]
+        for (job, at), piece in zip(taken, placed, strict=True):
+            job.begun = job.begun if at else began
+            job.outputs.append(piece)
+        if self.on_batch is not None:
+            self.on_batch(BatchRecord(len(taken), sum(lengths), seconds, waited))
 
     def _is_full(self, rows: int, tokens: int) -> bool:
         """Whether a batch of so many rows takes none that would make it so many tokens."""
@@ -259,9 +276,13 @@ class EncoderEngine:
 
     def _answers(self, predictor: Answerer, job: Job) -> list[Answer] | Exception:
         assert job.encoded is not None
-        if any(map(_has_nan, job.outputs)):
-            return FloatingPointError("the model's outputs are no numbers: NaN")
-        found = predictor.made_of(job.outputs, job.encoded, job.inputs)
+        try:
+            found = predictor.made_of(job.outputs, job.encoded, job.inputs)
+        except MemoryError:
+            raise
+        except Exception as error:  # the model has answered: what is made of that is this request's affair
+            log.exception("an answer could not be made of the model's outputs")
+            return error
         return [Answer(one, int(length)) for one, length in zip(found, job.encoded.lengths, strict=True)]
 
     def _wrong_probes(self, predictor: Predictor | MaskedJudge | Seq2SeqJudge) -> Iterator[tuple[Probe, str]]:
@@ -291,14 +312,15 @@ class EncoderEngine:
                 )
 
 
-def _has_nan(output: Any) -> bool:
-    """Of what a model gave for a sequence: a head's outputs, a masked model's (probabilities, tokens), or tokens that were written."""
+def _is_finite(output: Any) -> bool:
+    """Of what a model gave for a sequence: a head's outputs, a masked model's (probabilities, tokens), or tokens that were written, whose
+    numbers the judge has looked at."""
     match output:
         case np.ndarray():
-            return bool(np.isnan(output).any())
+            return bool(np.isfinite(output).all())
         case (torch.Tensor() as probabilities, _):
-            return bool(probabilities.isnan().any())
-    return False
+            return bool(probabilities.isfinite().all())
+    return True
 
 
 def _sequences(job: Job) -> Encoded:

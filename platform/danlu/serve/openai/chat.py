@@ -78,6 +78,7 @@ class Function(Wire):
     description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
+    """Whenever it is called, its arguments follow `parameters`, whose type is object. A forced call's do, said strict or not."""
 
 
 class Tool(Wire):
@@ -135,6 +136,9 @@ def parse_chat(body: bytes) -> ChatRequest:
     """The request in a body; RequestError names the field, the rule and what would work."""
     request = parse(ChatRequest, body)
     check_stream_options(request)
+    if request.max_tokens not in (None, request.limit):
+        told = f"`max_tokens` is {request.max_tokens} and `max_completion_tokens`, its newer name, {request.max_completion_tokens}"
+        raise RequestError(told, param="max_tokens", fix="one of them")
     if request.top_logprobs is not None and not request.logprobs:
         raise RequestError("`top_logprobs` needs `logprobs`", param="top_logprobs", fix="logprobs: true")
     if reserved := sorted(OF_THE_RENDERING & set(request.chat_template_kwargs or ())):
@@ -146,6 +150,10 @@ def parse_chat(body: bytes) -> ChatRequest:
     names = [tool.function.name for tool in request.tools or ()]
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise RequestError(f"two tools are named {twice!r}", param="tools", fix="a name of its own for each")
+    for i, tool in enumerate(request.tools or ()):
+        if tool.function.strict and tool.function.parameters is not None and tool.function.parameters.get("type") != "object":
+            param = f"tools[{i}].function.parameters"
+            raise RequestError(f"`{param}` of a strict tool is no schema of an object", param=param, fix='"type": "object"')
     if request.tool_choice not in (None, "none") and not names:
         raise RequestError("`tool_choice` is given without `tools`", param="tool_choice", fix="tools, or leave it out")
     if isinstance(request.tool_choice, NamedTool) and request.tool_choice.function.name not in names:
@@ -160,8 +168,8 @@ def conversation(request: ChatRequest) -> Chat:
     return Chat(messages, tools, request.chat_template_kwargs or {})
 
 
-def forced_call(request: ChatRequest) -> Guide | None:
-    """The guide that makes the model call a tool, where `tool_choice` asks for that."""
+def tool_guide(request: ChatRequest) -> Guide | None:
+    """The guide that makes the model call a tool, where `tool_choice` asks for that; or that makes its calls valid, where one is strict."""
     schemas = {tool.function.name: tool.function.parameters or {"type": "object"} for tool in request.tools or ()}
     match request.tool_choice:
         case NamedTool(function=function):
@@ -177,6 +185,10 @@ def forced_call(request: ChatRequest) -> Guide | None:
                 for name, schema in schemas.items()
             ]
             return Guide("json_schema", json.dumps(calls[0] if len(calls) == 1 else {"anyOf": calls}), "tool_choice")
+        case None | "auto" if any(tool.function.strict for tool in request.tools or ()):
+            strict = {tool.function.name: bool(tool.function.strict) for tool in request.tools or ()}
+            found = {name: schema if strict[name] else {"type": "object"} for name, schema in schemas.items()}
+            return Guide("tool_calls", json.dumps({"tools": found, "answer": None}), "tools")
     return None
 
 
@@ -186,7 +198,8 @@ def tool_parser(request: ChatRequest) -> ToolCallParser | None:
         return None
     forced = request.tool_choice.function.name if isinstance(request.tool_choice, NamedTool) else None
     parallel = request.parallel_tool_calls is not False
-    return ToolCallParser([tool.function.name for tool in request.tools], parallel=parallel, forced=forced)
+    names = [tool.function.name for tool in request.tools]
+    return ToolCallParser(names, parallel=parallel, forced=forced, bare=request.tool_choice == "required" or not request.asks_for_json)
 
 
 def chat_response(request: ChatRequest, head: Mapping[str, Any], answers: Sequence[Delta], usage: Usage) -> dict[str, Any]:

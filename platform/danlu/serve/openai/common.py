@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -34,10 +34,12 @@ INSTEAD = {
     "input_audio": "a text: sound is not read here",
     "best_of": "n, and choose",
     "suffix": "the prompt alone",
+    "max_completion_tokens": "max_tokens",
     "prediction": "leave it out",
     "reasoning_effort": 'chat_template_kwargs, with what the model\'s template knows: {"enable_thinking": false}',
     "web_search_options": "a tool of your own",
     "structured_outputs": "guided_json, guided_regex or guided_choice",
+    "truncate_prompt_tokens": "leave it out: a text is cut at the model's own length",
 }
 """Fields of OpenAI's and vLLM's that are not served here, and what to use."""
 
@@ -54,6 +56,14 @@ def error_response(error: RequestError) -> dict[str, Any]:
     """OpenAI's error object. `code` is OpenAI's word where it has one, else the status."""
     message = f"{error.problem}. Try: {error.fix}" if error.fix else error.problem
     return {"error": {"message": message, "type": error.kind, "param": error.param, "code": error.code or error.status}}
+
+
+def unknown_field(param: str, known: Iterable[str]) -> RequestError:
+    """Of a body that has a field it may not have, with the name that was meant."""
+    name = param.rpartition(".")[2]
+    near = difflib.get_close_matches(name, known, 1)
+    fix = INSTEAD.get(name) or (f"did you mean `{near[0]}`?" if near else "leave it out")
+    return RequestError(f"unrecognized request argument: `{param}`", param=param, code="unknown_parameter", fix=fix)
 
 
 @dataclass(frozen=True)
@@ -138,12 +148,13 @@ def _refusal(kind: type[Wire], body: bytes, errors: list[ErrorDetails]) -> Reque
     if first["type"] == "missing":
         return RequestError(f"you must provide `{param}`", param=param, fix=_example(kind))
     if first["type"] == "extra_forbidden":
-        return _unknown(kind, param, top=len(first["loc"]) == 1)
+        return unknown_field(param, kind.model_fields if len(first["loc"]) == 1 else ())
     rules = dict.fromkeys(_rule(error) for error in errors if _place(document, error["loc"])[0] == param)
     told = json.dumps(value, ensure_ascii=False)
     return RequestError(
         f"`{param}` is {told if len(told) < 80 else told[:80] + '...'}; {' or '.join(rules)}",
         param=param,
+        fix=INSTEAD.get(value, "") if isinstance(value, str) else "",
     )
 
 
@@ -162,14 +173,9 @@ def _rule(error: ErrorDetails) -> str:
     if error["type"] == "union_tag_invalid":
         return f"its {error['ctx']['discriminator']} should be one of {error['ctx']['expected_tags']}"
     text = error["msg"].removeprefix("Value error, ").replace("Input should", "it should").replace(" after validation", "")
+    if error["type"] == "literal_error":
+        text = text.replace("True", "true").replace("False", "false")  # as JSON writes them
     return text[:1].lower() + text[1:]
-
-
-def _unknown(kind: type[Wire], param: str, *, top: bool) -> RequestError:
-    name = param.rpartition(".")[2]
-    near = difflib.get_close_matches(name, kind.model_fields, 1) if top else []
-    fix = INSTEAD.get(name) or (f"did you mean `{near[0]}`?" if near else "leave it out")
-    return RequestError(f"unrecognized request argument: `{param}`", param=param, code="unknown_parameter", fix=fix)
 
 
 def _example(kind: type[Wire]) -> str:

@@ -99,6 +99,11 @@ class SamplingFields(Wire):
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
     @property
+    def asks_for_json(self) -> bool:
+        """Whether the answer is to be a document."""
+        return self.guided_json is not None or isinstance(self.response_format, JsonObject | JsonSchema)
+
+    @property
     def includes_usage(self) -> bool:
         return bool(self.stream_options and self.stream_options.include_usage)
 
@@ -132,9 +137,9 @@ def sampling(request: SamplingFields, *, max_tokens: int | None, logprobs: int |
     )
 
 
-def guide(request: SamplingFields, forced: Guide | None = None) -> Guide | None:
-    """The one guide that a request asks for; `forced` is a tool call's. RequestError if it asks for two."""
-    asked: list[tuple[str, Guide]] = [("tool_choice", forced)] if forced else []
+def guide(request: SamplingFields, of_tools: Guide | None = None) -> Guide | None:
+    """The one guide that a request asks for; `of_tools` is that of its calls. RequestError if it asks for two that cannot both hold."""
+    asked: list[tuple[str, Guide]] = [(of_tools.param, of_tools)] if of_tools else []
     match request.response_format:
         case JsonObject():
             asked.append(("response_format", Guide("json_object", param="response_format")))
@@ -146,10 +151,18 @@ def guide(request: SamplingFields, forced: Guide | None = None) -> Guide | None:
         asked.append(("guided_regex", Guide("regex", request.guided_regex, "guided_regex")))
     if request.guided_choice is not None:
         asked.append(("guided_choice", Guide("choice", json.dumps(request.guided_choice), "guided_choice")))
+    if len(asked) == 2 and asked[0][1].kind == "tool_calls" and request.asks_for_json:
+        return _calls_or(asked[0][1], asked[1][1])
     if len(asked) > 1:
         names = [name for name, _ in asked]
         raise RequestError(f"{' and '.join(names)} cannot both hold", param=names[-1], fix="one of them")
     return asked[0][1] if asked else None
+
+
+def _calls_or(calls: Guide, answer: Guide) -> Guide:
+    """Valid calls, or the document that was asked for."""
+    schema = json.loads(answer.pattern) if answer.pattern else {"type": "object"}
+    return replace(calls, pattern=json.dumps(json.loads(calls.pattern) | {"answer": schema}))
 
 
 def generations(

@@ -43,11 +43,12 @@ Piece = Content | CallDelta
 class ToolCallParser:
     """Text in, pieces out: as early as it is certain what they are. `names` are the tools on offer.
 
-    With `forced` the whole text is that tool's arguments. Without `parallel` every call after the first is dropped.
+    With `forced` the whole text is that tool's arguments. Without `parallel` every call after the first is dropped, without `bare` a
+    document of JSON is an answer.
     """
 
-    def __init__(self, names: Collection[str], *, parallel: bool = True, forced: str | None = None) -> None:
-        self.names, self.parallel = names, parallel
+    def __init__(self, names: Collection[str], *, parallel: bool = True, forced: str | None = None, bare: bool = True) -> None:
+        self.names, self.parallel, self.may_be_bare = names, parallel, bare
         self.state: Literal["begin", "text", "head", "arguments", "tail", "forced"] = "forced" if forced else "begin"
         self.buffer, self.bare, self.num_calls = "", False, 0
         self.depth, self.in_string, self.escaped = 0, False, False
@@ -92,7 +93,7 @@ class ToolCallParser:
         text = self.buffer.lstrip()
         if not text or (text != PYTHON_TAG and PYTHON_TAG.startswith(text)):
             return None
-        self.bare = text.startswith(("{", PYTHON_TAG))
+        self.bare = self.may_be_bare and text.startswith(("{", PYTHON_TAG))
         self.state = "head" if self.bare else "text"
         return []
 

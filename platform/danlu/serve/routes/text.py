@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
-from typing import Any, Protocol
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Protocol, TypeVar
 
 from danlu.errors import DanluError, ModelError, RequestError, ResourceError, StorageError
 from danlu.metrics import catalog
 from danlu.serve.admission import Admission
 from danlu.serve.asgi import Call, Reply, Route, Routes, Stream
 from danlu.serve.generation import Chat, Delta, Generation, TextEngine, Usage
-from danlu.serve.openai.chat import ChatChunks, chat_response, conversation, forced_call, parse_chat
+from danlu.serve.openai.chat import ChatChunks, chat_response, conversation, parse_chat, tool_guide
 from danlu.serve.openai.common import DONE, ModelCard, error_response, event, new_id, parse
 from danlu.serve.openai.completions import (
     Choices,
@@ -28,6 +30,11 @@ from danlu.serve.openapi import text_paths, text_try_it
 from danlu.serve.routes.predict import check_model
 from danlu.serve.sequences import Sequences
 from danlu.spec.serve import Limits
+
+T = TypeVar("T")
+
+LONG_BODY_BYTES = 8192
+"""A longer body's texts are tokenised beside the event loop, which has others' tokens to send: 8 KiB take some milliseconds."""
 
 logger = logging.getLogger("danlu.serve")
 
@@ -49,6 +56,8 @@ class TextApi:
         self.engine, self.model, self.limits, self.admission, self.count = engine, model, limits, admission, count
         self.updates = updates
         self.open: set[Sequences] = set()
+        # One thread: a second would take the engine's cores, and long prompts would overtake each other.
+        self.reader = ThreadPoolExecutor(1, thread_name_prefix="danlu-tokenizer")
         for outcome in ("loaded", "failed"):
             # A counter that begins with its first event shows no increase.
             self.count(catalog.SERVE_ADAPTER_LOADS, 0, outcome=outcome)
@@ -85,11 +94,11 @@ class TextApi:
     async def _chat(self, call: Call) -> Reply | Stream:
         request = parse_chat(call.body)
         name, adapter = self._model(request.model, call)
-        prompt = self._read(conversation(request), request.limit, param="messages")
+        (prompt,) = await self._read(call, [conversation(request)], request.limit, param="messages")
         how = sampling(request, max_tokens=request.limit, logprobs=request.num_logprobs)
         head = _head("chatcmpl-", name)
         call.facts["answer_id"] = head["id"]
-        asked = generations([prompt], request.n or 1, head["id"], how, adapter, guide(request, forced_call(request)))
+        asked = generations([prompt], request.n or 1, head["id"], how, adapter, guide(request, tool_guide(request)))
         sequences = await self._start(call, asked, request.n or 1)
         if request.stream:
             return await self._stream(request, sequences, ChatChunks(request, head, len(asked)))
@@ -100,13 +109,13 @@ class TextApi:
         name, adapter = self._model(request.model, call)
         n, limit = request.n or 1, 16 if request.max_tokens is None else request.max_tokens
         given = prompts(request)
-        read = [self._read(prompt, limit, param="prompt") for prompt in given]
+        read = await self._read(call, given, limit, param="prompt")
         reads_prompt = bool(request.echo) and request.logprobs is not None
         how = sampling(request, max_tokens=limit, logprobs=request.logprobs, prompt_logprobs=reads_prompt)
         head = _head("cmpl-", name)
         call.facts["answer_id"] = head["id"]
         asked = generations(read, n, head["id"], how, adapter, guide(request))
-        texts = [self._text(prompt) if request.echo else "" for prompt in given]
+        texts = await self._beside(call, lambda: [self._text(prompt) for prompt in given]) if request.echo else [""] * len(given)
         choices = Choices(request, head, [text for text in texts for _ in range(n)])
         sequences = await self._start(call, asked, n)
         if request.stream:
@@ -116,13 +125,13 @@ class TextApi:
     async def _tokenize(self, call: Call) -> Reply:
         request = parse(TokenizeRequest, call.body)
         self._model(request.model, call)
-        ids = self.engine.tokenize(request.prompt)
+        ids = await self._beside(call, lambda: self.engine.tokenize(request.prompt))
         return Reply({"count": len(ids), "max_model_len": self.engine.max_model_len, "tokens": ids})
 
     async def _detokenize(self, call: Call) -> Reply:
         request = parse(DetokenizeRequest, call.body)
         self._model(request.model, call)
-        return Reply({"prompt": self.engine.detokenize(request.tokens)})
+        return Reply({"prompt": await self._beside(call, lambda: self.engine.detokenize(request.tokens))})
 
     async def _load_adapter(self, call: Call) -> Reply:
         request = parse(LoadAdapterRequest, call.body)
@@ -171,21 +180,34 @@ class TextApi:
         call.facts["model"] = name
         return name, None if name == self.model else name
 
-    def _read(self, prompt: str | tuple[int, ...] | Chat, max_tokens: int | None, *, param: str) -> tuple[int, ...]:
-        """The prompt's ids, once for all its answers. RequestError if they do not fit."""
-        ids, room = tuple(self.engine.tokenize(prompt)), self.engine.max_model_len
-        if not ids:
+    async def _beside(self, call: Call, read: Callable[[], T]) -> T:
+        """What `read` gives; of a long body on a thread, one after the other."""
+        if len(call.body) <= LONG_BODY_BYTES:
+            return read()
+        return await asyncio.get_running_loop().run_in_executor(self.reader, read)
+
+    async def _read(
+        self, call: Call, prompts: Sequence[str | tuple[int, ...] | Chat], max_tokens: int | None, *, param: str
+    ) -> list[tuple[int, ...]]:
+        """Each prompt's ids, once for all its answers. RequestError if they do not fit."""
+        read = await self._beside(call, lambda: [tuple(self.engine.tokenize(prompt)) for prompt in prompts])
+        for ids in read:
+            self._check_fits(len(ids), max_tokens, param)
+        return read
+
+    def _check_fits(self, length: int, max_tokens: int | None, param: str) -> None:
+        room = self.engine.max_model_len
+        if not length:
             raise RequestError(f"`{param}` has no tokens", param=param, fix="a text")
-        if len(ids) + (1 if max_tokens is None else max_tokens) > room:
+        if length + (1 if max_tokens is None else max_tokens) > room:
             told = "" if max_tokens is None else f" and {max_tokens} for the answer"
-            fix = "a shorter one" if len(ids) >= room or not max_tokens else f"max_tokens: {room - len(ids)}, or a shorter one"
+            fix = "a shorter one" if length >= room or not max_tokens else f"max_tokens: {room - length}, or a shorter one"
             raise RequestError(
-                f"the prompt has {len(ids)} tokens{told}; the model has {room} positions",
-                param=param if len(ids) >= room else "max_tokens",
+                f"the prompt has {length} tokens{told}; the model has {room} positions",
+                param=param if length >= room else "max_tokens",
                 code="context_length_exceeded",
                 fix=fix,
             )
-        return ids
 
     def _text(self, prompt: str | tuple[int, ...]) -> str:
         return prompt if isinstance(prompt, str) else self.engine.detokenize(prompt)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Mapping
 from collections.abc import Sequence as Several
@@ -27,6 +26,7 @@ from danlu.serve.engines.torch.scheduler import Piece, Scheduler
 from danlu.serve.engines.torch.sequence import Key, Sequence, Stream, deliver, joined
 from danlu.serve.engines.torch.slots import Slots
 from danlu.serve.engines.torch.told import prompt_logprobs, told
+from danlu.serve.engines.watchdog import Watchdog
 from danlu.serve.generation import Delta, FinishReason, Generation, Prompt, Usage
 from danlu.spec.serve import Torch
 
@@ -46,8 +46,8 @@ class TorchEngine:
         self.stopping, self.ended = False, False
         self.failure: BaseException | None = None
         self.thread: threading.Thread | None = None
-        self.watchdog: asyncio.Task[None] | None = None
-        self.step_began: float | None = None
+        self.watchdog = Watchdog(spec.step_timeout_s)
+        self.watching: asyncio.Task[None] | None = None
         self.commands: list[Command] = []
         self.keys: dict[str, Key] = {}
         """Name of an adapter -> what its keys and values go by. Written on the engine's thread, but for a name that is to go."""
@@ -60,7 +60,7 @@ class TorchEngine:
         self.thread = threading.Thread(target=self._run, args=(loop, started), name="danlu-engine", daemon=True)
         self.thread.start()
         await started
-        self.watchdog = loop.create_task(self._watch())
+        self.watching = loop.create_task(self.watchdog.watch(self._end))
 
     async def generate(self, generation: Generation) -> AsyncGenerator[Delta]:
         self.check_health()
@@ -131,17 +131,16 @@ class TorchEngine:
             raise ResourceError(f"the engine has failed: {self.failure!r}")
         if self.thread is None or self.ended or not self.thread.is_alive():
             raise ResourceError("the engine is not running")
-        if self._is_stuck():
-            raise ResourceError(f"the engine's step has taken longer than step_timeout_s={self.spec.step_timeout_s:g}")
+        self.watchdog.check()
 
     async def stop(self) -> None:
         with self.wake:
             self.stopping = True
             self.wake.notify()
-        if self.thread is not None and not self._is_stuck():
+        if self.thread is not None and not self.watchdog.is_stuck:
             await asyncio.to_thread(self.thread.join)
-        if self.watchdog is not None:
-            self.watchdog.cancel()
+        if self.watching is not None:
+            self.watching.cancel()
 
     # On the event loop:
 
@@ -170,17 +169,6 @@ class TorchEngine:
     def _not_stopping(self) -> None:
         if self.stopping:
             raise ResourceError("the engine is stopping")
-
-    def _is_stuck(self) -> bool:
-        began = self.step_began
-        return began is not None and time.monotonic() - began > self.spec.step_timeout_s
-
-    async def _watch(self) -> None:
-        """A step that does not come back must not leave everybody waiting: they get an error, and health says why."""
-        while not self.ended:
-            await asyncio.sleep(min(1.0, self.spec.step_timeout_s / 4))
-            if self._is_stuck():
-                self._end(TimeoutError(f"a step has taken longer than step_timeout_s={self.spec.step_timeout_s:g}"))
 
     # On the engine's thread:
 
@@ -279,7 +267,7 @@ class TorchEngine:
 
     def _step(self) -> None:
         """One forward over the plan's tokens, a token for each sequence that was read to its end, and one wake-up of the event loop."""
-        self.step_began = time.monotonic()
+        self.watchdog.begin()
         plan = self.scheduler.plan()
         self.cache.copy(plan.copies)
         if self.runner.draft is not None:
@@ -287,7 +275,7 @@ class TorchEngine:
         self.runner.adapters.begin([(piece.sequence.key, piece.num_tokens) for piece in plan.pieces])
         logits = self.runner.forward(make_batch(plan.pieces, device=self.runner.device), self.cache)
         outbox = self._after(plan.pieces, logits)
-        self.step_began = None
+        self.watchdog.end()
         if not self.ended:  # else the watchdog has told everybody already
             deliver(outbox)
 

@@ -1,9 +1,9 @@
-"""Output that must match: a JSON Schema, a regular expression or a list of choices, as a mask over the vocabulary (llguidance)."""
+"""Output that must match: a JSON Schema, a regular expression, choices or valid calls, as a mask over the vocabulary (llguidance)."""
 
 from __future__ import annotations
 
 import json
-from typing import Any
+from functools import cached_property
 
 import llguidance
 import llguidance.hf
@@ -14,27 +14,54 @@ from transformers import PreTrainedTokenizerBase
 
 from danlu.errors import RequestError
 from danlu.serve.generation import Guide
-
-JSON: Any = {"whitespace_pattern": r"( |\n {0,16})?"}
-"""Between two parts of a document: a space, or a new line and its indentation. Without a limit a model can write spaces for ever."""
+from danlu.serve.openai.tools import CLOSE, OPEN, PYTHON_TAG
+from danlu.serve.tool_grammar import JSON, Markers, tool_grammar
 
 
 class Guides:
     """Compiles guides for one tokenizer. `vocab_size` is the model's, which may be more than the tokenizer's."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, vocab_size: int, end_ids: list[int]) -> None:
+        self.plain = tokenizer
         self.tokenizer = llguidance.hf.from_tokenizer(tokenizer, n_vocab=vocab_size, eos_token=end_ids)
 
     def compile(self, guide: Guide) -> Matcher:
         """A matcher at its beginning; RequestError says why a guide does not compile."""
         try:
-            grammar = _grammar(guide)
+            grammar = self.lark(guide) if guide.kind == "tool_calls" else _grammar(guide)
         except (ValueError, TypeError) as error:
             raise _refusal(guide, str(error)) from error
         matcher = llguidance.LLMatcher(self.tokenizer, grammar, log_level=0)
         if matcher.is_error():
             raise _refusal(guide, matcher.get_error().splitlines()[0])
         return Matcher(matcher, self.tokenizer.vocab_size, guide)
+
+    def lark(self, guide: Guide) -> str:
+        """The grammar of calls, with this vocabulary's tokens; RequestError names the tool whose schema cannot be followed."""
+        asked = json.loads(guide.pattern)
+        for i, schema in enumerate(asked["tools"].values()):
+            grammar = llguidance.LLMatcher.grammar_from_json_schema(schema, JSON)
+            if problem := llguidance.LLMatcher.validate_grammar(grammar, self.tokenizer):
+                told, param = problem.splitlines()[0], f"tools[{i}].function.parameters"
+                raise RequestError(f"`{param}` cannot be followed: {told}", param=param, fix="a simpler schema, or strict: false")
+        if asked["answer"] is not None and self.markers.hide_tags:
+            told = f"this model's tokenizer hides {OPEN}, so that a call and a document of JSON cannot be told apart"
+            raise RequestError(told, param=guide.param, fix="strict tools or a response_format, not both")
+        return tool_grammar(asked["tools"], asked["answer"], self.markers)
+
+    @cached_property
+    def markers(self) -> Markers:
+        """The added tokens that a grammar of texts leaves out, and that are to be seen in a text."""
+        seen = {i: token.content for i, token in self.plain.added_tokens_decoder.items() if self.tokenizer.is_special_token(i)}
+        hidden = {i for i, token in self.plain.added_tokens_decoder.items() if token.special}
+
+        def of(marker: str) -> frozenset[int]:
+            return frozenset(i for i, text in seen.items() if text == marker)
+
+        before = of(PYTHON_TAG) | (of(OPEN) & hidden)
+        others = frozenset(i for i, text in seen.items() if OPEN not in text and text not in (CLOSE, PYTHON_TAG))
+        hides = bool((of(OPEN) | of(CLOSE)) & hidden)
+        return Markers(of(OPEN) - hidden, of(CLOSE) - hidden, before, of(CLOSE) & hidden, others - hidden, hides)
 
 
 class Matcher:
@@ -79,6 +106,7 @@ def _grammar(guide: Guide) -> str:
                 raise ValueError("a JSON list of texts is needed, none of them empty")
             quoted = " | ".join(json.dumps(one, ensure_ascii=False) for one in choices)
             return str(llguidance.LLMatcher.grammar_from_lark(f"start: {quoted}"))
+    raise AssertionError(f"{guide.kind} needs the vocabulary")
 
 
 def _refusal(guide: Guide, why: str) -> RequestError:

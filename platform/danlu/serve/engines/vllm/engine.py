@@ -33,6 +33,8 @@ SILENCE_S = 60.0
 """Without an answer to that, it is stuck: the replica is replaced."""
 ASK_S = 30.0
 """For an answer that takes no computing, and for the news of a process's end."""
+KEEP_S = 2.0
+"""An idle connection is used again. vLLM closes its end after 5 s (VLLM_HTTP_TIMEOUT_KEEP_ALIVE): what is sent just then is lost."""
 
 
 class VllmEngine:
@@ -61,7 +63,7 @@ class VllmEngine:
             environment(self.spec, python, os.environ),
             self._has_ended,
         )
-        connector = aiohttp.UnixConnector(str(child.folder / "s"), limit=0)
+        connector = aiohttp.UnixConnector(str(child.folder / "s"), limit=0, keepalive_timeout=KEEP_S)
         self.session = aiohttp.ClientSession("http://vllm", connector=connector, timeout=aiohttp.ClientTimeout(total=None))
         try:
             await self._until_it_answers(child)
@@ -83,6 +85,9 @@ class VllmEngine:
         adapter = generation.adapter
         if adapter is not None and adapter not in self.loaded:
             raise RequestError(f"there is no adapter {adapter!r}", status=404, kind="not_found_error", param="model")
+        if generation.guide is not None and generation.guide.kind == "tool_calls":
+            grammar = await asyncio.to_thread(lambda guide: self.reader.guides.lark(guide), generation.guide)
+            generation = replace(generation, guide=replace(generation.guide, pattern=grammar))
         # Refused in the words of Danlu's own engine; the guide is vLLM's to compile.
         asked = self.reader.sequence(replace(generation, guide=None), None)
         body = wire.body(generation, asked.tokens, max_tokens=asked.max_tokens, end_ids=self.reader.end_ids)

@@ -163,6 +163,8 @@ def _guide(guide: Guide) -> dict[str, Any]:
             return {"json_object": True}
         case "regex":
             return {"regex": guide.pattern}
+        case "tool_calls":
+            return {"grammar": guide.pattern}  # the engine has written it out
     try:
         pattern = json.loads(guide.pattern)
     except ValueError as error:
