@@ -51,25 +51,6 @@ int64_t whole(int64_t length) { return (length + BLOCK - 1) / BLOCK * BLOCK; }
 
 // ---------------------------------------------------------------------------------------------------------------- vectors
 
-inline __m512 exponential(__m512 x) {  // Cephes' expf: within 2 ulp; 0 where it is no normal number, which the CPU takes its time over
-    const __m512 least = _mm512_set1_ps(-87.0f);
-    const __mmask16 normal = _mm512_cmp_ps_mask(x, least, _CMP_GT_OQ);
-    x = _mm512_max_ps(x, least);
-    const __m512 n = _mm512_roundscale_ps(x * 1.44269504f, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    const __m512 r = x - n * 0.693359375f + n * 2.12194440e-4f;
-    __m512 y = r * 1.9875691500e-4f + 1.3981999507e-3f;
-    y = y * r + 8.3334519073e-3f;
-    y = y * r + 4.1665795894e-2f;
-    y = y * r + 1.6666665459e-1f;
-    y = y * r + 5.0000001201e-1f;
-    return _mm512_maskz_scalef_ps(normal, y * r * r + r + 1.0f, n);
-}
-
-inline __m512 widened(const uint16_t* from) {
-    return (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)from)), 16);
-}
-inline void store(uint16_t* to, __m512 x) { _mm256_storeu_si256((__m256i*)to, (__m256i)_mm512_cvtneps_pbh(x)); }
-
 const __m512i COUNT = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
 
 inline uint32_t mixed(uint64_t x) {  // splitmix64

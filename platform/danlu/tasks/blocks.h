@@ -1,4 +1,4 @@
-// What training's kernels that multiply bf16 share: products of blocks of 32 x 32, numbers in pairs, and a thread's room.
+// What training's kernels that multiply bf16 share: products of blocks of 32 x 32, vectors, numbers in pairs, and a thread's room.
 //
 // An instruction multiplies rows by pairs of rows: a right factor lies as [rows / 2][columns][2].
 #pragma once
@@ -107,6 +107,25 @@ inline void multiply(float* into, int64_t into_stride, bool add, Left left, Righ
     }
 #endif
 }
+
+inline __m512 exponential(__m512 x) {  // Cephes' expf: within 2 ulp; 0 where it is no normal number, which the CPU takes its time over
+    const __m512 least = _mm512_set1_ps(-87.0f);
+    const __mmask16 normal = _mm512_cmp_ps_mask(x, least, _CMP_GT_OQ);
+    x = _mm512_max_ps(x, least);
+    const __m512 n = _mm512_roundscale_ps(x * 1.44269504f, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const __m512 r = x - n * 0.693359375f + n * 2.12194440e-4f;
+    __m512 y = r * 1.9875691500e-4f + 1.3981999507e-3f;
+    y = y * r + 8.3334519073e-3f;
+    y = y * r + 4.1665795894e-2f;
+    y = y * r + 1.6666665459e-1f;
+    y = y * r + 5.0000001201e-1f;
+    return _mm512_maskz_scalef_ps(normal, y * r * r + r + 1.0f, n);
+}
+
+inline __m512 widened(const uint16_t* from) {
+    return (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)from)), 16);
+}
+inline void store(uint16_t* to, __m512 x) { _mm256_storeu_si256((__m256i*)to, (__m256i)_mm512_cvtneps_pbh(x)); }
 
 // The numbers of two rows beside each other.
 inline __m512i paired(__m256i one, __m256i other) {

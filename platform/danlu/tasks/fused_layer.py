@@ -127,9 +127,7 @@ class _Layer(torch.autograd.Function):
             update = products.product(attended, o, o_bias)
             middle, rounded, normed, scales = _norm(found, update, residual, norm, norm_bias, settings, 0)
             up, from_up = products.lay_out([up])
-            inner = products.product(rounded, up, up_bias)
-            active = torch.empty_like(inner)
-            found.layers.danlu_gelu(inner.data_ptr(), active.data_ptr(), *inner.shape)
+            inner, active = products.product_and_gelu(rounded, up, up_bias)
             down, from_down = products.lay_out([down])
             update = products.product(active, down, down_bias)
             out, _, last_normed, last_scales = _norm(found, update, middle, last, last_bias, settings, 1)
@@ -158,8 +156,7 @@ class _Layer(torch.autograd.Function):
                 found, gradient[0].contiguous(), None, last_normed, last_scales, last, settings, 1
             )
             of_down = of_weight(12, of_update, active)
-            of_inner, of_up_bias = products.of_input(of_update, from_down), x.new_empty(inner.shape[1], dtype=torch.float32)
-            found.layers.danlu_gelu_backward(inner.data_ptr(), of_inner.data_ptr(), of_up_bias.data_ptr(), *inner.shape)
+            of_inner, of_up_bias = products.of_gelus_input(of_update, from_down, inner)
             of_up = of_weight(10, of_inner, rounded)
             of_residual, of_update, (of_norm, of_norm_bias, of_o_bias) = _norm_backward(
                 found, of_residual, products.of_input(of_inner, from_up), normed, scales, norm, settings, 0
@@ -172,7 +169,7 @@ class _Layer(torch.autograd.Function):
             found.layers.danlu_sums(of_qkv.data_ptr(), of_into_bias.data_ptr(), tokens, 3 * width)
             of_into = products.of_weight(of_qkv, x) if any(needs[:6]) else x.new_empty(3 * width, 0)
             if ctx.needs_input_grad[0]:
-                of_hidden = of_residual.add_(products.of_input(of_qkv, from_qkv))[None]
+                of_hidden = products.added_of_input(of_qkv, from_qkv, of_residual)[None]
         of_q, of_k, of_v = of_into.chunk(3)
         of_q_bias, of_k_bias, of_v_bias = of_into_bias.chunk(3)
         of_parameters = (of_q, of_q_bias, of_k, of_k_bias, of_v, of_v_bias, of_o, of_o_bias, of_norm, of_norm_bias, of_up, of_up_bias,
@@ -181,7 +178,7 @@ class _Layer(torch.autograd.Function):
 
 
 def _products(found: Kernels, settings: dict[str, Any]) -> Products:
-    return Products(found.products if settings["in_blocks"] else None)
+    return Products(found.products if settings["in_blocks"] else None, found.layers)
 
 
 def _heads(tensor: torch.Tensor, settings: dict[str, Any]) -> list[torch.Tensor]:

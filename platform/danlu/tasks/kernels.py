@@ -100,6 +100,9 @@ def _kernels() -> Kernels | KernelsUnavailable:
     layers.danlu_gelu_backward.argtypes = (pointer, pointer, pointer, number, number)
     products.danlu_lay_out.argtypes = (pointer, number, number, number, number, pointer, pointer)
     products.danlu_product.argtypes = (pointer, number, number, pointer, number, pointer, pointer)
+    products.danlu_product_add.argtypes = (pointer, number, number, pointer, number, pointer)
+    products.danlu_product_gelu.argtypes = (pointer, number, number, pointer, number, pointer, pointer, pointer)
+    products.danlu_product_gelu_backward.argtypes = products.danlu_product_gelu.argtypes
     products.danlu_weight_gradient.argtypes = (pointer, number, pointer, number, number, pointer)
     if not attention.danlu_attention_ready():
         return KernelsUnavailable("they are for CPUs that multiply bf16 (AVX512-BF16)")

@@ -1,4 +1,4 @@
-"""The matrix products of a layer's step in bf16: on a CPU with AMX by the compiled kernels, else by PyTorch."""
+"""The matrix products of a layer's step in bf16, with what follows them: on a CPU with AMX by the compiled kernels, else by PyTorch."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ BLOCK = 32
 
 @dataclass(frozen=True)
 class Products:
-    """Of weights W [outs, ins] that are laid out once for a pass, `tiles` being the library (products.cpp) or None."""
+    """Of weights W [outs, ins] that are laid out once for a pass, `tiles` being the library (products.cpp) or None; `layers`: layers.cpp."""
 
     tiles: ctypes.CDLL | None
+    layers: ctypes.CDLL
 
     def lay_out(self, weights: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """Float32 weights below each other, in bf16: as `product` takes them, and as `of_input` does."""
@@ -39,6 +40,19 @@ class Products:
         self.tiles.danlu_product(x.data_ptr(), *x.shape, laid_out.data_ptr(), out.shape[1], bias.data_ptr(), out.data_ptr())
         return out
 
+    def product_and_gelu(self, x: torch.Tensor, laid_out: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`product`, and its GELU."""
+        if self.tiles is None:
+            out = self.product(x, laid_out, bias)
+            active = torch.empty_like(out)
+            self.layers.danlu_gelu(out.data_ptr(), active.data_ptr(), *out.shape)
+            return out, active
+        out, active = (x.new_empty(len(x), len(laid_out)) for _ in range(2))
+        self.tiles.danlu_product_gelu(
+            x.data_ptr(), *x.shape, laid_out.data_ptr(), out.shape[1], bias.data_ptr(), out.data_ptr(), active.data_ptr()
+        )
+        return out, active
+
     def of_input(self, gradient: torch.Tensor, laid_out: torch.Tensor) -> torch.Tensor:
         """gradient @ W, bf16 [tokens, ins]. gradient: bf16 [tokens, outs], contiguous."""
         if self.tiles is None:
@@ -46,6 +60,26 @@ class Products:
         out = gradient.new_empty(len(gradient), laid_out.shape[1])
         self.tiles.danlu_product(gradient.data_ptr(), *gradient.shape, laid_out.data_ptr(), out.shape[1], None, out.data_ptr())
         return out
+
+    def added_of_input(self, gradient: torch.Tensor, laid_out: torch.Tensor, to: torch.Tensor) -> torch.Tensor:
+        """to (float32 [tokens, ins], in place) + gradient @ W."""
+        if self.tiles is None:
+            return to.add_(torch.mm(gradient, laid_out))
+        self.tiles.danlu_product_add(gradient.data_ptr(), *gradient.shape, laid_out.data_ptr(), to.shape[1], to.data_ptr())
+        return to
+
+    def of_gelus_input(self, gradient: torch.Tensor, laid_out: torch.Tensor, at: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The gradient of `at`, bf16 [tokens, ins], whose GELU was multiplied; and its sum over tokens, float32."""
+        sums = torch.empty(at.shape[1])
+        if self.tiles is None:
+            out = self.of_input(gradient, laid_out)
+            self.layers.danlu_gelu_backward(at.data_ptr(), out.data_ptr(), sums.data_ptr(), *at.shape)
+            return out, sums
+        out = torch.empty_like(at)
+        self.tiles.danlu_product_gelu_backward(
+            gradient.data_ptr(), *gradient.shape, laid_out.data_ptr(), at.shape[1], at.data_ptr(), out.data_ptr(), sums.data_ptr()
+        )
+        return out, sums
 
     def of_weight(self, gradient: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """gradient.T @ x, float32 [outs, ins]. Both bf16 [tokens, ...], contiguous."""

@@ -133,7 +133,7 @@ def test_dropouts_gradients_of_queries_and_keys_are_those_of_the_mask_that_was_d
 
 
 @pytest.mark.usefixtures("compiled")
-@pytest.mark.parametrize("tokens", [1, 32, 77, 700])
+@pytest.mark.parametrize("tokens", [1, 32, 77, 7000])
 def test_products_in_tiles_are_those_of_the_weights_below_each_other(tokens: int) -> None:
     found = kernels.kernels()
     if found is None or found.products is None:
@@ -142,12 +142,39 @@ def test_products_in_tiles_are_those_of_the_weights_below_each_other(tokens: int
     weights = [torch.randn(outs, 96, generator=draw) for outs in (64, 32, 160)]
     bias, x, gradient = (torch.randn(*shape, generator=draw) for shape in ((256,), (tokens, 96), (tokens, 256)))
     x, gradient = x.bfloat16(), gradient.bfloat16()
-    made = Products(found.products)
+    made = Products(found.products, found.layers)
     forward, backward = made.lay_out(weights)
     whole = torch.cat(weights).bfloat16().double()
     close(made.product(x, forward, bias), x.double() @ whole.t() + bias)
     close(made.of_input(gradient, backward), gradient.double() @ whole)
     torch.testing.assert_close(made.of_weight(gradient, x).double(), gradient.double().t() @ x.double(), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(made.of_weight(x, gradient).double(), x.double().t() @ gradient.double(), rtol=1e-5, atol=1e-4)
+    added = made.added_of_input(gradient, backward, torch.ones(tokens, 96))
+    torch.testing.assert_close(added.double(), 1 + gradient.double() @ whole, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.usefixtures("compiled")
+@pytest.mark.parametrize("tiled", [True, False])
+@pytest.mark.parametrize("tokens", [1, 32, 300])
+def test_products_are_given_their_gelu_and_its_gradient(tiled: bool, tokens: int) -> None:
+    """Also far out, where the normal distribution ends."""
+    found = kernels.kernels()
+    if found is None or (tiled and found.products is None):
+        pytest.skip("this CPU has no AMX")
+    draw = torch.Generator().manual_seed(0)
+    up, down, x = (torch.randn(*shape, generator=draw) for shape in ((160, 96), (64, 160), (tokens, 96)))
+    bias, gradient = torch.randn(160, generator=draw) * 8, torch.randn(tokens, 64, generator=draw).bfloat16()
+    made = Products(found.products if tiled else None, found.layers)
+    out, active = made.product_and_gelu(x.bfloat16(), made.lay_out([up * 0.1])[0], bias)
+    close(out, x.bfloat16().double() @ (up * 0.1).bfloat16().double().t() + bias)
+    at = out.double().requires_grad_()
+    expected = nn.functional.gelu(at)
+    close(active, expected.detach())
+    of_out, sums = made.of_gelus_input(gradient, made.lay_out([down])[1], out)
+    expected.backward(gradient.double() @ down.bfloat16().double())
+    assert at.grad is not None
+    close(of_out, at.grad)
+    torch.testing.assert_close(sums.double(), of_out.double().sum(0), rtol=1e-5, atol=1e-3)
 
 
 SMALL = {
