@@ -21,7 +21,6 @@
 #include <limits>
 #include <new>
 #include <omp.h>
-#include <sys/mman.h>
 #include <thread>
 #include <type_traits>
 #include <vector>
@@ -1300,19 +1299,8 @@ template <typename T> void run_linear(const Linear& linear, const void* x, int64
     });
 }
 
-// Before it is written to: a step reads all weights once, and page by small page that is slower.
-inline void ask_for_large_pages(void* start, size_t bytes) {
-#ifdef MADV_HUGEPAGE
-    constexpr uintptr_t LARGE = 1 << 21;
-    const uintptr_t first = (reinterpret_cast<uintptr_t>(start) + LARGE - 1) / LARGE * LARGE;
-    const uintptr_t last = (reinterpret_cast<uintptr_t>(start) + bytes) / LARGE * LARGE;
-    if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // where it is refused, small ones do
-#endif
-}
-
 template <typename T> void run_pack(const T* weight, int64_t outs, int64_t ins, T* packed) {
     constexpr int64_t STEP = std::is_same<T, float>::value ? 1 : 2;
-    ask_for_large_pages(packed, panels(outs) * PANEL * ins * sizeof(T));
 #pragma omp parallel for
     for (int64_t panel = 0; panel < panels(outs); ++panel) {
         T* to = packed + panel * ins * PANEL;
@@ -1325,7 +1313,6 @@ template <typename T> void run_pack(const T* weight, int64_t outs, int64_t ins, 
 // int8 [outs][ins] -> bytes: [panels][ins][32]; to be expanded, sign and magnitude, [panels][ins / 2][64] in the order in which the pairs
 // of 32 outputs come out of unpacking the bytes' low and high halves.
 void run_pack_int8(bool expands, const int8_t* weight, int64_t outs, int64_t ins, int8_t* packed) {
-    ask_for_large_pages(packed, panels(outs) * PANEL * ins);
     const auto at = [&](int64_t out, int64_t in) { return out < outs ? weight[out * ins + in] : int8_t(0); };
 #pragma omp parallel for
     for (int64_t panel = 0; panel < panels(outs); ++panel) {
@@ -1346,7 +1333,6 @@ void run_pack_int8(bool expands, const int8_t* weight, int64_t outs, int64_t ins
 // int8 [outs][ins], -8 ... 7 -> [panels][ins / 8] blocks of 128 bytes: two inputs in a byte, [4][32]; to be expanded, words of four pairs'
 // nibbles, [32 outputs][2 of a pair].
 void run_pack_int4(bool expands, const int8_t* weight, int64_t outs, int64_t ins, uint8_t* packed) {
-    ask_for_large_pages(packed, panels(outs) * PANEL * ins / 2);
     const auto at = [&](int64_t out, int64_t in) { return out < outs ? weight[out * ins + in] & 15 : 0; };
 #pragma omp parallel for
     for (int64_t panel = 0; panel < panels(outs); ++panel) {
