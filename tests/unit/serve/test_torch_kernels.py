@@ -78,8 +78,9 @@ def test_a_product_is_pytorchs(dtype: torch.dtype, native: Kernels) -> None:
 @pytest.mark.parametrize(("bits", "group"), [(8, 0), (4, 32), (4, 64)])
 def test_a_product_with_integers_is_that_of_what_they_stand_for(bits: int, group: int, dtype: torch.dtype, native: Kernels) -> None:
     draw = torch.Generator().manual_seed(0)
-    for tokens in (1, 2, 3, 5, 12, 13, 37, 70):
-        for ins, outs in ((64, 1), (128, 31), (192, 32), (128, 33), (256, 200)):
+    shapes = ((64, 1), (128, 31), (192, 32), (128, 33), (256, 200), *([(130, 40)] if bits == 8 else []))
+    for tokens in (1, 2, 3, 5, 12, 13, 23, 37, 70):
+        for ins, outs in shapes:
             x, bias = torch.randn(tokens, ins, generator=draw).to(dtype), torch.randn(outs, generator=draw).to(dtype)
             values = torch.randint(-8 if bits == 4 else -127, 8 if bits == 4 else 128, (outs, ins), generator=draw).to(torch.int8)
             scale = torch.rand(outs, ins // (group or ins), generator=draw).bfloat16().float() / 2**bits

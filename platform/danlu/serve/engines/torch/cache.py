@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
-import mmap
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from danlu.errors import ResourceError
+from danlu.serve.engines.torch.pages import Pages
 from danlu.serve.engines.torch.slots import Copy
 
 
@@ -33,11 +32,11 @@ class Cache:
         self, shapes: Mapping[int, LayerShape], num_slots: int, max_model_len: int, *, dtype: torch.dtype, device: torch.device
     ) -> None:
         self.num_slots, self.max_model_len = num_slots, max_model_len
+        pages = Pages()
 
         def zeros(shape: LayerShape, dim: int) -> torch.Tensor:
-            made = torch.empty(num_slots, shape.num_kv_heads, max_model_len, dim, dtype=dtype, device=device)
-            if device.type == "cpu":
-                ask_for_large_pages(made)
+            size = num_slots, shape.num_kv_heads, max_model_len, dim
+            made = pages.empty(*size, dtype=dtype) if device.type == "cpu" else torch.empty(*size, dtype=dtype, device=device)
             # Not what lay there: attention over neighbours multiplies a masked position by nothing, and nothing times NaN is NaN.
             return made.zero_()
 
@@ -64,14 +63,3 @@ def num_slots(shapes: Collection[LayerShape], max_model_len: int, budget_bytes: 
             fix=f"kv_cache_memory_gb: {per_token * max_model_len / 2**30 * 1.01:.2f}, or max_model_len: {fits}",
         )
     return min(found, max_num_seqs)
-
-
-def ask_for_large_pages(tensor: torch.Tensor) -> None:
-    """Before it is written to: a step reads a little of each slot, and page by small page looking up where they are takes longer than
-    reading them. Where the kernel refuses, or is not Linux, small ones do."""
-    if not hasattr(mmap, "MADV_HUGEPAGE"):
-        return
-    first = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
-    length = tensor.data_ptr() + tensor.nbytes - first
-    if length > 0:
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(length), mmap.MADV_HUGEPAGE)

@@ -16,6 +16,7 @@ from danlu.serve.engines.torch.cache import Cache
 from danlu.serve.engines.torch.kernels import Kernels
 from danlu.serve.engines.torch.linear import Linear
 from danlu.serve.engines.torch.native import NativeStep
+from danlu.serve.engines.torch.pages import Pages
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 ROPES = ("default", "linear", "llama3", "yarn")
@@ -55,9 +56,10 @@ class FusedForward:
         # x * cos + rotate_half(x) * sin, where rotate_half negates what it moves up: the sign may as well stand in the table.
         self.sin = torch.cat([-sin[0, :, :half], sin[0, :, half:]], dim=-1)
         self.kernels = kernels
+        self.pages = Pages()
         self.layers = [self._layer(layer, names) for layer in backbone.layers]
         self.norm: torch.Tensor = backbone.norm.weight.detach()
-        self.head = Linear([(names[model.lm_head], model.lm_head)], kernels, dtype=self.embedding.dtype)
+        self.head = Linear([(names[model.lm_head], model.lm_head)], kernels, dtype=self.embedding.dtype, empty=self.pages.empty)
         self.native = None if kernels is None else NativeStep(kernels, self)
 
     @property
@@ -95,7 +97,7 @@ class FusedForward:
         attention, mlp = layer.self_attn, layer.mlp
 
         def product(*modules: nn.Linear | WeightOnlyLinear) -> Linear:
-            made = Linear([(names[module], module) for module in modules], self.kernels, dtype=self.embedding.dtype)
+            made = Linear([(names[module], module) for module in modules], self.kernels, dtype=self.embedding.dtype, empty=self.pages.empty)
             for module in modules:  # a second copy of a model is what nobody has room for
                 nothing = module.weight.new_empty(0)
                 module.weight = nothing if isinstance(module, WeightOnlyLinear) else nn.Parameter(nothing, requires_grad=False)

@@ -21,7 +21,7 @@
 #include <limits>
 #include <new>
 #include <omp.h>
-#include <sys/mman.h>
+#include <optional>
 #include <thread>
 #include <type_traits>
 #include <vector>
@@ -480,31 +480,43 @@ struct Ahead {
     int64_t pace = 0;  // bytes for each STEP
 };
 
-// What is read once, from `at` on. Into the second cache early and into the first one late: what a core may have asked for the first at one
-// time is less than it takes to keep memory busy. Older CPUs, which have no AMX, read faster past the second.
-template <typename W> inline void fetch_stream(const W* at, int64_t bytes) {
-    const char* from = reinterpret_cast<const char*>(at);
-    for (int64_t line = 0; line < bytes; line += 64) {
+// A panel that is read once, up to `end`, and the one that is read after it.
+class Stream {
+  public:
+    Stream(const void* end, const char* next) : end_(static_cast<const char*>(end)), next_(next ? next : end_) {}
+
+    // While `bytes` from `at` on are read. Into the second cache early and into the first one late: what a core may have asked for the first
+    // at one time is less than it takes to keep memory busy. Older CPUs, which have no AMX, read faster past the second.
+    template <typename W> void fetch(const W* at, int64_t bytes) const {
+        const char* from = reinterpret_cast<const char*>(at);
+        for (int64_t line = 0; line < bytes; line += 64) {
 #ifdef __AMX_TILE__
-        __builtin_prefetch(from + 8192 + line, 0, 2);
-        __builtin_prefetch(from + 1024 + line, 0, 3);
+            __builtin_prefetch(behind(from + line, 8192), 0, 2);
+            __builtin_prefetch(behind(from + line, 1024), 0, 3);
 #else
-        __builtin_prefetch(from + 4096 + line, 0, 0);
+            __builtin_prefetch(behind(from + line, 4096), 0, 0);
 #endif
+        }
     }
-}
+
+  private:
+    const char* behind(const char* at, int64_t bytes) const { return at + bytes < end_ ? at + bytes : next_ + (at + bytes - end_); }
+
+    const char *end_, *next_;
+};
 
 // R rows by one panel. Few rows have few sums, and one addition waits for the last: several sets take turns.
 template <typename T, typename W, int R> void multiply_tile(const T* x, int64_t stride, const W* w, int64_t ins, float* out, Ahead ahead = {}) {
     constexpr int step = STEP<T, W>;
     constexpr int SETS = R <= 2 ? 4 : R <= 4 ? 2 : 1;
+    const Stream stream(w + ins * PANEL, ahead.at);
     vec sums[SETS][R][VECTORS] = {};
     int64_t k = 0;
     for (; k + SETS * step <= ins; k += SETS * step)
         for (int set = 0; set < SETS; ++set) {
             const W* at = w + (k + set * step) * PANEL;
             if (R <= 4)  // the weights come from memory, once
-                fetch_stream(at, step * PANEL * sizeof(W));
+                stream.fetch(at, step * PANEL * sizeof(W));
             else
                 for (int64_t line = 0; line < ahead.pace; line += 64) __builtin_prefetch(ahead.at + line, 0, 2);
             ahead.at += ahead.pace;
@@ -544,14 +556,15 @@ template <typename T, int R, int SETS> inline void multiply_block(const T* x, in
 }
 
 template <typename T, int R>
-void multiply_tile(const T* x, int64_t stride, const uint8_t* w, const bf16* scales, int64_t ins, int64_t group, float* out) {
+void multiply_tile(const T* x, int64_t stride, const uint8_t* w, const bf16* scales, int64_t ins, int64_t group, float* out, Ahead ahead) {
     constexpr int SETS = R <= 2 ? 4 : R <= 4 ? 2 : 1;
+    const Stream stream(w + ins * PANEL / 2, ahead.at);
     vec totals[R][VECTORS] = {};
     for (int64_t first = 0; first < ins; first += group, scales += PANEL) {
         vec sums[SETS][R][VECTORS] = {};
         for (int64_t k = first; k < first + group; k += BLOCK) {
             const uint8_t* at = w + k * PANEL / 2;
-            if (R <= 4) fetch_stream(at, BLOCK * PANEL / 2);
+            if (R <= 4) stream.fetch(at, BLOCK * PANEL / 2);
             multiply_block<T, R, SETS>(x + k, stride, at, sums);
         }
         for (int v = 0; v < VECTORS; ++v) {
@@ -580,13 +593,13 @@ inline void multiply_by_vectors(int64_t rows, const T* x, int64_t stride, const 
     with_rows(rows, [&](auto number) {
         constexpr int R = decltype(number)::value;
         if (weight.bits == 8) {
-            multiply_tile<T, int8_t, R>(x, stride, static_cast<const int8_t*>(weight.values) + first, ins, sums);
+            multiply_tile<T, int8_t, R>(x, stride, static_cast<const int8_t*>(weight.values) + first, ins, sums, ahead);
             const float* scales = static_cast<const float*>(weight.scales) + panel * PANEL;
             for (int r = 0; r < R; ++r)
                 for (int i = 0; i < PANEL; ++i) sums[r * PANEL + i] *= scales[i];
         } else if (weight.bits == 4) {
             const bf16* scales = static_cast<const bf16*>(weight.scales) + first / weight.group;
-            multiply_tile<T, R>(x, stride, static_cast<const uint8_t*>(weight.values) + first / 2, scales, ins, weight.group, sums);
+            multiply_tile<T, R>(x, stride, static_cast<const uint8_t*>(weight.values) + first / 2, scales, ins, weight.group, sums, ahead);
         } else {
             multiply_tile<T, T, R>(x, stride, static_cast<const T*>(weight.values) + first, ins, sums, ahead);
         }
@@ -594,8 +607,8 @@ inline void multiply_by_vectors(int64_t rows, const T* x, int64_t stride, const 
 }
 
 #if TILES
-// Up to 32 rows by one panel of bf16, of a multiple of TILE_INS inputs, while bytes ahead are fetched: `pace` of them for each TILE_INS.
-template <bool IS_LOW> inline void multiply_tiles(const bf16* x, int64_t stride, const bf16* w, int64_t ins, float* sums, Ahead ahead) {
+// Up to 32 rows by one panel of bf16, of a multiple of TILE_INS inputs, whose weights of the inputs from k on lie at weights(k).
+template <bool IS_LOW, typename Weights> inline void multiply_tiles(const bf16* x, int64_t stride, Weights weights, int64_t ins, float* sums) {
     constexpr int64_t PAIR = 2 * PANEL * sizeof(bf16);
     _tile_zero(0);
     _tile_zero(1);
@@ -604,12 +617,11 @@ template <bool IS_LOW> inline void multiply_tiles(const bf16* x, int64_t stride,
         _tile_zero(3);
     }
     for (int64_t k = 0; k < ins; k += TILE_INS) {
-        for (int64_t line = 0; line < ahead.pace; line += 64) __builtin_prefetch(ahead.at + line, 0, 2);
-        ahead.at += ahead.pace;
-        _tile_loadd(6, w + k * PANEL, PAIR);
+        const bf16* w = weights(k);
+        _tile_loadd(6, w, PAIR);
         _tile_loadd(4, x + k, stride * sizeof(bf16));
         _tile_dpbf16ps(0, 4, 6);
-        _tile_loadd(7, w + k * PANEL + PANEL, PAIR);
+        _tile_loadd(7, w + PANEL, PAIR);
         _tile_dpbf16ps(1, 4, 7);
         if (!IS_LOW) {
             _tile_loadd(5, x + TILE_ROWS * stride + k, stride * sizeof(bf16));
@@ -626,43 +638,68 @@ template <bool IS_LOW> inline void multiply_tiles(const bf16* x, int64_t stride,
 }
 
 // Of any number of inputs.
-inline void multiply_by_tiles(int64_t rows, const bf16* x, int64_t stride, const bf16* w, int64_t ins, float* sums, Ahead ahead = {}) {
+template <typename Weights> inline void multiply_by_tiles(int64_t rows, const bf16* x, int64_t stride, Weights weights, int64_t ins, float* sums) {
     const int64_t whole = ins / TILE_INS * TILE_INS;
     shape_tiles(rows);
     std::atomic_signal_fence(std::memory_order_seq_cst);  // GCC does not see that tiles are loaded from memory
     if (rows <= TILE_ROWS)
-        multiply_tiles<true>(x, stride, w, whole, sums, ahead);
+        multiply_tiles<true>(x, stride, weights, whole, sums);
     else
-        multiply_tiles<false>(x, stride, w, whole, sums, ahead);
+        multiply_tiles<false>(x, stride, weights, whole, sums);
     if (whole == ins) return;
+    const bf16* w = weights(whole);
     alignas(64) float rest[ROWS * PANEL];
     for (int64_t row = 0; row < rows; row += ROWS) {
         const int64_t some = std::min<int64_t>(ROWS, rows - row);
-        multiply_by_vectors<bf16>(some, x + row * stride + whole, stride, Weight{w + whole * PANEL}, 0, ins - whole, rest);
+        multiply_by_vectors<bf16>(some, x + row * stride + whole, stride, Weight{w}, 0, ins - whole, rest);
         for (int64_t i = 0; i < some * PANEL; i += LANES) store(load(sums + row * PANEL + i) + load(rest + i), sums + row * PANEL + i);
     }
 }
 
-// A panel's integers as the bf16 that they are: [ins / 2][32][2].
-inline void expand_panel(const Weight& weight, int64_t panel, int64_t ins, bf16* to) {
-    const int64_t bytes = ins * PANEL * weight.bits / 8;
-    const uint8_t* from = static_cast<const uint8_t*>(weight.values) + panel * bytes;
-    for (int64_t at = 0; at < bytes; at += 64) {
-        fetch_stream(from + at, 64);
-        if (weight.bits == 8) {
-            __m512i pair[VECTORS];
-            expand(reinterpret_cast<const int8_t*>(from + at), pair);
-            for (int v = 0; v < VECTORS; ++v) _mm512_store_si512(to + at + v * PANEL, pair[v]);
-        } else
-            for (int j = 0; j < BLOCK / 2; ++j)
-                _mm512_store_si512(to + at / 128 * BLOCK * PANEL + j * 2 * PANEL + at % 128 / 64 * PANEL, expand_word(_mm512_loadu_si512(from + at), j));
-    }
-}
+// A panel of integers as the bf16 that they are, [ins / 2][32][2], made while tiles multiply what was made before.
+class Expanded {
+  public:
+    // `blocks`: of rows; a single one lets the weights go that it has read, so that they never leave the first cache.
+    Expanded(const Weight& weight, int64_t panel, int64_t ins, int64_t blocks, std::vector<char>& held)
+        : bits_(weight.bits), ins_(ins), bytes_(ins * PANEL * bits_ / 8), mask_(blocks == 1 ? RING - 1 : -1),
+          from_(static_cast<const uint8_t*>(weight.values) + panel * bytes_), to_(room<bf16>(held, (blocks == 1 ? RING : ins + TILE_INS) * PANEL)) {}
 
-// Up to 32 rows by a panel that was expanded.
-inline void multiply_expanded(int64_t rows, const bf16* x, int64_t stride, const Weight& weight, int64_t panel, const bf16* w, int64_t ins, float* sums) {
+    // Of the inputs from k on, a multiple of TILE_INS. `next`: the panel that is read after this one.
+    const bf16* at(int64_t k, const char* next) {
+        for (const int64_t stop = std::min(ins_, k + LEAD); made_ < stop; made_ += TILE_INS) expand_some(std::min(TILE_INS, ins_ - made_), next);
+        return to_ + (k & mask_) * PANEL;
+    }
+
+  private:
+    static constexpr int64_t LEAD = 3 * TILE_INS;  // tiles that were just written are not read yet
+    static constexpr int64_t RING = 4 * TILE_INS;
+
+    void expand_some(int64_t ins, const char* next) {
+        const uint8_t* from = from_ + made_ * PANEL * bits_ / 8;
+        bf16* to = to_ + (made_ & mask_) * PANEL;
+        const int64_t bytes = ins * PANEL * bits_ / 8;
+        Stream(from_ + bytes_, next).fetch(from, bytes);
+        for (int64_t at = 0; at < bytes; at += 64)
+            if (bits_ == 8) {
+                __m512i pair[VECTORS];
+                expand(reinterpret_cast<const int8_t*>(from + at), pair);
+                for (int v = 0; v < VECTORS; ++v) _mm512_store_si512(to + at + v * PANEL, pair[v]);
+            } else
+                for (int j = 0; j < BLOCK / 2; ++j)
+                    _mm512_store_si512(to + at / 128 * BLOCK * PANEL + j * 2 * PANEL + at % 128 / 64 * PANEL, expand_word(_mm512_loadu_si512(from + at), j));
+        std::atomic_signal_fence(std::memory_order_seq_cst);  // GCC does not see that tiles are loaded from memory
+    }
+
+    const int64_t bits_, ins_, bytes_, mask_;
+    const uint8_t* const from_;
+    bf16* const to_;
+    int64_t made_ = 0;
+};
+
+// Up to 32 rows by a panel of integers.
+inline void multiply_integers(int64_t rows, const bf16* x, int64_t stride, const Weight& weight, int64_t panel, Expanded& expanded, int64_t ins, float* sums, const char* next) {
     if (weight.bits == 8) {
-        multiply_by_tiles(rows, x, stride, w, ins, sums);
+        multiply_by_tiles(rows, x, stride, [&](int64_t k) { return expanded.at(k, next); }, ins, sums);
         const float* scales = static_cast<const float*>(weight.scales) + panel * PANEL;
         for (int64_t r = 0; r < rows; ++r)
             for (int v = 0; v < PANEL; v += LANES) store(load(sums + r * PANEL + v) * load(scales + v), sums + r * PANEL + v);
@@ -672,7 +709,7 @@ inline void multiply_expanded(int64_t rows, const bf16* x, int64_t stride, const
     const bf16* scales = static_cast<const bf16*>(weight.scales) + panel * ins / weight.group * PANEL;
     std::fill(sums, sums + rows * PANEL, 0.0f);
     for (int64_t first = 0; first < ins; first += weight.group, scales += PANEL) {
-        multiply_by_tiles(rows, x + first, stride, w + first * PANEL, weight.group, found);
+        multiply_by_tiles(rows, x + first, stride, [&](int64_t k) { return expanded.at(first + k, next); }, weight.group, found);
         for (int v = 0; v < PANEL; v += LANES) {
             const vec scale = load(scales + v);
             for (int64_t r = 0; r < rows; ++r) store(load(sums + r * PANEL + v) + load(found + r * PANEL + v) * scale, sums + r * PANEL + v);
@@ -691,27 +728,24 @@ template <typename T> class Panel {
   public:
     Panel(const Weight& weight, int64_t panel, int64_t ins, int64_t rows, int which = 0) : weight_(weight), panel_(panel), ins_(ins), by_tiles_(goes_by_tiles<T>(rows)) {
 #if TILES
-        if (!by_tiles_) return;
-        if (!weight.bits) {
-            values_ = static_cast<const bf16*>(weight.values) + panel * ins * PANEL;
-            return;
-        }
         static thread_local std::vector<char> held[2];
-        bf16* expanded = room<bf16>(held[which], ins * PANEL);
-        expand_panel(weight, panel, ins, expanded);
-        values_ = expanded;
+        if (by_tiles_ && weight.bits) expanded_.emplace(weight, panel, ins, (rows + MOST_ROWS - 1) / MOST_ROWS, held[which]);
 #endif
     }
 
     // A block of up to MOST_ROWS of them.
-    void multiply(int64_t rows, const T* x, int64_t stride, float* sums, Ahead ahead = {}) const {
+    void multiply(int64_t rows, const T* x, int64_t stride, float* sums, Ahead ahead = {}) {
 #if TILES
         if constexpr (std::is_same<T, bf16>::value)
             if (by_tiles_) {
                 if (weight_.bits)
-                    multiply_expanded(rows, x, stride, weight_, panel_, values_, ins_, sums);
+                    multiply_integers(rows, x, stride, weight_, panel_, *expanded_, ins_, sums, ahead.at);
                 else
-                    multiply_by_tiles(rows, x, stride, values_, ins_, sums, ahead);
+                    multiply_by_tiles(rows, x, stride, [&, w = static_cast<const bf16*>(weight_.values) + panel_ * ins_ * PANEL](int64_t k) mutable {
+                        for (int64_t line = 0; line < ahead.pace; line += 64) __builtin_prefetch(ahead.at + line, 0, 2);
+                        ahead.at += ahead.pace;
+                        return w + k * PANEL;
+                    }, ins_, sums);
                 return;
             }
 #endif
@@ -722,7 +756,9 @@ template <typename T> class Panel {
     const Weight weight_;
     const int64_t panel_, ins_;
     const bool by_tiles_;
-    const bf16* values_ = nullptr;
+#if TILES
+    std::optional<Expanded> expanded_;
+#endif
 };
 
 // run(first row, number of rows, block, blocks): by tiles, as many as they hold; by vectors, blocks that are all about as high.
@@ -740,7 +776,8 @@ template <typename T> inline int64_t fetching_blocks(int64_t rows) { return goes
 
 // Of a panel that `blocks` blocks of `rows` rows in all fetch, the share of one.
 template <typename T> inline Ahead share_of(const Weight& weight, int64_t panel, int64_t ins, int64_t rows, int64_t block, int64_t blocks) {
-    if (weight.bits || blocks > fetching_blocks<T>(rows)) return {};
+    if (weight.bits) return {static_cast<const char*>(weight.values) + panel * ins * PANEL * weight.bits / 8};
+    if (blocks > fetching_blocks<T>(rows)) return {};
     const int64_t step = goes_by_tiles<T>(rows) ? TILE_INS : STEP<T, T>;
     const int64_t pace = (step * PANEL * int64_t(sizeof(T)) + blocks - 1) / blocks;
     return {static_cast<const char*>(weight.values) + panel * ins * PANEL * int64_t(sizeof(T)) + block * pace * (ins / step), pace};
@@ -751,7 +788,7 @@ template <typename T, typename Finish>
 inline void multiply_panel(const T* x, int64_t stride, int64_t rows, const Weight& weight, int64_t panel, int64_t next, int64_t outs, int64_t ins, Finish finish) {
     alignas(64) float sums[MOST_ROWS * PANEL];
     const int64_t columns = std::min<int64_t>(PANEL, outs - panel * PANEL);
-    const Panel<T> own(weight, panel, ins, rows);
+    Panel<T> own(weight, panel, ins, rows);
     each_block<T>(rows, [&](int64_t row, int64_t some, int64_t block, int64_t blocks) {
         own.multiply(some, x + row * stride, stride, sums, share_of<T>(weight, next, ins, rows, block, blocks));
         for (int64_t r = 0; r < some; ++r) finish(row + r, panel * PANEL, columns, sums + r * PANEL);
@@ -868,7 +905,7 @@ template <typename T> T* multiply_gated(Team& team, const Linear& linear, T* x, 
         alignas(64) float gates[MOST_ROWS * PANEL], ups[MOST_ROWS * PANEL];
         const auto made = [&](const float* sums, const T* bias) { return kept<T>(bias ? load(sums) + load(bias) : load(sums)); };
         const T *gate_bias = bias_of<T>(linear, panel * PANEL), *up_bias = bias_of<T>(linear, size + panel * PANEL);
-        const Panel<T> gate_panel(linear.weight, panel, linear.ins, rows), up_panel(linear.weight, panels(size) + panel, linear.ins, rows, 1);
+        Panel<T> gate_panel(linear.weight, panel, linear.ins, rows), up_panel(linear.weight, panels(size) + panel, linear.ins, rows, 1);
         each_block<T>(rows, [&](int64_t row, int64_t some, int64_t block, int64_t blocks) {
             const auto fetched = [&](int64_t which) { return share_of<T>(linear.weight, which, linear.ins, rows, block, blocks); };
             gate_panel.multiply(some, x + row * stride, stride, gates, fetched(next));
@@ -1036,14 +1073,49 @@ template <typename T> struct BlockScratch {
 constexpr int64_t BLOCK_ROWS = 192;
 inline int64_t block_tokens(int64_t heads) { return std::max<int64_t>(8, BLOCK_ROWS / heads); }
 
+#ifdef __AVX512F__
+// 16 words of each of 16 rows become rows of 16, `stride` words apart.
+inline void transpose_words(const int32_t* const (&rows)[16], int64_t from, int32_t* to, int64_t stride) {
+    __m512i x[16], y[16];
+    for (int i = 0; i < 16; ++i) y[i] = _mm512_loadu_si512(rows[i] + from);
+    for (int i = 0; i < 16; i += 2) {
+        x[i] = _mm512_unpacklo_epi32(y[i], y[i + 1]);
+        x[i + 1] = _mm512_unpackhi_epi32(y[i], y[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4)
+        for (int j = 0; j < 2; ++j) {  // of four rows: words j, j + 4 ... of each lane
+            y[i + 2 * j] = _mm512_unpacklo_epi64(x[i + j], x[i + j + 2]);
+            y[i + 2 * j + 1] = _mm512_unpackhi_epi64(x[i + j], x[i + j + 2]);
+        }
+    for (int j = 0; j < 4; ++j) {
+        const auto store_pair = [&](__m512i a, __m512i b, int word) {
+            _mm512_storeu_si512(to + word * stride, _mm512_shuffle_i32x4(a, b, 0x88));
+            _mm512_storeu_si512(to + (word + 8) * stride, _mm512_shuffle_i32x4(a, b, 0xdd));
+        };
+        store_pair(_mm512_shuffle_i32x4(y[j], y[4 + j], 0x88), _mm512_shuffle_i32x4(y[8 + j], y[12 + j], 0x88), j);
+        store_pair(_mm512_shuffle_i32x4(y[j], y[4 + j], 0xdd), _mm512_shuffle_i32x4(y[8 + j], y[12 + j], 0xdd), j + 4);
+    }
+}
+#endif
+
 // As a product's weights: the keys are outputs, panel by panel.
 template <typename T> void pack_keys(const T* keys, int64_t number, int64_t dim, T* packed) {
     constexpr int64_t step = STEP<T, T>;
-    for (int64_t first = 0; first < number; first += PANEL, packed += dim * PANEL)
-        for (int64_t i = 0; i < PANEL; ++i) {
-            const T* from = keys + std::min(first + i, number - 1) * dim;
-            for (int64_t k = 0; k < dim; k += step) std::memcpy(packed + k * PANEL + i * step, from + k, step * sizeof(T));
+    for (int64_t first = 0; first < number; first += PANEL, packed += dim * PANEL) {
+        const auto key = [&](int64_t i) { return keys + std::min(first + i, number - 1) * dim; };
+#ifdef __AVX512F__
+        if (dim % (16 * step) == 0) {
+            for (int64_t half = 0; half < PANEL; half += 16) {
+                const int32_t* rows[16];
+                for (int64_t i = 0; i < 16; ++i) rows[i] = reinterpret_cast<const int32_t*>(key(half + i));
+                for (int64_t k = 0; k < dim / step; k += 16) transpose_words(rows, k, reinterpret_cast<int32_t*>(packed) + k * PANEL + half, PANEL);
+            }
+            continue;
         }
+#endif
+        for (int64_t i = 0; i < PANEL; ++i)
+            for (int64_t k = 0; k < dim; k += step) std::memcpy(packed + k * PANEL + i * step, key(i) + k, step * sizeof(T));
+    }
 }
 
 // And the values are inputs, up to a whole panel's number of them.
@@ -1078,16 +1150,21 @@ float weigh_row(const float* scores, int64_t rows, int64_t from, int64_t to, int
     ivec place;
     for (int i = 0; i < LANES; ++i) place[i] = i;
     const auto is_seen = [&](int64_t key) { return (place >= int32_t(from - key)) & (place < int32_t(to - key)); };
+    const auto all_seen = [&](int64_t key) { return key >= from && key + LANES <= to; };
     vec highest = vec{} + most;
     for (int64_t key = first; key < last; key += LANES) {
         const vec found = score_of(key);
-        highest = is_seen(key) ? larger(found, highest) : highest;
+        if (all_seen(key))
+            highest = larger(found, highest);
+        else
+            highest = is_seen(key) ? larger(found, highest) : highest;
     }
     const float before = most;
     most = folded(highest, larger);
     vec sums = {};
     for (int64_t key = first; key < last; key += LANES) {
-        const vec one = is_seen(key) ? exponential(score_of(key) - most) : vec{};
+        vec one = exponential(score_of(key) - most);
+        if (!all_seen(key)) one = is_seen(key) ? one : vec{};
         sums += one;
         store(one, weights + key);
     }
@@ -1130,7 +1207,7 @@ void attend_block(const T* query, int64_t query_stride, int64_t tokens, int64_t 
                                        held.most[row + r], held.total[row + r], held.weights + r * BlockScratch<T>::row());
             }
             for (int64_t panel = 0; panel < panels(dim); ++panel) {
-                const Panel<T> values_of(Weight{held.values + panel * AT_ONCE * PANEL}, 0, panels(seen) * PANEL, rows);
+                Panel<T> values_of(Weight{held.values + panel * AT_ONCE * PANEL}, 0, panels(seen) * PANEL, rows);
                 values_of.multiply(some, held.weights, BlockScratch<T>::row(), found);
                 for (int64_t r = 0; r < some; ++r) {
                     float* to = held.sums + (row + r) * wide + panel * PANEL;
@@ -1300,19 +1377,8 @@ template <typename T> void run_linear(const Linear& linear, const void* x, int64
     });
 }
 
-// Before it is written to: a step reads all weights once, and page by small page that is slower.
-inline void ask_for_large_pages(void* start, size_t bytes) {
-#ifdef MADV_HUGEPAGE
-    constexpr uintptr_t LARGE = 1 << 21;
-    const uintptr_t first = (reinterpret_cast<uintptr_t>(start) + LARGE - 1) / LARGE * LARGE;
-    const uintptr_t last = (reinterpret_cast<uintptr_t>(start) + bytes) / LARGE * LARGE;
-    if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // where it is refused, small ones do
-#endif
-}
-
 template <typename T> void run_pack(const T* weight, int64_t outs, int64_t ins, T* packed) {
     constexpr int64_t STEP = std::is_same<T, float>::value ? 1 : 2;
-    ask_for_large_pages(packed, panels(outs) * PANEL * ins * sizeof(T));
 #pragma omp parallel for
     for (int64_t panel = 0; panel < panels(outs); ++panel) {
         T* to = packed + panel * ins * PANEL;
@@ -1325,7 +1391,6 @@ template <typename T> void run_pack(const T* weight, int64_t outs, int64_t ins, 
 // int8 [outs][ins] -> bytes: [panels][ins][32]; to be expanded, sign and magnitude, [panels][ins / 2][64] in the order in which the pairs
 // of 32 outputs come out of unpacking the bytes' low and high halves.
 void run_pack_int8(bool expands, const int8_t* weight, int64_t outs, int64_t ins, int8_t* packed) {
-    ask_for_large_pages(packed, panels(outs) * PANEL * ins);
     const auto at = [&](int64_t out, int64_t in) { return out < outs ? weight[out * ins + in] : int8_t(0); };
 #pragma omp parallel for
     for (int64_t panel = 0; panel < panels(outs); ++panel) {
@@ -1346,7 +1411,6 @@ void run_pack_int8(bool expands, const int8_t* weight, int64_t outs, int64_t ins
 // int8 [outs][ins], -8 ... 7 -> [panels][ins / 8] blocks of 128 bytes: two inputs in a byte, [4][32]; to be expanded, words of four pairs'
 // nibbles, [32 outputs][2 of a pair].
 void run_pack_int4(bool expands, const int8_t* weight, int64_t outs, int64_t ins, uint8_t* packed) {
-    ask_for_large_pages(packed, panels(outs) * PANEL * ins / 2);
     const auto at = [&](int64_t out, int64_t in) { return out < outs ? weight[out * ins + in] & 15 : 0; };
 #pragma omp parallel for
     for (int64_t panel = 0; panel < panels(outs); ++panel) {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -15,6 +16,9 @@ from danlu.errors import ModelError
 SOURCE = Path(__file__).with_name("kernels.cpp")
 PANEL = 32
 """Outputs of a panel of weights: kernels.cpp's."""
+
+Empty = Callable[..., torch.Tensor]
+"""torch.empty, or another that takes its memory elsewhere."""
 
 
 class LinearStruct(ctypes.Structure):
@@ -54,27 +58,31 @@ class Kernels:
         found: bytes = self.library.danlu_vectors()
         return found.decode()
 
-    def pack(self, weight: torch.Tensor) -> torch.Tensor:
-        """A weight [out, in] as they read it: [panels, in, 32] elements in their own order. ModelError: bf16 goes in pairs of inputs."""
+    def pack(self, weight: torch.Tensor, empty: Empty = torch.empty) -> torch.Tensor:
+        """A weight [out, in] as they read it: [panels, in, 32] elements in their own order. `empty`: whose memory. ModelError: bf16 goes
+        in pairs of inputs."""
         outs, ins = weight.shape
         _check_pairs(weight.dtype, ins)
-        packed = weight.new_empty(-(-outs // PANEL), ins, PANEL)
+        packed = empty(-(-outs // PANEL), ins, PANEL, dtype=weight.dtype)
         weight = weight.contiguous()
         self.library.danlu_pack(weight.dtype == torch.bfloat16, weight.data_ptr(), outs, ins, packed.data_ptr())
         return packed
 
-    def pack_integers(self, values: torch.Tensor, scale: torch.Tensor, bits: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    def pack_integers(
+        self, values: torch.Tensor, scale: torch.Tensor, bits: int, dtype: torch.dtype, empty: Empty = torch.empty
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """A weight of 8 or 4 bits as they multiply activations of `dtype` with it, and its scales. values: int8 [out, in]; scale:
         [out, groups]. ModelError as of `pack`."""
         outs, ins = values.shape
         _check_pairs(dtype, ins)
-        packed = torch.empty(-(-outs // PANEL) * PANEL * ins * bits // 8, dtype=torch.uint8)
+        packed = empty(-(-outs // PANEL) * PANEL * ins * bits // 8, dtype=torch.uint8)
         values = values.contiguous()
         self.library.danlu_pack_integers(dtype == torch.bfloat16, bits, values.data_ptr(), outs, ins, packed.data_ptr())
         whole = nn.functional.pad(scale.float(), (0, 0, 0, -outs % PANEL))
         if bits == 8:
             return packed, whole[:, 0].contiguous()
-        return packed, whole.view(-1, PANEL, whole.shape[1]).transpose(1, 2).contiguous().bfloat16()
+        whole = whole.view(-1, PANEL, whole.shape[1]).transpose(1, 2)
+        return packed, empty(*whole.shape, dtype=torch.bfloat16).copy_(whole)
 
     def linear(self, struct: LinearStruct, x: torch.Tensor) -> torch.Tensor:
         """One of a step's products by itself, so that it can be compared. x: [tokens, in]; returns x @ weight.T + bias, [tokens, out]."""

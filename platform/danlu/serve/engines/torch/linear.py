@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from danlu.compress.weight_only import WeightOnlyLinear, multiply
-from danlu.serve.engines.torch.kernels import Kernels, LinearStruct
+from danlu.serve.engines.torch.kernels import Empty, Kernels, LinearStruct
 from danlu.serve.engines.torch.lora import LoraSite
 
 
@@ -35,8 +35,9 @@ class Linear:
         kernels: Kernels | None = None,
         *,
         dtype: torch.dtype | None = None,
+        empty: Empty = torch.empty,
     ) -> None:
-        """`dtype`: of activations, where the weights are integers."""
+        """`dtype`: of activations, where the weights are integers. `empty`: whose memory the kernels' weights lie in."""
         modules = [layer for _, layer in layers]
         weight = torch.cat([layer.weight.detach() for layer in modules])
         self.bias = _joined_bias(modules, weight.dtype if dtype is None else dtype)
@@ -52,21 +53,21 @@ class Linear:
         self.weight = weight
         if isinstance(modules[0], WeightOnlyLinear):
             assert dtype is not None
-            self._hold_integers([layer for layer in modules if isinstance(layer, WeightOnlyLinear)], dtype)
+            self._hold_integers([layer for layer in modules if isinstance(layer, WeightOnlyLinear)], dtype, empty)
         elif kernels is not None:
-            self.weight = kernels.pack(weight)
+            self.weight = kernels.pack(weight, empty)
         elif weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and packing_works():
             self.packed = True
             self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, None)
         self.lora: LoraSite | None = None
 
-    def _hold_integers(self, layers: Sequence[WeightOnlyLinear], dtype: torch.dtype) -> None:
+    def _hold_integers(self, layers: Sequence[WeightOnlyLinear], dtype: torch.dtype, empty: Empty) -> None:
         self.bits, self.group = layers[0].bits, layers[0].group_size
         assert all((layer.bits, layer.group_size) == (self.bits, self.group) for layer in layers)
         self.scale = torch.cat([layer.scale for layer in layers])
         if self.kernels is not None:
             values = torch.cat([layer.values() for layer in layers])
-            self.weight, self.scale = self.kernels.pack_integers(values, self.scale, self.bits, dtype)
+            self.weight, self.scale = self.kernels.pack_integers(values, self.scale, self.bits, dtype, empty)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x: [tokens, in]; returns [tokens, out]."""
