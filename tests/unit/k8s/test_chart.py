@@ -422,6 +422,9 @@ def test_the_notes_say_what_to_do_next_and_nothing_of_what_is_not_there(tmp_path
     assert "Nothing runs yet" in empty
     assert "access.groups" in empty
     assert "helm test" not in empty
+    assert "by network.egress 443, 6443, 6379; 80, 988 of 169.254.169.252/32, " in empty
+    assert "by network.egress nothing." in notes({"network": {"egress": []}})
+    assert "network.egress" not in notes({"network": {"egress": None}}) + notes({"network": {"enabled": False}})
     queued = JOB | {"cluster": JOB["cluster"] | {"scheduler": {"kind": "kueue", "queue": "q"}}}
     found = notes({**VALUES["keys from values"], "jobs": [queued], "gateways": [{"kind": "http_route", "gateway": "g", **GATEWAY}]})
     for told in (
