@@ -58,6 +58,8 @@ class Sizes:
 
 FULL = Sizes(SKIP + 26, SKIP, LONG_SKIP + 8, LONG_SKIP, None)
 QUICK = Sizes(3, 1, 2, 1, 256)
+SMALL = "small-model"
+"""The folder of a quick round's model."""
 
 
 @dataclass(frozen=True)
@@ -251,7 +253,8 @@ def hf_trainer(given: Work, storage: Path, strategy: str) -> Curve:
 def make_job(
     folder: Path, *, steps: int, workers: int = 1, parallel: str = "ddp", cpus: int | None = None, max_length: int = 64
 ) -> TrainJob:
-    """The example's spec with 32 rows a step in one pass of each worker, one rate for all weights and a small dev split.
+    """The example's spec with 32 rows a step in one pass of each worker, one rate for all weights and a small dev split; with the model
+    that `write_small_model` has written into `folder`, if it has.
 
     `cpus` of each worker: its share of the machine's, if not given.
     """
@@ -263,7 +266,8 @@ def make_job(
         "workers": {"num_workers": workers, "cpus_per_worker": cpus or max(1, cores() // workers)},
         "storage": str(folder),
     }
-    fields["model"] |= {"max_length": max_length}
+    small = folder / SMALL
+    fields["model"] |= {"max_length": max_length, **({"model_name_or_path": str(small)} if small.exists() else {})}
     fields["data"] |= {"train": str(folder / "train.csv"), "dev": str(folder / "dev.csv"), "test": None, "cache_dir": str(folder / "cache")}
     fields["optim"] |= {"head_learning_rate_multiplier": 1.0}
     fields["evaluation"] |= {"eval_steps": steps, "early_stopping_patience": None}
@@ -285,6 +289,19 @@ def write_rows(folder: Path, num_rows: int | None) -> None:
         pandas.DataFrame({"text": found.texts, "label": found.labels})[:number].to_csv(folder / f"{name}.csv", index=False)
 
 
+def write_small_model(folder: Path) -> None:
+    """The example's model with one narrow layer of random weights: for a round that measures nothing."""
+    from transformers import AutoConfig, AutoModel
+
+    from danlu.artifact.pretrained import model_folder
+
+    whole = model_folder(load(TrainJob, SPEC).model)
+    config = AutoConfig.from_pretrained(whole, num_hidden_layers=1, hidden_size=64, num_attention_heads=2, intermediate_size=128)
+    torch.manual_seed(0)
+    AutoModel.from_config(config).save_pretrained(folder / SMALL)
+    load_tokenizer(whole).save_pretrained(folder / SMALL)
+
+
 def check_losses(name: str, curve: Curve, raw: Curve, tolerance: float) -> str:
     """The same losses, step by step, as the raw loop."""
     far = max(abs(mine - theirs) for mine, theirs in zip(curve.losses, raw.losses, strict=True))
@@ -301,6 +318,8 @@ def main() -> None:
         folder = Path(temporary)
         os.chdir(SPEC.parents[2])
         write_rows(folder, sizes.num_rows)
+        if given.quick:
+            write_small_model(folder)
         one = load_work(make_job(folder, steps=steps))
         start_ray(num_cpus=cores())
         single: dict[str, Callable[[], Curve]] = {

@@ -18,11 +18,13 @@ Verdict = Literal["ok", "warning", "missing"]
 GIB = 1 << 30
 RIGHTS = (
     ("create", "ray.io", "rayjobs"),
+    ("patch", "ray.io", "rayjobs"),
     ("delete", "ray.io", "rayjobs"),
     ("patch", "ray.io", "rayservices"),
     ("patch", "ray.io", "rayclusters"),
     ("create", "", "configmaps"),
     ("list", "", "pods"),
+    ("list", "", "events"),
     ("get", "", "pods/log"),
 )
 """What `--on k8s` and its commands do."""
@@ -173,6 +175,7 @@ def _kubernetes(context: str | None, namespace: str | None, *, needed: bool = Fa
     try:
         from danlu.k8s import client
         from danlu.k8s.kubeconfig import connect
+        from danlu.k8s.rayservice import GATEWAY_API
     except ImportError:
         yield Finding(
             "Kubernetes",
@@ -197,6 +200,7 @@ def _kubernetes(context: str | None, namespace: str | None, *, needed: bool = Fa
         yield from _kuberay(client.crd(kube, "rayjobs.ray.io"))
         yield _kueue(client.crd(kube, "workloads.kueue.x-k8s.io"))
         yield _prometheus(client.crd(kube, "podmonitors.monitoring.coreos.com"))
+        yield _gateway(client.serves(kube, GATEWAY_API))
     except client.Refused as refused:
         if refused.status == 403:
             yield Finding("KubeRay", "warning", "its version cannot be read: CRDs are not yours to look at")
@@ -228,6 +232,14 @@ def _kueue(crd: dict[str, Any] | None) -> Finding:
     if "v1beta2" in served:
         return Finding("Kueue", "ok", "v1beta2, 0.15 or newer")
     return Finding("Kueue", "warning", f"older than 0.15: it serves {', '.join(served)}", "Kueue 0.15 or newer, for services 0.17")
+
+
+def _gateway(there: bool) -> Finding:
+    if not there:
+        return Finding(
+            "Gateway API", "ok", "none, which cluster.upgrade.kind=incremental and the chart's gateways of kind http_route would need"
+        )
+    return Finding("Gateway API", "ok", "there is one")
 
 
 def _prometheus(crd: dict[str, Any] | None) -> Finding:

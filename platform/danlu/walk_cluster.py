@@ -74,13 +74,16 @@ def deploy(
             return
         show(f"  {services.deploy(kube, service)}")
         where, options = f"{kube.context}, namespace {kube.namespace}", _to_it(context, _namespace(namespace, service.cluster))
+        port = f"kubectl port-forward service/{service.name}-serve-svc 8000{_to_it(context, kube.namespace)}"
     else:
         from danlu import on_ray
 
         on_ray.deploy(on_ray.connect(on), service)
-        where, options = f"{on}, {service.http.host}:{service.http.port} of every node", f" --on {on}"
+        where, options, port = f"{on}, {service.http.host}:{service.http.port} of every node", f" --on {on}", ""
     show(f"{service.name} is deployed to {where}")
     show(f"  danlu services show {service.name}{options}    says whether it answers; scale, rollback, delete are there too")
+    if port:
+        show(f"  {port}    then brings it to http://127.0.0.1:8000")
 
 
 def _namespace(asked: str | None, cluster: JobCluster | ServiceCluster | None) -> str | None:

@@ -36,7 +36,7 @@ SEVERAL = STRATEGIES | {
 """Strategies of two workers."""
 IN_CONTEXT = {f"context-{name}": STRATEGIES[name] | {"context_parallel_size": 2} for name in ("ddp", "zero2", "zero3", "fsdp")}
 """Two workers that share a decoder's tokens."""
-IN_HALF = [*((name, "bf16") for name in SEVERAL), *((name, "fp16") for name in ("ddp", "fsdp", "tensor", "pipeline"))]
+IN_HALF = [*((name, "bf16") for name in SEVERAL | IN_CONTEXT), *((name, "fp16") for name in ("ddp", "fsdp", "tensor", "pipeline"))]
 """DeepSpeed has no float16 on a CPU."""
 RESHAPED = ["ddp", "zero1", "zero2", "zero3", "fsdp"]
 """Strategies whose checkpoints another number of workers can go on from."""
@@ -146,7 +146,8 @@ def told(tiny_model: Path, tiny_decoder: Path, topic_files: dict[str, str], tmp_
         shape["run_uri"] = _two_ranks_wrote(tmp_path_factory, f"decoder-{name}")
         cases[f"decoder-{name}"] = {"folder": str(tiny_decoder)} | decoder_case(tiny_decoder, **shape)
     for name, precision in IN_HALF:
-        shape = {"parallel": SEVERAL[name], "workers": {"num_workers": 2}, "micro_batch_size": 8, "precision": precision}
+        parallel = (SEVERAL | IN_CONTEXT)[name]
+        shape = {"parallel": parallel, "workers": {"num_workers": 2}, "micro_batch_size": 8, "precision": precision}
         cases[f"{name}-{precision}"] = {"folder": str(tiny_decoder)} | decoder_case(tiny_decoder, **shape)
     for name in WAITING:
         cases[f"slow-{name}"] = {"parallel": SEVERAL[name], "workers": {"num_workers": 2}, "micro_batch_size": 8, "slow_on": 1}
@@ -322,7 +323,7 @@ def _assert_equal(found: list[Any], plain: Curve) -> None:
 
 def test_the_plain_losses_are_those_of_weights_that_move(plain: Curve, tiny_model: Path, topic_files: dict[str, str]) -> None:
     """Otherwise a strategy whose step does nothing would pass. The first step has a learning rate of zero."""
-    assert all(norm > 0.5 for _, norm in plain), "gradients are clipped"
+    assert {norm > 0.5 for _, norm in plain} == {True, False}, "gradients are clipped in some steps and not in others"
     still = plain_curve(tiny_model, topic_files["train"], learning_rate=0.0)
     assert [loss for loss, _ in plain[:2]] == [loss for loss, _ in still[:2]]
     assert all(abs(loss - before) > 10 ** -(PLACES - 2) for (loss, _), (before, _) in zip(plain[2:], still[2:], strict=True))

@@ -27,6 +27,7 @@ PARALLEL: dict[str, dict[str, Any]] = {
     "tensor": {"kind": "tensor"},
     "pipeline": {"kind": "pipeline"},
 }
+CONTEXT = {"context": {"kind": "fsdp", "context_parallel_size": 2}}
 RATES = {"learning_rate": 2e-3, "max_grad_norm": 0.5, "schedule": {"kind": "cosine"}}
 SCHEDULES: dict[str, dict[str, Any]] = {
     "wsd": {"kind": "wsd", "warmup_ratio": 0.25, "decay_ratio": 0.5, "min_ratio": 0.1},
@@ -42,18 +43,26 @@ ONE: dict[str, dict[str, Any]] = {
         "optim": RATES | {"layer_learning_rate_decay": 0.4, "head_learning_rate_multiplier": 4.0},
     },
     "checkpointed": {},
+    "lora, checkpointed": {"tuning": {"kind": "lora", "r": 4}},
     "unclipped": {"optim": RATES | {"max_grad_norm": None, "schedule": SCHEDULES["wsd"]}},
     "by no layer": {"tuning": {"kind": "lora", "r": 4}, "optim": RATES},
 }
-"""Jobs of one process that two workers are compared with, and two that show that a setting makes a difference."""
+"""Jobs of one process that two workers are compared with, and one that shows that a setting makes a difference."""
 GOES_ON = {"averaged, one_cycle": ["ddp"], "wsd": ["zero2", "fsdp"], "grouped": ["ddp", "zero3"], "8 bits": ["ddp"]}
 """Which of them are gone on with by another number of workers, and under what."""
-SPREAD = {"by layer": list(PARALLEL), "checkpointed": list(PARALLEL)}
+SPREAD = {
+    "by layer": [*PARALLEL],
+    "unclipped": [*PARALLEL],
+    "checkpointed": [*PARALLEL, "context"],
+    "lora, checkpointed": [*PARALLEL],
+}
 """Which of them are trained under every strategy."""
+DECODERS = {"checkpointed", "lora, checkpointed"}
+"""Jobs of language models; one process makes nothing again in the backward."""
 
 
 def overrides(name: str, decoder: Path) -> dict[str, Any]:
-    return decoder_case(decoder) if name == "checkpointed" else ONE[name]
+    return decoder_case(decoder, **ONE[name]) if name in DECODERS else ONE[name]
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +78,7 @@ def one(
     """Curve of each job in one process, which accumulates nothing, and where it was written."""
     found = {}
     for name in ONE:
-        model = {"checkpointed": tiny_decoder, "8 bits": wide_model}.get(name, tiny_model)
+        model = tiny_decoder if name in DECODERS else wide_model if name == "8 bits" else tiny_model
         folder = tmp_path_factory.mktemp("one")
         found[name] = alone(model, topic_files["train"], overrides(name, tiny_decoder) | {"micro_batch_size": 16}, folder), folder
     return found
@@ -98,8 +107,8 @@ def two(
             cases[f"{name} {parallel} resumed"] = job | {"folder": str(model), "run_uri": str(before)}
     for name, its in SPREAD.items():
         for parallel in its:
-            cases[f"{name} {parallel}"] = TWO | overrides(name, tiny_decoder) | {"parallel": PARALLEL[parallel]}
-            if name == "checkpointed":
+            cases[f"{name} {parallel}"] = TWO | overrides(name, tiny_decoder) | {"parallel": (PARALLEL | CONTEXT)[parallel]}
+            if name in DECODERS:
                 sparing = cases[f"{name} {parallel}"]["model"] | {"gradient_checkpointing": True}
                 cases[f"{name} {parallel}"] |= {"folder": str(tiny_decoder), "model": sparing}
     cases["8 bits zero2"] = TWO | ONE["8 bits"] | {"parallel": PARALLEL["zero2"]}

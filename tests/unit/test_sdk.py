@@ -19,8 +19,9 @@ from peft import PeftModel
 from sklearn.metrics import accuracy_score, f1_score
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from danlu import sdk
+from danlu import on_local, sdk
 from danlu.artifact.bundle import read_bundle
+from danlu.artifact.merged import MERGED, let_go
 from danlu.artifact.runs import latest_run
 from danlu.artifact.store import Store
 from danlu.compress.load import load_predictor
@@ -310,6 +311,24 @@ def test_an_adapter_is_served_as_its_merged_model_from_any_folder(
     whole = 4 * AutoModelForSequenceClassification.from_pretrained(tiny_model, num_labels=3).num_parameters()
     assert quantized.delta.bytes_original == whole
     assert quantized.delta.bytes < whole
+
+
+def test_trainings_from_an_adapter_share_its_merged_weights_which_stay_as_long_as_an_adapter_stands_on_them(make_job: MakeJob) -> None:
+    lora = {"tuning": {"kind": "lora", "r": 2}, "max_steps": 2}
+    first = sdk.train(job := make_job(**lora))
+    start = {"model": {"model_name_or_path": first.reference, "max_length": 32}, "storage": job.storage, "max_steps": 2}
+    whole, adapter = sdk.train(make_job(name="whole", **start)), sdk.train(make_job(name="adapter", **{**start, **lora}))
+    (merged,) = (Path(job.storage) / MERGED).iterdir()
+    for trained in (whole, adapter):
+        assert trained.bundle.meta.lineage.parent == first.bundle.meta.digest
+    assert adapter.bundle.meta.base_model == str(merged)
+    for name in ("whole", "adapter"):
+        on_local.delete(job.storage, name)
+        assert let_go(job.storage, rest_s=0) == []
+    assert sdk.predict(adapter.reference, ["wheat corn harvest"], storage=job.storage)
+    shutil.rmtree(adapter.bundle.path.parent)
+    assert let_go(job.storage, rest_s=0) == [merged.name]
+    assert sdk.predict(whole.reference, ["wheat corn harvest"], storage=job.storage), "weights of its own need no others"
 
 
 @pytest.fixture(scope="module")

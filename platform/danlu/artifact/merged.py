@@ -60,4 +60,8 @@ def _said_of_models(storage: str) -> Iterator[str]:
     for spec in filesystem.glob(f"{root}/runs/*/*/{SPEC}"):
         yield filesystem.cat_file(spec).decode()
     for file in filesystem.glob(f"{root}/bundles/*/*/{FILE}"):
-        yield str(json.loads(filesystem.cat_file(file)).get("base_model"))
+        text = filesystem.cat_file(file).decode()
+        try:
+            yield str(json.loads(text).get("base_model"))
+        except ValueError:  # it is damaged: what it stood on may be in what is left
+            yield text

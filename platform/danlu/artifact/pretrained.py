@@ -40,6 +40,10 @@ def model_folder(model: Model, *, cache_dir: str | Path = ".cache/danlu/models",
     Without `need_weights` a config.json is enough, in a local folder or a package.
     """
     name = model.model_name_or_path
+    from_hub = need_weights and model.is_hub_id and not Path(name).expanduser().exists()
+    if model.revision is not None and not from_hub:
+        told = f"revision={model.revision} has no effect: {name!r} is a folder, and no hub id that is downloaded"
+        raise ModelError(told, where="model.revision", fix="leave it out")
     if not need_weights:
         kind, _, rest = name.partition("://")
         folder = _package_folder(rest) if kind == "pkg" else Path(name.removeprefix("file://")).expanduser()
@@ -48,15 +52,14 @@ def model_folder(model: Model, *, cache_dir: str | Path = ".cache/danlu/models",
             raise ModelError(f"{folder} has no config.json to take the model's shape from", where=FIELD, fix=fix)
         return folder.resolve()
     match name.partition("://"):
+        case _ if from_hub:
+            return _checked(_hub_folder(model), name)
         case ("pkg", "://", rest):
             return _checked(_package_folder(rest), name)
         case ("file", "://", rest):
             return _checked(Path(rest), name)
         case (_, "", _):
-            folder = Path(name).expanduser()
-            if folder.exists() or not model.is_hub_id:
-                return _checked(folder, name)
-            return _checked(_hub_folder(model), name)
+            return _checked(Path(name).expanduser(), name)
         case _:
             return _checked(_downloaded(name, Path(cache_dir)), name)
 

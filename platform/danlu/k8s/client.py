@@ -189,6 +189,17 @@ def may(kube: Kube, verb: str, group: str, resource: str) -> bool:
     return bool(_json(_call(kube, "POST", "/apis/authorization.k8s.io/v1/selfsubjectaccessreviews", {}, review))["status"]["allowed"])
 
 
+def serves(kube: Kube, group: str) -> bool:
+    """Whether the cluster has an API: gateway.networking.k8s.io. Whoever is known to it may ask."""
+    try:
+        _call(kube, "GET", f"/apis/{group}")
+    except Refused as refused:
+        if refused.status == 404:
+            return False
+        raise
+    return True
+
+
 def crd(kube: Kube, name: str) -> Object | None:
     """A CustomResourceDefinition, or None."""
     try:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import os
 import re
 from dataclasses import dataclass
 
@@ -55,7 +57,9 @@ def _without_a_context(context: str | None, namespace: str | None, error: Config
     """What there is where the kubeconfig has no such context, or no current one, or is not there."""
     names, current = _contexts()
     if context is not None and names and context not in names:
-        raise ClusterError(f"the kubeconfig has no context {context!r}", where="--context", fix=f"one of: {', '.join(names)}") from error
+        near = difflib.get_close_matches(context, names, n=1, cutoff=0.75)
+        fix = f"did you mean {near[0]}? There is: {', '.join(names)}" if near else f"one of: {', '.join(names)}"
+        raise ClusterError(f"the kubeconfig has no context {context!r}", where="--context", fix=fix) from error
     if (chosen := context or current) in names:
         raise ClusterError(f"context {chosen!r} cannot be used: {_first_line(error)}", where="kubeconfig") from error
     if not names:
@@ -81,8 +85,12 @@ def _inside_a_pod(context: str | None, namespace: str | None, error: Exception) 
     try:
         config.load_incluster_config(inside := _configuration())
     except ConfigException:
+        places = str(config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION).split(os.pathsep)
+        there = [place for place in places if os.path.exists(os.path.expanduser(place))]
         raise ClusterError(
-            f"there is no kubeconfig that can be read: {error}",
+            f"there is no kubeconfig that can be read: {error}"
+            if there
+            else f"there is no kubeconfig: no file {', no file '.join(places)}",
             where="kubeconfig",
             fix="export KUBECONFIG=/path/to/kubeconfig; or --on local runs it on this machine",
         ) from error

@@ -14,6 +14,8 @@ from danlu.spec.serve import Echo, EchoText, Service
 
 IMPORT_PATH = "danlu.serve.app:build"
 PORT = 8000
+GATEWAY_API = "gateway.networking.k8s.io"
+"""The API group that incremental upgrades need."""
 
 
 def ray_service(service: Service) -> Object:

@@ -27,6 +27,8 @@ NOT_MADE = {
     "must specify": "a LimitRange in that namespace gives defaults to what KubeRay adds to the pods",
 }
 """What an API server says that lets no pod be made, and what would help."""
+UNSEEN = "if it stays so, KubeRay's operator does not run, or does not watch this namespace: kubectl get deployments -A | grep kuberay"
+"""What may help where KubeRay has written no status at all."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,7 @@ def job_status(
             return JobStatus(name, "queued", _why_queued(queue, job, workloads), **times)
         case _:
             why, fix = _why_starting(pods, events, {("RayJob", name), ("Job", name), ("RayCluster", found.get("rayClusterName"))})
-            return JobStatus(name, "starting", why, fix, **times)
+            return JobStatus(name, "starting", why, fix if found else fix or UNSEEN, **times)
 
 
 def service_status(
@@ -127,7 +129,7 @@ def service_status(
     if (queue := queue_of(service)) and not pods:
         return ServiceStatus(name, "starting", _why_queued(queue, service, workloads), endpoints=endpoints)
     why, fix = _why_starting(pods, events, makers)
-    return ServiceStatus(name, "starting", why, fix, endpoints)
+    return ServiceStatus(name, "starting", why, fix if found else fix or UNSEEN, endpoints)
 
 
 def why_of_log(log: Sequence[str], said: str) -> tuple[str, str]:
@@ -143,7 +145,7 @@ def as_json(one: JobStatus | ServiceStatus) -> str:
 
 def not_there(problem: str, name: str, there: Sequence[str], *, where: str, fix: str) -> ClusterError:
     """What to say of a name that no job or service has: the names there are, the nearest first, and the one that was meant."""
-    near = difflib.get_close_matches(name, there, n=3)
+    near = [one for one in there if name and name in one] or difflib.get_close_matches(name, there, n=3, cutoff=0.75)
     listed = [*near, *sorted(set(there) - set(near))]
     more = f" and {len(listed) - 8} more" if len(listed) > 8 else ""
     told = f"; there is: {', '.join(listed[:8])}{more}" if listed else ""
@@ -255,6 +257,9 @@ def _why_waiting(pod: Object, container: Object, waiting: Object) -> tuple[str, 
 def _why_unscheduled(pod: Object, message: str) -> tuple[str, str]:
     asked = pod["spec"]["containers"][0].get("resources", {}).get("limits", {})
     gpu_type = pod["spec"].get("nodeSelector", {}).get("nvidia.com/gpu.product")
+    who = pod["spec"].get("schedulerName", "default-scheduler")
+    if "node" not in message and who != "default-scheduler":  # it waits for its queue, or for the others of its gang
+        return f"pod {pod['metadata']['name']} is not started by {who} yet: {message}", ""
     what = f"pod {pod['metadata']['name']} fits no node: {message}"
     # Of a node the first thing that is against it is told, and its taints come before its labels.
     taints = [taint for taint in re.findall(r"untolerated taint\(?s?\)? ?\{([^}]*)\}", message) if "node-role.kubernetes.io" not in taint]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from danlu.errors import ClusterError, DanluError, SpecError
 from danlu.k8s.manifests import render
 from danlu.k8s.pods import KIND, Object
-from danlu.k8s.rayservice import keeps_its_pods, ray_service, upgrade
+from danlu.k8s.rayservice import GATEWAY_API, keeps_its_pods, ray_service, upgrade
 from danlu.k8s.status import ServiceStatus, queue_of, service_status
 from danlu.remote.objects import delete_object, find_object, in_its_namespace, pods_of
 from danlu.spec.files import dump, parse
@@ -27,6 +27,7 @@ def deploy(kube: Kube, service: Service, *, dry_run: bool = False) -> str:
 
     one = ray_service(service)
     kube = in_its_namespace(kube, one)
+    _check_upgrade(kube, one)
     before = client.get(kube, "RayService", service.name)
     last = (before or {}).get("metadata", {}).get("annotations", {}).get(SPEC)
     notes = {SPEC: dump(service)}
@@ -44,6 +45,18 @@ def deploy(kube: Kube, service: Service, *, dry_run: bool = False) -> str:
     if last == notes[SPEC]:
         return "as it was"
     return upgrade(was, one) if was else "changed: KubeRay finds out how, since the spec before is another Danlu's"
+
+
+def _check_upgrade(kube: Kube, one: Object) -> None:
+    """ClusterError for an upgrade that the cluster has no means for: KubeRay would take it, and bring up nothing."""
+    from danlu.k8s import client
+
+    if one["spec"]["upgradeStrategy"]["type"] == "NewClusterWithIncrementalUpgrade" and not client.serves(kube, GATEWAY_API):
+        raise ClusterError(
+            "an incremental upgrade moves requests by the Gateway API, which this cluster does not have",
+            where="cluster.upgrade.kind",
+            fix="--set 'cluster.upgrade={kind: new_cluster}' (twice the GPUs for a while), or the Gateway API and a controller for it",
+        )
 
 
 def _set_pods(kube: Kube, before: Object, after: Object) -> None:

@@ -207,7 +207,7 @@ class JobCluster(_Cluster):
     pre_running_deadline_s: PositiveInt | None = None
     """Fail if the job has not begun to run so long after its pods were asked for."""
     active_deadline_s: PositiveInt | None = None
-    """Fail if it takes longer, all retries together."""
+    """Fail if a try takes longer, from when its pods are asked for. What has failed by it is not tried again."""
     backoff_limit: NonNegativeInt = 0
     """How often a failed job is tried again, on new pods. It goes on from the last checkpoint under `storage`."""
     cleanup: Cleanup = Ttl()
@@ -237,6 +237,15 @@ class Incremental(Spec):
     """Time between two steps."""
     max_surge_percent: Annotated[int, Field(ge=1, le=100)] = 100
     """How much of the new service is up beside the old at most."""
+
+    @model_validator(mode="after")
+    def _a_step_has_room(self) -> Self:
+        if self.step_size_percent > self.max_surge_percent:
+            raise ValueError(
+                f"step_size_percent={self.step_size_percent} is more than max_surge_percent={self.max_surge_percent}, and requests move to "
+                "pods that are up; lower it, or raise max_surge_percent"
+            )
+        return self
 
 
 class InPlace(Spec):

@@ -38,15 +38,19 @@ class Storage(Spec):
     """A PersistentVolumeClaim. For runs and bundles, where there is no object store. It outlives the release."""
 
     claim: KubeName
+    """Its name, for `cluster.volumes` of a spec."""
     size: Bytes = "100Gi"
     storage_class: KubeName | None = None
+    """Unset: the cluster's default."""
     access_modes: list[Literal["ReadWriteOnce", "ReadWriteMany", "ReadWriteOncePod"]] = ["ReadWriteMany"]
+    """ReadWriteMany where pods on several nodes write; ReadWriteOnce is for one node."""
 
 
 class ApiKeys(Spec):
     """A Secret with API keys, for services that name it in `cluster.secret_volumes` and its file in `auth.keys_file`."""
 
     secret: KubeName
+    """Its name, for `cluster.secret_volumes` of a spec."""
     keys: Annotated[str, Field(min_length=1)]
     """The text of what `danlu keys create --file keys.json` writes: hashes, never keys. --set-file 'api_keys[0].keys=keys.json'"""
 
@@ -55,13 +59,16 @@ class Queue(Spec):
     """A Kueue LocalQueue, and the ClusterQueue's name that holds its quota."""
 
     name: KubeName
+    """For `cluster.scheduler.queue` of a spec."""
     cluster_queue: KubeName
+    """One of `cluster_queues`, or one that is there already."""
 
 
 class PriorityClass(Spec):
     """A PriorityClass, for `cluster.priority_class` of specs: which pods make room for which, and who waits behind whom in a queue."""
 
     name: KubeName
+    """For `cluster.priority_class` of a spec."""
     value: Annotated[int, Field(ge=-1_000_000_000, le=1_000_000_000)]
     """The higher one goes first."""
     preempts: bool = True
@@ -72,9 +79,12 @@ class ClusterQueue(Spec):
     """A Kueue ClusterQueue with its ResourceFlavor: a quota, in which jobs of higher priority suspend those of lower."""
 
     name: KubeName
+    """For `queues[].cluster_queue`; also the ResourceFlavor's."""
     cpus: PositiveInt
+    """Cores that jobs may have at once."""
     memory: Bytes
     gpus: PositiveInt | None = None
+    """nvidia.com/gpu that jobs may have at once; unset: they are not counted, and a job with GPUs is not let in."""
     node_labels: dict[str, str] = {}
     """Of the nodes that the quota counts: nvidia.com/gpu.product."""
     cohort: KubeName | None = None
@@ -85,9 +95,11 @@ class _Gateway(Spec):
     service: KubeName
     """The name of one of `services`."""
     host: Annotated[str, Field(min_length=1)]
+    """The name that clients ask for: api.example.com."""
     name: KubeName | None = None
     """Of the Ingress or the route. Unset: that of the service, which a second one of its kind cannot have."""
     annotations: dict[str, str] = {}
+    """What its controller or an issuer of certificates reads: cert-manager.io/cluster-issuer."""
 
 
 class Ingress(_Gateway):
@@ -95,6 +107,7 @@ class Ingress(_Gateway):
 
     kind: Literal["ingress"] = "ingress"
     class_name: KubeName | None = None
+    """The IngressClass; unset: the cluster's default."""
     tls_secret: KubeName | None = None
     """The certificate of `host`."""
 
@@ -104,6 +117,7 @@ class HttpRoute(_Gateway):
 
     kind: Literal["http_route"] = "http_route"
     gateway: KubeName
+    """The Gateway's name."""
     gateway_namespace: Namespace | None = None
     """Unset: that of the service. Another one's listener has to allow routes from here."""
 
@@ -115,6 +129,7 @@ class Egress(Spec):
     """TCP ports that pods may reach, of every address or of some."""
 
     ports: Annotated[list[Annotated[int, Field(ge=1, le=65_535)]], Field(min_length=1)]
+    """After a Service's translation: a Service at 80 whose pods listen at 9000 is 9000."""
     cidrs: list[Cidr] = []
     """169.254.170.23/32, fd00:ec2::23/128. Unset: every address, in the cluster and outside."""
 
@@ -124,9 +139,11 @@ class Network(Spec):
     among those pods, to DNS, to what their specs name (`cluster.redis`, the URLs in `cluster.env`: their ports), and by `egress`."""
 
     enabled: bool = True
+    """Without them every pod of the cluster reaches these, and these reach everything."""
     ingress_namespace: Namespace | None = None
     """The namespace that requests to services come from; unset: every namespace, to the serving port."""
     monitoring_namespace: Namespace = "monitoring"
+    """Prometheus' namespace: it scrapes every pod."""
     operator_namespace: Namespace = "kuberay-operator"
     """KubeRay's operator asks the head for its state."""
     egress: list[Egress] | None = [
@@ -139,10 +156,12 @@ class Network(Spec):
 
 
 class Quota(Spec):
-    """A ResourceQuota of the namespace."""
+    """A ResourceQuota of the namespace: what its pods may ask for, all together. Unset: as much as there is."""
 
     gpus: PositiveInt | None = None
+    """nvidia.com/gpu."""
     cpus: PositiveInt | None = None
+    """Cores."""
     memory: Bytes | None = None
 
 
@@ -151,8 +170,11 @@ class Monitoring(Spec):
     and no ServiceMonitor: workers have no Service, and the one of a head would leave out what they count."""
 
     pod_monitor: bool = False
+    """A PodMonitor of all pods of jobs and services, also of those that people submit."""
     rules: bool = False
+    """A PrometheusRule with the alerts, each with its runbook."""
     dashboards: bool = False
+    """A ConfigMap for each dashboard, with the label grafana_dashboard."""
     labels: dict[str, str] = {}
     """What the Prometheus or Grafana selects by: release: kube-prometheus-stack."""
 

@@ -272,11 +272,18 @@ class Service(Spec):
 
     @model_validator(mode="after")
     def _an_incremental_upgrade_scales(self) -> Self:
-        scaling = self.autoscaling
-        if self.cluster is not None and self.cluster.upgrade.kind == "incremental" and scaling.min_replicas == scaling.max_replicas:
+        if self.cluster is None or self.cluster.upgrade.kind != "incremental":
+            return self
+        scaling, each = self.autoscaling, self.cluster.replicas_per_pod
+        if scaling.min_replicas == scaling.max_replicas:
             raise ValueError(
                 f"cluster.upgrade.kind=incremental moves replicas by Ray's autoscaler, which autoscaling.min_replicas = max_replicas = "
                 f"{scaling.max_replicas} turns off; raise max_replicas"
+            )
+        if -(-scaling.min_replicas // each) == (pods := -(-scaling.max_replicas // each)):
+            raise ValueError(
+                f"cluster.upgrade.kind=incremental needs Ray's autoscaler, and {pods} x replicas_per_pod={each} has room for all "
+                f"replicas at all times; raise max_replicas to {each * pods + 1}"
             )
         return self
 

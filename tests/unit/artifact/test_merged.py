@@ -7,7 +7,7 @@ from pathlib import Path
 
 from typer.testing import CliRunner
 
-from danlu.artifact.bundle import BundleMeta, Lineage, write_bundle
+from danlu.artifact.bundle import FILE, BundleMeta, Lineage, write_bundle
 from danlu.artifact.merged import MERGED, MERGED_FROM, is_whole, let_go
 from danlu.artifact.runs import SPEC, open_run
 from danlu.artifact.store import Store
@@ -66,11 +66,14 @@ def test_weights_that_a_run_starts_from_or_an_adapter_stands_on_stay_and_the_res
     store(any_storage, "from-it", tmp_path / "two", merge(any_storage, "c-0123456789abcdef"), adapter=False)
     merge(any_storage, "d-0123456789abcdef")
     merge(any_storage, "e-0123456789abcdef", whole=False)
-    before = there(any_storage)
-    assert len(before) == 5
+    merge(any_storage, "f-0123456789abcdef")
+    filesystem, damaged = filesystem_of(f"{any_storage}/bundles/half/v0001")
+    filesystem.makedirs(damaged, exist_ok=True)
+    filesystem.pipe_file(f"{damaged}/{FILE}", b'{"base_model": "f-0123456789abcdef"')
+    assert len(there(any_storage)) == 6
     assert let_go(any_storage) == [], "one that is new may belong to a run that is about to begin"
     assert let_go(any_storage, rest_s=0) == ["c-0123456789abcdef", "d-0123456789abcdef", "e-0123456789abcdef"]
-    assert there(any_storage) == ["a-0123456789abcdef", "b-0123456789abcdef"]
+    assert there(any_storage) == ["a-0123456789abcdef", "b-0123456789abcdef", "f-0123456789abcdef"]
     assert is_whole(f"{any_storage}/{MERGED}/a-0123456789abcdef")
     assert not is_whole(f"{any_storage}/{MERGED}/e-0123456789abcdef")
 

@@ -46,6 +46,18 @@ def test_a_folder_is_found_by_path_uri_and_package(folder: Path, tmp_path: Path,
     assert find("model") == find("./model") == folder
 
 
+def test_a_revision_of_what_is_no_hub_id_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder.parent)
+    for name in (folder, f"file://{folder}", "pkg://a_package/model", "model", "s3://bucket/model"):
+        with pytest.raises(ModelError, match=r"revision=main has no effect: .* is a folder") as told:
+            model_folder(Model(model_name_or_path=str(name), revision="main"))
+        assert told.value.where == "model.revision"
+    with pytest.raises(ModelError, match="revision=main has no effect"):
+        model_folder(Model(model_name_or_path="org/name", revision="main"), need_weights=False)
+    with pytest.raises(ModelError, match="the model hub did not give it"):
+        model_folder(Model(model_name_or_path="org/name", revision="main"))
+
+
 def test_shapes_are_those_of_the_loaded_weights(folder: Path) -> None:
     shapes = weight_shapes(folder)
     assert shapes is not None

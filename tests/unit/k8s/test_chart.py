@@ -14,7 +14,7 @@ from kube import check, tool
 from test_render import EXAMPLES, GPU_JOB, JOB, JOB_CLUSTERS, OF_A_SERVICE, SERVICE
 
 from danlu.k8s.manifests import render
-from danlu.spec import yaml12
+from danlu.spec import install, yaml12
 from danlu.spec.files import parse
 from danlu.spec.install import Install
 from danlu.spec.serve import Service
@@ -422,6 +422,9 @@ def test_the_notes_say_what_to_do_next_and_nothing_of_what_is_not_there(tmp_path
     assert "Nothing runs yet" in empty
     assert "access.groups" in empty
     assert "helm test" not in empty
+    assert "by network.egress 443, 6443, 6379; 80, 988 of 169.254.169.252/32, " in empty
+    assert "by network.egress nothing." in notes({"network": {"egress": []}})
+    assert "network.egress" not in notes({"network": {"egress": None}}) + notes({"network": {"enabled": False}})
     queued = JOB | {"cluster": JOB["cluster"] | {"scheduler": {"kind": "kueue", "queue": "q"}}}
     found = notes({**VALUES["keys from values"], "jobs": [queued], "gateways": [{"kind": "http_route", "gateway": "g", **GATEWAY}]})
     for told in (
@@ -447,3 +450,8 @@ def test_every_value_is_documented() -> None:
     for name in Install.model_fields:
         before = text.split(f"\n{name}:")[0].splitlines()[-1]
         assert before.startswith("# "), name
+    own = {kind for kind in vars(install).values() if isinstance(kind, type) and kind.__module__ == install.__name__} - {Install}
+    assert len(own) > 12
+    plain = {"kind", "size", "memory"}  # what these mean stands in their names, and with whose they are
+    undocumented = [f"{kind.__name__}.{name}" for kind in own for name, part in kind.model_fields.items() if not part.description]
+    assert [name for name in undocumented if name.rpartition(".")[2] not in plain] == []

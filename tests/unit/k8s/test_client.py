@@ -119,7 +119,7 @@ def test_without_a_kubeconfig_it_is_said_where_one_is_looked_for(tmp_path: Path,
     monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
     with pytest.raises(ClusterError) as refused:
         connect()
-    assert "no kubeconfig" in refused.value.problem
+    assert refused.value.problem == f"there is no kubeconfig: no file {tmp_path / 'nowhere'}"
     assert "KUBECONFIG=" in refused.value.fix
 
 
@@ -134,6 +134,9 @@ def test_a_context_is_chosen_by_name_and_brings_its_namespace(api: Any) -> None:
     with pytest.raises(ClusterError) as refused:
         connect("elsewhere")
     assert refused.value.fix == "one of: here, there"
+    with pytest.raises(ClusterError) as refused:
+        connect("thre")
+    assert refused.value.fix == "did you mean there? There is: here, there"
 
 
 def test_a_watch_that_breaks_is_begun_again_where_it_was(api: Any, kube: Kube) -> None:

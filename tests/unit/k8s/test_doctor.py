@@ -16,17 +16,19 @@ from danlu.errors import SpecError
 REVIEW = "post /apis/authorization.k8s.io/v1/selfsubjectaccessreviews"
 KUEUE = "get /apis/apiextensions.k8s.io/v1/customresourcedefinitions/workloads.kueue.x-k8s.io"
 PODMONITORS = "get /apis/apiextensions.k8s.io/v1/customresourcedefinitions/podmonitors.monitoring.coreos.com"
+GATEWAYS = "get /apis/gateway.networking.k8s.io"
 CRD = "get /apis/apiextensions.k8s.io/v1/customresourcedefinitions/rayjobs.ray.io"
 
 
 def found(
-    api: Any, *, allowed: bool = True, fields: tuple[str, ...] = doctor.NEW_FIELDS, kueue: str = "v1beta2"
+    api: Any, *, allowed: bool = True, fields: tuple[str, ...] = doctor.NEW_FIELDS, kueue: str = "v1beta2", gateways: bool = True
 ) -> dict[str, doctor.Finding]:
     """Findings of the cluster by name."""
     api.answer(REVIEW, {"status": {"allowed": allowed}})
     schema = {"openAPIV3Schema": {"properties": {"spec": {"properties": {name: {} for name in fields}}}}}
     api.answer(CRD, {"spec": {"versions": [{"name": "v1", "schema": schema}]}})
     api.answer(KUEUE, {"spec": {"versions": [{"name": kueue, "served": True}]}})
+    api.answer(GATEWAYS, {"kind": "APIGroup"}) if gateways else None
     api.answer(PODMONITORS, {"metadata": {"annotations": {"operator.prometheus.io/version": "0.88.1"}}})
     return {one.what: one for one in doctor._kubernetes(None, None)}
 
@@ -35,6 +37,13 @@ def test_a_cluster_that_has_everything(api: Any) -> None:
     every = found(api)
     assert {one.verdict for one in every.values()} == {"ok"}
     assert "0.88.1" in every["Prometheus"].found
+
+
+def test_a_cluster_without_the_gateway_api_is_told_what_would_need_it(api: Any) -> None:
+    one = found(api, gateways=False)["Gateway API"]
+    assert (one.verdict, one.found[:5]) == ("ok", "none,")
+    assert "cluster.upgrade.kind=incremental" in one.found
+    assert found(api)["Gateway API"].found == "there is one"
 
 
 def test_a_right_that_is_missing_is_named_with_the_role_that_gives_it(api: Any) -> None:
@@ -63,7 +72,7 @@ def test_a_cluster_without_kuberay(api: Any) -> None:
     api.answer(CRD, 404, {"reason": "NotFound", "message": "not found"})
     api.answer(PODMONITORS, 404, {"reason": "NotFound", "message": "not found"})
     api.answer(KUEUE, 404, {"reason": "NotFound", "message": "not found"})
-    (_, kuberay, kueue, prometheus) = doctor._kubernetes(None, None)
+    (_, kuberay, kueue, prometheus, _) = doctor._kubernetes(None, None)
     assert (kuberay.verdict, kuberay.what) == ("missing", "KubeRay")
     assert (kueue.verdict, kueue.found) == ("ok", "none, which cluster.scheduler.kind=kueue would need")
     assert (prometheus.verdict, "kube-prometheus-stack" in prometheus.fix) == ("warning", True)

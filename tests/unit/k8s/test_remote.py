@@ -321,6 +321,7 @@ def test_the_name_that_was_meant_comes_first_of_many(api: Any, submitted: Kube) 
     assert isinstance(told, ClusterError)
     assert "; there is: topics, another-00, " in told.problem
     assert told.problem.endswith(" and 5 more")
+    assert danlu("jobs", "show", "other-1").exception.fix.startswith("did you mean another-10?")  # type: ignore[union-attr]
     assert danlu("jobs", "show", "sentiment").exception.fix.startswith("--namespace"), "nothing like it is there"  # type: ignore[union-attr]
 
 
@@ -457,6 +458,7 @@ def test_a_service_is_deployed_scaled_and_rolled_back(api: Any, service_file: st
     first = danlu("serve", service_file, "--on", "k8s").output
     assert "new: it answers once its pods are up" in first
     assert "echo is deployed to here" in first
+    assert "kubectl port-forward service/echo-serve-svc 8000 --namespace default  " in first
     again = danlu("serve", service_file, "--on", "k8s", "--set", "cluster.image=registry/danlu:2")
     assert "new cluster: a second set of pods takes over once it is ready; at least 1 more pod than now" in again.output
     assert "new cluster: a second set of pods" in danlu("services", "rollback", "echo").output

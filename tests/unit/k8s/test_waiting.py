@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from danlu.errors import ClusterError
 from danlu.k8s import client
 from danlu.k8s.kubeconfig import Kube, connect
 from danlu.remote import jobs, services
+from danlu.spec.files import dump
 
 QUOTA = 'pods "topics-head" is forbidden: exceeded quota: team, requested: requests.nvidia.com/gpu=8, used: 12, limited: 16'
 EARLY, LATE = "2026-11-25T00:00:01Z", "2026-11-25T00:00:09Z"
@@ -103,6 +105,39 @@ def test_a_suspended_job_that_is_being_deleted_is_made_anew_by_resume(api: Any, 
     assert jobs.resume(kube, "topics") == "topics goes on"
     job = api.get("rayjobs", "topics")
     assert (job["metadata"]["uid"] != before, "suspend" in job["spec"]) == (True, False)
+
+
+def test_what_kuberay_has_never_looked_at_says_why_that_may_be(api: Any, kube: Kube) -> None:
+    jobs.submit(kube, JOB.model_copy(update={"name": "unseen"}))
+    services.deploy(kube, SERVICE.model_copy(update={"name": "unseen"}))
+    assert "KubeRay's operator does not run" in jobs.status(kube, "unseen").fix
+    assert "KubeRay's operator does not run" in services.service(kube, "unseen").fix
+    assert (jobs.status(kube, "topics").fix, services.service(kube, "topics").fix) == ("", "")
+
+
+def test_a_gang_that_waits_for_its_queue_is_not_said_to_fit_no_node(api: Any, kube: Kube) -> None:
+    unready = [{"type": "PodScheduled", "status": "False", "message": "pod group is not ready, 1 Pending, 9 minAvailable"}]
+    worker = pod("w-0", phase="Pending", conditions=unready)
+    worker["spec"]["schedulerName"] = "volcano"
+    api.put("pods", "w-0", **worker)
+    assert jobs.status(kube, "topics").why == "pod w-0 is not started by volcano yet: pod group is not ready, 1 Pending, 9 minAvailable"
+
+
+@pytest.mark.parametrize("available", [False, True])
+def test_an_incremental_upgrade_needs_the_gateway_api(available: bool, api: Any, tmp_path: Path) -> None:
+    (tmp_path / "service.yaml").write_text(dump(SERVICE))
+    if available:
+        api.answer("get /apis/gateway.networking.k8s.io", {"kind": "APIGroup"})
+    asked = ("serve", str(tmp_path / "service.yaml"), "--on", "k8s", "--set", "cluster.upgrade={kind: incremental, gateway_class: istio}")
+    for more in ((), ("--dry-run=server",)):
+        told = danlu(*asked, *more)
+        if available:
+            assert told.exit_code == 0, told.output
+            continue
+        assert isinstance(told.exception, ClusterError)
+        assert (told.exception.where, "Gateway API" in told.exception.problem) == ("cluster.upgrade.kind", True)
+        assert "new_cluster" in told.exception.fix
+        assert api.get("rayservices", "echo") is None
 
 
 @pytest.mark.parametrize("answer", ["lost", "an error"])

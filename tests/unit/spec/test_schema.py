@@ -702,6 +702,22 @@ SPANNING = {
         Service,
         SERVICE | {"cluster": {"image": "i", "upgrade": {"kind": "incremental", "gateway_class": "g"}}},
     ),
+    "has room for all replicas": (
+        Service,
+        SERVICE
+        | {
+            "autoscaling": {"max_replicas": 2},
+            "cluster": {"image": "i", "replicas_per_pod": 2, "upgrade": {"kind": "incremental", "gateway_class": "g"}},
+        },
+    ),
+    "requests move to pods that are up": (
+        Service,
+        SERVICE
+        | {
+            "autoscaling": {"max_replicas": 2},
+            "cluster": {"image": "i", "upgrade": {"kind": "incremental", "gateway_class": "g", "max_surge_percent": 20}},
+        },
+    ),
 }
 """The rules that no schema of single fields can hold, by what pydantic says; and a document for each."""
 
