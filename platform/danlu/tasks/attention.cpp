@@ -88,7 +88,8 @@ struct Rows {  // a head's tokens of one row
 };
 
 void copy(const Rows& rows, uint16_t* to) {  // [whole(length)][dim], zeros behind
-    for (int64_t t = 0; t < rows.length; ++t) std::memcpy(to + t * rows.dim, rows.from + t * rows.stride, rows.dim * 2);
+    for (int64_t t = 0; t < rows.length; ++t)
+        for (int64_t d = 0; d < rows.dim; d += 32) _mm512_storeu_si512(to + t * rows.dim + d, _mm512_loadu_si512(rows.from + t * rows.stride + d));
     std::memset(to + rows.length * rows.dim, 0, (whole(rows.length) - rows.length) * rows.dim * 2);
 }
 

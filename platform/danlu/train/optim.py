@@ -65,7 +65,7 @@ def make_optimizer(groups: list[dict[str, Any]], optim: Optim, *, compiled: bool
     rate = optim.learning_rate
     match optim.optimizer:
         case AdamW() as spec:
-            settings = {"lr": rate, "betas": (spec.adam_beta1, spec.adam_beta2), "eps": spec.adam_epsilon}
+            settings: dict[str, Any] = {"lr": rate, "betas": (spec.adam_beta1, spec.adam_beta2), "eps": spec.adam_epsilon}
             return CompiledAdamW(groups, **settings) if compiled else torch.optim.AdamW(groups, **settings, fused=True)
         case BnbAdamW() as spec:
             betas = (spec.adam_beta1, spec.adam_beta2)
