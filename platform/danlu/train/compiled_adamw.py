@@ -119,7 +119,7 @@ def use_row_gradients(model: nn.Module, trained: Collection[nn.Parameter]) -> No
             its = id(module.weight)
             if its in own and uses[its] == 1 and module.num_embeddings >= LARGE_TABLE:
                 module.sparse = True
-                module.weight.register_post_accumulate_grad_hook(_summed)
+                module.weight.register_post_accumulate_grad_hook(_summed)  # type: ignore[no-untyped-call]
 
 
 def _summed(parameter: torch.Tensor) -> None:
