@@ -105,7 +105,7 @@ class TrainJob(Spec):
     """`auto`: bf16 if every worker's hardware multiplies it natively (GPUs since Ampere, AVX512-BF16, AMX), else fp32; see the plan.
     fp16 is for GPUs that lack bf16 (V100, T4): with a dynamic loss scale. Master weights are always float32."""
     kernels: Literal["auto", "off"] = "auto"
-    """On a CPU in bf16, kernels for attention and encoder layers, compiled once for the machine (g++, some seconds) and kept in
+    """On a CPU in bf16, kernels for attention, encoder layers and AdamW, compiled once for the machine (g++, some seconds) and kept in
     TORCH_EXTENSIONS_DIR or the user's cache. Without a compiler, or with `off`, PyTorch's operations train the same, more slowly."""
 
     global_batch_size: PositiveInt = 32

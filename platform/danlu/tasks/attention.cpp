@@ -16,6 +16,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <omp.h>
 
 #include "blocks.h"
 
@@ -58,12 +59,11 @@ inline uint32_t mixed(uint64_t x) {  // splitmix64
     x = (x ^ (x >> 27)) * 0x94d049bb133111ebu;
     return uint32_t((x ^ (x >> 31)) >> 32);
 }
-inline __m512i mixed(__m512i x) {  // lowbias32 of https://github.com/skeeto/hash-prospector
+inline __m512i mixed(__m512i x) {  // lowbias32 of https://github.com/skeeto/hash-prospector, but for its last step: only high bits count
     x = _mm512_xor_si512(x, _mm512_srli_epi32(x, 16));
     x = _mm512_mullo_epi32(x, _mm512_set1_epi32(0x7feb352d));
     x = _mm512_xor_si512(x, _mm512_srli_epi32(x, 15));
-    x = _mm512_mullo_epi32(x, _mm512_set1_epi32(int32_t(0x846ca68bu)));
-    return _mm512_xor_si512(x, _mm512_srli_epi32(x, 16));
+    return _mm512_mullo_epi32(x, _mm512_set1_epi32(int32_t(0x846ca68bu)));
 }
 constexpr uint32_t APART = 0x9e3779b9u;  // of neighbouring keys
 
@@ -88,7 +88,8 @@ struct Rows {  // a head's tokens of one row
 };
 
 void copy(const Rows& rows, uint16_t* to) {  // [whole(length)][dim], zeros behind
-    for (int64_t t = 0; t < rows.length; ++t) std::memcpy(to + t * rows.dim, rows.from + t * rows.stride, rows.dim * 2);
+    for (int64_t t = 0; t < rows.length; ++t)
+        for (int64_t d = 0; d < rows.dim; d += 32) _mm512_storeu_si512(to + t * rows.dim + d, _mm512_loadu_si512(rows.from + t * rows.stride + d));
     std::memset(to + rows.length * rows.dim, 0, (whole(rows.length) - rows.length) * rows.dim * 2);
 }
 
@@ -117,6 +118,12 @@ void flatten(const uint16_t* turned, int64_t dim, uint16_t* to) {
         }
 }
 
+// Lines of a head are a token's width apart, too far for the CPU to foresee them.
+void fetch(const uint16_t* from, int64_t stride, int64_t tokens, int64_t dim) {
+    for (int64_t t = 0; t < tokens; ++t)
+        for (int64_t d = 0; d < dim; d += 32) _mm_prefetch((const char*)(from + t * stride + d), _MM_HINT_T1);
+}
+
 struct Unit {  // a row's key head
     Unit(const Attention& call, int64_t index)
         : key_head(index % call.key_heads), start(call.starts[index / call.key_heads]),
@@ -124,12 +131,22 @@ struct Unit {  // a row's key head
     Rows rows(const uint16_t* from, int64_t stride, int64_t head, int64_t dim) const {
         return {from + start * stride + head * dim, stride, length, dim};
     }
+    // Tokens from `top` of what a thread comes to next, BLOCK of them.
+    void fetch_block(const Attention& call, int64_t top, bool backward) const {
+        const int64_t tokens = std::min(BLOCK, length - top), groups = call.heads / call.key_heads, dim = call.dim, from = start + top;
+        fetch(call.key + from * call.key_stride + key_head * dim, call.key_stride, tokens, dim);
+        fetch(call.value + from * call.value_stride + key_head * dim, call.value_stride, tokens, dim);
+        fetch(call.query + from * call.query_stride + key_head * groups * dim, call.query_stride, tokens, groups * dim);
+        if (!backward) return;
+        const int64_t at = (from * call.heads + key_head * groups) * dim;
+        for (const uint16_t* its : {call.out_gradient, (const uint16_t*)call.out, (const uint16_t*)call.out_rest}) fetch(its + at, call.heads * dim, tokens, groups * dim);
+    }
     int64_t key_head, start, length, padded;
 };
 
 // ---------------------------------------------------------------------------------------------------------------- forward
 
-void forward(const Attention& call, const Unit& unit) {
+void forward(const Attention& call, const Unit& unit, const Unit& next) {
     const int64_t dim = call.dim, length = unit.length, padded = unit.padded, groups = call.heads / call.key_heads;
     const int64_t wide = padded + SPREAD;
     const Dropout dropout(call);
@@ -144,49 +161,60 @@ void forward(const Attention& call, const Unit& unit) {
     for (int64_t head = unit.key_head * groups; head < (unit.key_head + 1) * groups; ++head) {
         copy(unit.rows(call.query, call.query_stride, head, dim), queries);
         for (int64_t top = 0; top < length; top += BLOCK) {
+            if (head % groups == 0) next.fetch_block(call, top, false);
             const int64_t end = call.causal ? std::min(padded, top + BLOCK) : padded;
             const int64_t begin = call.window ? std::max<int64_t>(0, top - call.window + 1) / BLOCK * BLOCK : 0;
             for (int64_t k = begin; k < end; k += BLOCK)
                 multiply(scores + k, wide, false, rows_of(queries + top * dim, dim), {keys + k * dim, 32, 16 * dim, 16 * 32}, dim / 32);
-            float inverse[BLOCK];
-            for (int64_t i = 0; i < BLOCK; ++i) {
-                uint16_t* to = weights + i * wide;
-                const int64_t token = top + i;
-                if (token >= length) {
-                    std::memset(to + begin, 0, (end - begin) * 2);
-                    continue;
-                }
+            // Each step for all queries before the next: what one of them waits for in a row, the others have time for.
+            const int64_t number = std::min(BLOCK, length - top);
+            float tops[BLOCK], totals[BLOCK], inverse[BLOCK];
+            for (int64_t i = 0; i < number; ++i) {
                 float* from = scores + i * wide;
-                const int64_t last = call.causal ? token + 1 : length;
+                const int64_t token = top + i, last = call.causal ? token + 1 : length;
                 const int64_t first = call.window ? std::max<int64_t>(0, token - call.window + 1) : 0;
                 for (int64_t k = begin; k < first; ++k) from[k] = -INFINITY;
                 for (int64_t k = last; k < end; ++k) from[k] = -INFINITY;
                 __m512 largest = _mm512_set1_ps(-INFINITY);
                 for (int64_t k = begin; k < end; k += 16) largest = _mm512_max_ps(largest, _mm512_loadu_ps(from + k));
-                const float top_score = _mm512_reduce_max_ps(largest) * call.scaling;
+                tops[i] = _mm512_reduce_max_ps(largest) * call.scaling;
+            }
+            for (int64_t i = 0; i < number; ++i) {
+                const float *from = scores + i * wide, top_score = tops[i];
+                uint16_t* to = weights + i * wide;
                 __m512 sum = _mm512_setzero_ps();
-                const __m512i its = _mm512_set1_epi32(int32_t(dropout.on ? dropout.of_query(head, unit.start + token) : 0));
-                for (int64_t k = begin; k < end; k += 16) {
-                    __m512 weight = exponential(_mm512_loadu_ps(from + k) * call.scaling - top_score);
-                    sum += weight;
-                    if (dropout.on) {
-                        const __m512i place = _mm512_mullo_epi32(_mm512_add_epi32(COUNT, _mm512_set1_epi32(int32_t(k))), _mm512_set1_epi32(int32_t(APART)));
-                        weight = _mm512_maskz_mov_ps(dropout.kept(_mm512_add_epi32(its, place)), weight);
+                if (dropout.on) {
+                    const uint32_t its = dropout.of_query(head, unit.start + top + i) + uint32_t(begin) * APART;
+                    __m512i place = _mm512_add_epi32(_mm512_mullo_epi32(COUNT, _mm512_set1_epi32(int32_t(APART))), _mm512_set1_epi32(int32_t(its)));
+                    for (int64_t k = begin; k < end; k += 16) {
+                        const __m512 weight = exponential(_mm512_loadu_ps(from + k) * call.scaling - top_score);
+                        sum += weight;
+                        store(to + k, _mm512_maskz_mov_ps(dropout.kept(place), weight));
+                        place = _mm512_add_epi32(place, _mm512_set1_epi32(int32_t(APART * 16)));
                     }
-                    store(to + k, weight);
+                } else {
+                    for (int64_t k = begin; k < end; k += 16) {
+                        const __m512 weight = exponential(_mm512_loadu_ps(from + k) * call.scaling - top_score);
+                        sum += weight;
+                        store(to + k, weight);
+                    }
                 }
-                const float total = _mm512_reduce_add_ps(sum);
-                inverse[i] = 1.0f / (total * (1.0f - call.dropout));
-                call.log_sums[head * call.starts[call.rows] + unit.start + token] = top_score + std::log(total);
+                totals[i] = _mm512_reduce_add_ps(sum);
+            }
+            for (int64_t i = number; i < BLOCK; ++i) std::memset(weights + i * wide + begin, 0, (end - begin) * 2);
+            for (int64_t i = 0; i < number; ++i) {
+                inverse[i] = 1.0f / (totals[i] * (1.0f - call.dropout));
+                call.log_sums[head * call.starts[call.rows] + unit.start + top + i] = tops[i] + std::log(totals[i]);
             }
             for (int64_t d = 0; d < dim; d += BLOCK)
                 multiply(sums + d, dim, false, rows_of(weights + begin, wide), {values + begin * dim + d * 2, dim * 2, 32, 32 * dim}, (end - begin) / 32);
-            for (int64_t i = 0; i < std::min(BLOCK, length - top); ++i) {
+            for (int64_t i = 0; i < number; ++i) {
                 const int64_t at = ((unit.start + top + i) * call.heads + head) * dim;
-                for (int64_t d = 0; d < dim; d += 16) {
-                    const __m512 out = _mm512_loadu_ps(sums + i * dim + d) * inverse[i];
-                    store(call.out + at + d, out);
-                    store(call.out_rest + at + d, out - widened(call.out + at + d));
+                for (int64_t d = 0; d < dim; d += 32) {
+                    const __m512 one = _mm512_loadu_ps(sums + i * dim + d) * inverse[i], other = _mm512_loadu_ps(sums + i * dim + d + 16) * inverse[i];
+                    const __m512i out = in_bf16(one, other);
+                    stream(call.out + at + d, out);
+                    stream(call.out_rest + at + d, in_bf16(one - lower(out), other - upper(out)));
                 }
             }
         }
@@ -196,7 +224,7 @@ void forward(const Attention& call, const Unit& unit) {
 // ---------------------------------------------------------------------------------------------------------------- backward
 
 // Scores are made turned, [keys, queries]: sums over queries are then products of whole rows, and what a query has of its own is a vector.
-void backward(const Attention& call, const Unit& unit) {
+void backward(const Attention& call, const Unit& unit, const Unit& next) {
     const int64_t dim = call.dim, length = unit.length, padded = unit.padded, groups = call.heads / call.key_heads;
     const int64_t wide = padded + SPREAD;
     const Dropout dropout(call);
@@ -234,6 +262,7 @@ void backward(const Attention& call, const Unit& unit) {
         }
         std::memset(of_queries, 0, dim * wide * 4);
         for (int64_t top = 0; top < length; top += BLOCK) {  // keys
+            if (g == 0) next.fetch_block(call, top, true);
             const int64_t begin = call.causal ? top : 0;
             const int64_t end = call.window ? std::min(padded, whole(top + BLOCK + call.window - 1)) : padded;
             for (int64_t q = begin; q < end; q += BLOCK) {
@@ -277,24 +306,31 @@ void backward(const Attention& call, const Unit& unit) {
         const __m512i every = _mm512_mullo_epi32(COUNT, _mm512_set1_epi32(int32_t(wide * 4)));
         for (int64_t t = 0; t < length; ++t) {
             uint16_t* to = call.query_gradient + (unit.start + t) * call.gradient_stride + head * dim;
-            for (int64_t d = 0; d < dim; d += 16) store(to + d, _mm512_i32gather_ps(every, of_queries + d * wide + t, 1));
+            for (int64_t d = 0; d < dim; d += 32) {
+                const float* from = of_queries + d * wide + t;
+                stream(to + d, in_bf16(_mm512_i32gather_ps(every, from, 1), _mm512_i32gather_ps(every, from + 16 * wide, 1)));
+            }
         }
     }
     for (int64_t t = 0; t < length; ++t) {
         const int64_t at = (unit.start + t) * call.key_gradient_stride + unit.key_head * dim;
-        for (int64_t d = 0; d < dim; d += 16) {
-            store(call.key_gradient + at + d, _mm512_loadu_ps(of_keys + t * dim + d));
-            store(call.value_gradient + at + d, _mm512_loadu_ps(of_values + t * dim + d));
+        for (int64_t d = 0; d < dim; d += 32) {
+            const float *of_key = of_keys + t * dim + d, *of_value = of_values + t * dim + d;
+            stream(call.key_gradient + at + d, in_bf16(_mm512_loadu_ps(of_key), _mm512_loadu_ps(of_key + 16)));
+            stream(call.value_gradient + at + d, in_bf16(_mm512_loadu_ps(of_value), _mm512_loadu_ps(of_value + 16)));
         }
     }
 }
 
 template <typename Run> void each_unit(const Attention& call, Run run) {
+    const int64_t units = call.rows * call.key_heads;
 #pragma omp parallel
     {
         const Tiles tiles;
-#pragma omp for schedule(dynamic)
-        for (int64_t index = 0; index < call.rows * call.key_heads; ++index) run(call, Unit(call, index));
+        const int64_t together = std::max<int64_t>(1, units / (16 * omp_get_num_threads()));  // neighbours, mostly of one row
+#pragma omp for schedule(dynamic, together)
+        for (int64_t index = 0; index < units; ++index) run(call, Unit(call, index), Unit(call, std::min(index + 1, units - 1)));
+        _mm_sfence();
     }
 }
 

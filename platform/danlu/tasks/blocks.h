@@ -127,6 +127,14 @@ inline __m512 widened(const uint16_t* from) {
 }
 inline void store(uint16_t* to, __m512 x) { _mm256_storeu_si256((__m256i*)to, (__m256i)_mm512_cvtneps_pbh(x)); }
 
+inline __m512i in_bf16(__m512 one, __m512 other) { return (__m512i)_mm512_cvtne2ps_pbh(other, one); }  // 32 numbers
+inline __m512 lower(__m512i both) { return (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_castsi512_si256(both)), 16); }
+inline __m512 upper(__m512i both) { return (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(both, 1)), 16); }
+
+// Write a line, 64 bytes aligned, past the caches: more than they hold is written before it is read again, and its old numbers are not
+// fetched first. A thread that did ends with _mm_sfence.
+inline void stream(uint16_t* to, __m512i numbers) { _mm512_stream_si512((__m512i*)to, numbers); }
+
 // The numbers of two rows beside each other.
 inline __m512i paired(__m256i one, __m256i other) {
     const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3,

@@ -58,7 +58,15 @@ class FusedLayer(nn.Module):
         if kernels() is None or starts is None or attention_mask is not None or not _can_be_fused(self, hidden_states):
             return super().forward(hidden_states, attention_mask, *args, **kwargs)
         parameters = [getattr(part, name) for part in _parts(self) if type(part) in WITH_PARAMETERS for name in ("weight", "bias")]
-        return _Layer.apply(hidden_states, starts, _settings(self), *parameters)  # type: ignore[no-untyped-call]
+        out, rounded = _Layer.apply(hidden_states, rounded_of(hidden_states), starts, _settings(self), *parameters)  # type: ignore[no-untyped-call]
+        # The next layer's products read them rounded: they were at hand, in the caches.
+        out.rounded, out.rounded_version = rounded, out._version
+        return out
+
+
+def rounded_of(hidden: torch.Tensor) -> torch.Tensor | None:
+    """Hidden states in bf16 [tokens, width], if the layer before has left them and nobody has changed them since."""
+    return getattr(hidden, "rounded", None) if getattr(hidden, "rounded_version", None) == hidden._version else None
 
 
 def _parts(layer: nn.Module) -> list[nn.Module]:
@@ -109,16 +117,24 @@ def _settings(layer: Any) -> dict[str, Any]:
 
 
 class _Layer(torch.autograd.Function):
-    """hidden: float32 [1, tokens, width]. What is kept for the backward is bf16, but for what the norms had normed."""
+    """hidden: float32 [1, tokens, width], and rounded if it is at hand; the same of the answer. What is kept for the backward is bf16, but
+    for what the norms had normed."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: torch.Tensor, starts: torch.Tensor, settings: dict[str, Any], *parameters: torch.Tensor) -> torch.Tensor:
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        rounded_hidden: torch.Tensor | None,
+        starts: torch.Tensor,
+        settings: dict[str, Any],
+        *parameters: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         found = loaded()
         q, q_bias, k, k_bias, v, v_bias, o, o_bias, norm, norm_bias, up, up_bias, down, down_bias, last, last_bias = parameters
         residual, starts = hidden[0].contiguous(), starts.to("cpu", torch.int32).contiguous()
         products = _products(found, settings)
         with torch.autocast("cpu", enabled=False):
-            x = residual.bfloat16()
+            x = residual.bfloat16() if rounded_hidden is None else rounded_hidden
             into, from_qkv = products.lay_out([q, k, v])
             qkv = products.product(x, into, torch.cat([q_bias, k_bias, v_bias]))
             attended, rest, log_sums = torch.empty_like(x), torch.empty_like(x), residual.new_empty(settings["heads"], len(x))
@@ -130,23 +146,24 @@ class _Layer(torch.autograd.Function):
             inner, active = products.product_and_gelu(rounded, up, up_bias)
             down, from_down = products.lay_out([down])
             update = products.product(active, down, down_bias)
-            out, _, last_normed, last_scales = _norm(found, update, middle, last, last_bias, settings, 1)
+            out, rounded_out, last_normed, last_scales = _norm(found, update, middle, last, last_bias, settings, 1)
         ctx.settings = settings
         ctx.save_for_backward(
             *(starts, x, qkv, attended, rest, log_sums, rounded, normed, scales, inner, active, last_normed, last_scales),
             *(from_qkv, from_o, from_up, from_down, norm, last),
         )
-        return out[None]
+        ctx.mark_non_differentiable(rounded_out)
+        return out[None], rounded_out
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, gradient: torch.Tensor, _: Any) -> tuple[torch.Tensor | None, ...]:
         found = loaded()
         starts, x, qkv, attended, rest, log_sums, rounded, normed, scales, inner, active, *saved = ctx.saved_tensors
         last_normed, last_scales, from_qkv, from_o, from_up, from_down, norm, last = saved
         settings: dict[str, Any] = ctx.settings
         tokens, width = x.shape
-        products, of_hidden, needs = _products(found, settings), None, ctx.needs_input_grad[3:]
+        products, of_hidden, needs = _products(found, settings), None, ctx.needs_input_grad[4:]
 
         def of_weight(index: int, of_out: torch.Tensor, of_in: torch.Tensor) -> torch.Tensor | None:
             return products.of_weight(of_out, of_in) if needs[index] else None
@@ -174,7 +191,7 @@ class _Layer(torch.autograd.Function):
         of_q_bias, of_k_bias, of_v_bias = of_into_bias.chunk(3)
         of_parameters = (of_q, of_q_bias, of_k, of_k_bias, of_v, of_v_bias, of_o, of_o_bias, of_norm, of_norm_bias, of_up, of_up_bias,
                          of_down, of_down_bias, of_last, of_last_bias)  # fmt: skip
-        return of_hidden, None, None, *(tensor if need else None for tensor, need in zip(of_parameters, needs, strict=True))
+        return of_hidden, None, None, None, *(tensor if need else None for tensor, need in zip(of_parameters, needs, strict=True))
 
 
 def _products(found: Kernels, settings: dict[str, Any]) -> Products:

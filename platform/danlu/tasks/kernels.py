@@ -1,4 +1,4 @@
-"""The compiled kernels of training on a CPU (attention.cpp, layers.cpp, products.cpp): where they are used, and their calls."""
+"""The compiled kernels of training on a CPU (attention.cpp, layers.cpp, products.cpp, adamw.cpp): where they are used, and their calls."""
 
 from __future__ import annotations
 
@@ -45,6 +45,16 @@ class NormCall(ctypes.Structure):
     ]
 
 
+class AdamWParameter(ctypes.Structure):
+    """adamw.cpp's Parameter."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("weight", "average", "square_average", "gradient", "places", "still")),
+        *((name, ctypes.c_int64) for name in ("rows", "width", "gradient_rows")),
+        *((name, ctypes.c_float) for name in ("kept", "rate", "correction")),
+    ]
+
+
 @dataclass(frozen=True)
 class Kernels:
     """The libraries, loaded."""
@@ -53,6 +63,7 @@ class Kernels:
     layers: ctypes.CDLL
     products: ctypes.CDLL | None
     """For CPUs with AMX; on others PyTorch's products are as fast."""
+    adamw: ctypes.CDLL
 
 
 _used = False
@@ -90,7 +101,7 @@ def loaded() -> Kernels:
 def _kernels() -> Kernels | KernelsUnavailable:
     here = Path(__file__).parent
     try:
-        attention, layers, products = (load(here / f"{name}.cpp") for name in ("attention", "layers", "products"))
+        attention, layers, products, adamw = (load(here / f"{name}.cpp") for name in ("attention", "layers", "products", "adamw"))
     except KernelsUnavailable as error:
         return error
     pointer, number = ctypes.c_void_p, ctypes.c_int64
@@ -104,9 +115,12 @@ def _kernels() -> Kernels | KernelsUnavailable:
     products.danlu_product_gelu.argtypes = (pointer, number, number, pointer, number, pointer, pointer, pointer)
     products.danlu_product_gelu_backward.argtypes = products.danlu_product_gelu.argtypes
     products.danlu_weight_gradient.argtypes = (pointer, number, pointer, number, number, pointer)
+    parameters, real = ctypes.POINTER(AdamWParameter), ctypes.c_float
+    adamw.danlu_gradient_squares.argtypes, adamw.danlu_gradient_squares.restype = (parameters, number), ctypes.c_double
+    adamw.danlu_adamw.argtypes = (parameters, number, real, real, real, real)
     if not attention.danlu_attention_ready():
         return KernelsUnavailable("they are for CPUs that multiply bf16 (AVX512-BF16)")
-    return Kernels(attention, layers, products if products.danlu_products_ready() else None)
+    return Kernels(attention, layers, products if products.danlu_products_ready() else None, adamw)
 
 
 def draw_seed() -> int:

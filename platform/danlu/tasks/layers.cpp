@@ -169,12 +169,13 @@ extern "C" void danlu_norm_backward(const Norm* call) {
         mean /= float(width);
         along /= float(width);
         const float scale = call->scales[row];
-        const uint32_t its = dropout.of_row(row);
+        const Dropout here = dropout;  // of which nobody else has the address, or the loop would not become vectors
+        const uint32_t its = here.of_row(row);
         if (drops) {
 #pragma omp simd
             for (int64_t i = 0; i < width; ++i) {
                 of_residual[i] = scale * (of_residual[i] - mean - normed[i] * along);
-                of_update[i] = nearest(of_residual[i] * dropout.factor(its, i));
+                of_update[i] = nearest(of_residual[i] * here.factor(its, i));
                 of_added[i] += wide(of_update[i]);
             }
         } else {

@@ -26,8 +26,7 @@ extern "C" void danlu_weight_gradient(const uint16_t*, int64_t, const uint16_t*,
 
 namespace {
 
-constexpr int64_t TILE = 16 * 32, ROWS = 128;  // numbers of a tile; rows of x that are taken together
-constexpr int64_t KEPT = 600 * 1024;           // numbers of a factor that stay in a core's cache, of 2 MB, while the other passes by
+constexpr int64_t TILE = 16 * 32, ROWS = 64, CHUNK = 256;  // numbers of a tile; rows of x, and tokens of a sum, that are taken together
 
 void transpose(__m512i* r) {  // 16 x 16 numbers of 32 bits
     __m512i a[16], b[16];
@@ -68,12 +67,10 @@ inline __m512 below(__m512 x, __m512& bell) {
     return _mm512_mask_sub_ps(tail, _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_GE_OQ), one, tail);
 }
 
-inline __m512i in_bf16(__m512 one, __m512 other) { return (__m512i)_mm512_cvtne2ps_pbh(other, one); }  // 32 numbers
-inline __m512 lower(__m512i both) { return (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_castsi512_si256(both)), 16); }
-inline __m512 upper(__m512i both) { return (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(both, 1)), 16); }
-
 // x [rows, inner] @ the right tiles, of so many columns: `finish` has blocks, 32 columns of up to 32 rows, as the sums [32][32].
-template <typename Finish> void each_block(const uint16_t* x, int64_t rows, int64_t inner, const uint16_t* right, int64_t columns, Finish finish) {
+// `fetched` [rows, columns] is a matrix that it reads, if any: its lines are a row apart, too far for the CPU to foresee them.
+template <typename Read, typename Finish>
+void each_block(const uint16_t* x, int64_t rows, int64_t inner, const uint16_t* right, int64_t columns, const Read* fetched, Finish finish) {
     const int64_t beside = inner / 32 * TILE;
 #pragma omp parallel
     {
@@ -93,13 +90,18 @@ template <typename Finish> void each_block(const uint16_t* x, int64_t rows, int6
                 for (int64_t row = top; row < end; row += 32) {
                     const int64_t number = std::min<int64_t>(32, end - row);
                     const uint16_t* left = number < 32 ? last : x + row * inner;
+                    for (int64_t i = 0; fetched != nullptr && i < number; ++i)
+                        for (size_t line = 0; line < 32 * sizeof(Read); line += 64)
+                            _mm_prefetch((const char*)(fetched + (row + i) * columns + column) + line, _MM_HINT_T0);
                     multiply(sums, 32, false, {left, inner, 16 * inner, 32}, {right + column / 16 * beside, 32, beside, TILE}, inner / 32);
                     finish(row, number, column, sums);
                 }
         }
-        _mm_sfence();  // what went past the caches is there for whoever comes after
+        _mm_sfence();
     }
 }
+
+constexpr const uint16_t* NOTHING = nullptr;
 
 struct Bias {  // of 32 columns
     Bias(const float* from, int64_t column)
@@ -141,15 +143,15 @@ extern "C" void danlu_lay_out(const float* weight, int64_t outs, int64_t ins, in
 // out [rows, columns] = x [rows, inner] @ the right tiles + bias [columns], which may be null.
 extern "C" void danlu_product(const uint16_t* x, int64_t rows, int64_t inner, const uint16_t* right, int64_t columns, const float* bias,
                               uint16_t* out) {
-    each_block(x, rows, inner, right, columns, [=](int64_t row, int64_t number, int64_t column, const float* sums) {
+    each_block(x, rows, inner, right, columns, NOTHING, [=](int64_t row, int64_t number, int64_t column, const float* sums) {
         const Bias its(bias, column);
-        for (int64_t i = 0; i < number; ++i) _mm512_storeu_si512(out + (row + i) * columns + column, its.added(sums + i * 32));
+        for (int64_t i = 0; i < number; ++i) stream(out + (row + i) * columns + column, its.added(sums + i * 32));
     });
 }
 
 // into [rows, columns] += x @ the right tiles
 extern "C" void danlu_product_add(const uint16_t* x, int64_t rows, int64_t inner, const uint16_t* right, int64_t columns, float* into) {
-    each_block(x, rows, inner, right, columns, [=](int64_t row, int64_t number, int64_t column, const float* sums) {
+    each_block(x, rows, inner, right, columns, into, [=](int64_t row, int64_t number, int64_t column, const float* sums) {
         for (int64_t i = 0; i < number; ++i)
             for (int64_t j = 0; j < 32; j += 16) {
                 float* to = into + (row + i) * columns + column + j;
@@ -158,17 +160,17 @@ extern "C" void danlu_product_add(const uint16_t* x, int64_t rows, int64_t inner
     });
 }
 
-// out = x @ the right tiles + bias, and active = GELU(out). Only the backward reads `out` again (64 bytes aligned): it goes past the caches.
+// out = x @ the right tiles + bias, and active = GELU(out)
 extern "C" void danlu_product_gelu(const uint16_t* x, int64_t rows, int64_t inner, const uint16_t* right, int64_t columns, const float* bias,
                                    uint16_t* out, uint16_t* active) {
-    each_block(x, rows, inner, right, columns, [=](int64_t row, int64_t number, int64_t column, const float* sums) {
+    each_block(x, rows, inner, right, columns, NOTHING, [=](int64_t row, int64_t number, int64_t column, const float* sums) {
         const Bias its(bias, column);
         for (int64_t i = 0; i < number; ++i) {
             const __m512i made = its.added(sums + i * 32);
-            _mm512_stream_si512((__m512i*)(out + (row + i) * columns + column), made);
+            stream(out + (row + i) * columns + column, made);
             const __m512 one = lower(made), other = upper(made);
             __m512 bell;
-            _mm512_storeu_si512(active + (row + i) * columns + column, in_bf16(one * below(one, bell), other * below(other, bell)));
+            stream(active + (row + i) * columns + column, in_bf16(one * below(one, bell), other * below(other, bell)));
         }
     });
 }
@@ -179,7 +181,7 @@ extern "C" void danlu_product_gelu_backward(const uint16_t* gradient, int64_t ro
     const int64_t blocks = (rows + ROWS - 1) / ROWS;
     std::vector<float> parts(size_t(blocks * columns), 0.0f);  // added up in one order, whichever thread made which
     float* all = parts.data();
-    each_block(gradient, rows, inner, right, columns, [=](int64_t row, int64_t number, int64_t column, const float* sums) {
+    each_block(gradient, rows, inner, right, columns, at, [=](int64_t row, int64_t number, int64_t column, const float* sums) {
         __m512 total[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
         for (int64_t i = 0; i < number; ++i) {
             const __m512i before = _mm512_loadu_si512(at + (row + i) * columns + column);
@@ -191,7 +193,7 @@ extern "C" void danlu_product_gelu_backward(const uint16_t* gradient, int64_t ro
                 made[j] = _mm512_load_ps(sums + i * 32 + j * 16) * (share + x[j] * bell * 0.39894228f);
             }
             const __m512i rounded = in_bf16(made[0], made[1]);
-            _mm512_storeu_si512(out + (row + i) * columns + column, rounded);
+            stream(out + (row + i) * columns + column, rounded);
             total[0] += lower(rounded);
             total[1] += upper(rounded);
         }
@@ -208,20 +210,15 @@ extern "C" void danlu_product_gelu_backward(const uint16_t* gradient, int64_t ro
 }
 
 // into [outs, ins] = gradient [tokens, outs].T @ x [tokens, ins]
-//
-// As many tokens at a time as the narrower factor may have to stay in a core's cache: each further time, `into` is read and written again.
 extern "C" void danlu_weight_gradient(const uint16_t* gradient, int64_t outs, const uint16_t* x, int64_t ins, int64_t tokens, float* into) {
-    const int64_t chunk = std::max<int64_t>(256, KEPT / std::min(outs, ins) / 32 * 32);
-    room.reserve((outs + ins) * std::min(chunk, tokens + 31) * 2 + 4096);
-    uint16_t *left = room.take<uint16_t>(outs * std::min(chunk, tokens + 31)), *right = room.take<uint16_t>(ins * std::min(chunk, tokens + 31));
-    const bool wide = ins > outs;
-    const int64_t outer = std::max(outs, ins), inner = std::min(outs, ins);
+    room.reserve((outs + ins) * CHUNK * 2);
+    uint16_t *left = room.take<uint16_t>(outs * CHUNK), *right = room.take<uint16_t>(ins * CHUNK);
 #pragma omp parallel
     {
         const Tiles tiles;
         __m512i pairs[16];
-        for (int64_t start = 0; start < tokens; start += chunk) {
-            const int64_t steps = (std::min(chunk, tokens - start) + 31) / 32;
+        for (int64_t start = 0; start < tokens; start += CHUNK) {
+            const int64_t steps = (std::min(CHUNK, tokens - start) + 31) / 32;
 #pragma omp for schedule(static) nowait
             for (int64_t step = 0; step < steps; ++step) {
                 const int64_t token = start + step * 32;
@@ -240,12 +237,10 @@ extern "C" void danlu_weight_gradient(const uint16_t* gradient, int64_t outs, co
                 }
             }
 #pragma omp for schedule(static)
-            for (int64_t passing = 0; passing < outer; passing += 32)
-                for (int64_t staying = 0; staying < inner; staying += 32) {
-                    const int64_t out = wide ? staying : passing, in = wide ? passing : staying;
+            for (int64_t out = 0; out < outs; out += 32)
+                for (int64_t in = 0; in < ins; in += 32)
                     multiply(into + out * ins + in, ins, start > 0, {left + out / 16 * steps * TILE, 32, steps * TILE, TILE},
                              {right + in / 16 * steps * TILE, 32, steps * TILE, TILE}, steps);
-                }
         }
     }
 }

@@ -14,9 +14,10 @@ BLOCK = 32
 
 @dataclass(frozen=True)
 class Products:
-    """Of weights W [outs, ins] that are laid out once for a pass, `tiles` being the library (products.cpp) or None; `layers`: layers.cpp."""
+    """Of weights W [outs, ins] that are laid out once for a pass."""
 
     tiles: ctypes.CDLL | None
+    """products.cpp, where it is used."""
     layers: ctypes.CDLL
 
     def lay_out(self, weights: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -13,6 +13,7 @@ from torch import nn
 from danlu.artifact.trainable import is_embedding
 from danlu.errors import SpecError
 from danlu.spec.optim import Adafactor, AdamW, BnbAdamW, Constant, Cosine, Linear, Lion, OneCycle, Optim, Wsd
+from danlu.train.compiled_adamw import CompiledAdamW
 
 LAYER = re.compile(r"\.(?:layer|layers|h|block|blocks|albert_layers)\.(\d+)\.")
 
@@ -56,12 +57,16 @@ def _below_top(name: str, num_layers: int) -> int:
     return num_layers + 1 if not is_output and ("embed" in name or is_embedding(name)) else 0
 
 
-def make_optimizer(groups: list[dict[str, Any]], optim: Optim) -> torch.optim.Optimizer:
-    """The optimizer of a spec's `optim:`. The rate in it is only a start: `set_learning_rate` gives each step its own."""
+def make_optimizer(groups: list[dict[str, Any]], optim: Optim, *, compiled: bool = False) -> torch.optim.Optimizer:
+    """The optimizer of a spec's `optim:`. The rate in it is only a start: `set_learning_rate` gives each step its own.
+
+    `compiled`: by the compiled kernels, if it is one that they have.
+    """
     rate = optim.learning_rate
     match optim.optimizer:
         case AdamW() as spec:
-            return torch.optim.AdamW(groups, lr=rate, betas=(spec.adam_beta1, spec.adam_beta2), eps=spec.adam_epsilon, fused=True)
+            settings: dict[str, Any] = {"lr": rate, "betas": (spec.adam_beta1, spec.adam_beta2), "eps": spec.adam_epsilon}
+            return CompiledAdamW(groups, **settings) if compiled else torch.optim.AdamW(groups, **settings, fused=True)
         case BnbAdamW() as spec:
             betas = (spec.adam_beta1, spec.adam_beta2)
             made: torch.optim.Optimizer = _bitsandbytes().optim.AdamW(

@@ -12,6 +12,7 @@ from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 
+from danlu.train.compiled_adamw import CompiledAdamW, can_be_compiled, use_row_gradients
 from danlu.train.optim import make_optimizer, set_learning_rate
 from danlu.train.strategy import OneByOne, Setup, State
 
@@ -28,7 +29,11 @@ class DdpStrategy(OneByOne):
         self.setup = setup
         self.module = model.to(setup.device)
         self.trained = [parameter for group in setup.param_groups for parameter in group["params"]]
-        self.optimizer = make_optimizer(setup.param_groups, setup.optim)
+        # What moves ranks reads the gradients when they are clipped.
+        compiled = setup.allocator is None and can_be_compiled(self.trained)
+        self.optimizer = make_optimizer(setup.param_groups, setup.optim, compiled=compiled)
+        if isinstance(self.optimizer, CompiledAdamW) and setup.world_size == 1:
+            use_row_gradients(self.module, self.trained)
         self.model: nn.Module = self.module
         if setup.world_size > 1:
             # No buffer of an encoder changes while it trains, so there is nothing to broadcast before each forward.
@@ -58,10 +63,13 @@ class DdpStrategy(OneByOne):
             yield
 
     def step(self, learning_rate: float) -> float:
-        limit = self.setup.optim.max_grad_norm
+        limit = float("inf") if self.setup.optim.max_grad_norm is None else self.setup.optim.max_grad_norm
         if self.setup.loss_scale is not None:
             self.setup.loss_scale.unscale([parameter.grad for parameter in self.trained if parameter.grad is not None])
-        grad_norm = float(nn.utils.clip_grad_norm_(self.trained, float("inf") if limit is None else limit))
+        if isinstance(self.optimizer, CompiledAdamW):
+            grad_norm = self.optimizer.clip(limit)
+        else:
+            grad_norm = float(nn.utils.clip_grad_norm_(self.trained, limit))
         if self.setup.takes_step(grad_norm):
             set_learning_rate(self.optimizer.param_groups, learning_rate)
             self.optimizer.step()
