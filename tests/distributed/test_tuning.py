@@ -3,6 +3,7 @@ LoRA and freezing also with split matrices and in a pipeline."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from conftest import write_tiny_model
 from ranks import Curve, curve, job_of, on_ranks
+from safetensors.torch import load_file
 
 from danlu.train.run import EventRecord, LocalRun
 
@@ -53,6 +55,20 @@ TAKEN = {
 CASES = [(m, p) for m in METHODS for p in PARALLEL if m in TAKEN[p]]
 
 
+@dataclass(frozen=True)
+class Done:
+    """A run: its curve, where its ranks went, and its folder."""
+
+    curve: Curve
+    ranks: list[str]
+    folder: Path
+
+    def stored(self) -> tuple[str, dict[str, torch.Tensor]]:
+        """The best weights: their step and tensors."""
+        (best,) = (self.folder / "best").iterdir()
+        return best.name, {name: tensor for file in best.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
 def overrides(method: str, model: Path) -> dict[str, Any]:
     task = {"kind": "pretrain" if "qwen3" in str(model) else "classification"}
     return {
@@ -72,42 +88,53 @@ def models(tiny_model: Path, tiny_decoder: Path, tmp_path_factory: pytest.TempPa
 
 
 @pytest.fixture(scope="module")
-def one_process(
-    models: dict[str, Path], topic_files: dict[str, str], tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, tuple[Curve, list[str]]]:
-    """Curve of each method, and where its ranks went."""
+def one_process(models: dict[str, Path], topic_files: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Done]:
     torch.set_num_threads(1)
     found = {}
     for method, model in models.items():
         run, folder = LocalRun(torch.device("cpu")), tmp_path_factory.mktemp("one-process")
         job = job_of(str(model), topic_files["train"], overrides(method, model) | {"micro_batch_size": 16})
         losses = curve(job, run, run.records, str(folder))
-        found[method] = losses, [record.detail for record in run.records if isinstance(record, EventRecord) and record.event == "ranks"]
+        ranks = [record.detail for record in run.records if isinstance(record, EventRecord) and record.event == "ranks"]
+        found[method] = Done(losses, ranks, folder)
     return found
 
 
 @pytest.fixture(scope="module")
-def two_ranks(
-    models: dict[str, Path], topic_files: dict[str, str], tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, tuple[Curve, list[str]]]:
+def two_ranks(models: dict[str, Path], topic_files: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Done]:
     """All cases in one pair of processes."""
     shape = {"workers": {"num_workers": 2}, "micro_batch_size": 4}
     cases = {
         f"{method}-{parallel}": shape | overrides(method, models[method]) | {"folder": str(models[method]), "parallel": PARALLEL[parallel]}
         for method, parallel in CASES
     }
-    told = on_ranks(2, cases, tmp_path_factory.mktemp("two-ranks"), train_file=topic_files["train"])
-    return {name: (told.curves[name], [detail for event, detail in told.events[name] if event == "ranks"]) for name in cases}
+    folder = tmp_path_factory.mktemp("two-ranks")
+    told = on_ranks(2, cases, folder, train_file=topic_files["train"])
+    return {
+        name: Done(told.curves[name], [detail for event, detail in told.events[name] if event == "ranks"], folder / f"out.json.{name}")
+        for name in cases
+    }
 
 
 @pytest.mark.parametrize(("method", "parallel"), CASES)
-def test_two_workers_equal_one_process(
-    method: str, parallel: str, one_process: dict[str, tuple[Curve, list[str]]], two_ranks: dict[str, tuple[Curve, list[str]]]
-) -> None:
-    (found, ranks), (expected, their_ranks) = two_ranks[f"{method}-{parallel}"], one_process[method]
-    assert len(found) == len(expected) == 6
-    for (loss, norm), (their_loss, their_norm) in zip(found, expected, strict=True):
+def test_two_workers_equal_one_process(method: str, parallel: str, one_process: dict[str, Done], two_ranks: dict[str, Done]) -> None:
+    found, expected = two_ranks[f"{method}-{parallel}"], one_process[method]
+    assert len(found.curve) == len(expected.curve) == 6
+    for (loss, norm), (their_loss, their_norm) in zip(found.curve, expected.curve, strict=True):
         assert loss == pytest.approx(their_loss, abs=2e-5)
         assert norm == pytest.approx(their_norm, rel=1e-3)
-    assert ranks == their_ranks
-    assert bool(ranks) == (method == "adalora")
+    assert found.ranks == expected.ranks
+    assert bool(found.ranks) == (method == "adalora")
+
+
+@pytest.mark.parametrize(("method", "parallel"), CASES)
+def test_two_workers_store_what_one_process_does(
+    method: str, parallel: str, one_process: dict[str, Done], two_ranks: dict[str, Done]
+) -> None:
+    """Whole, whoever held which part: what one process stores is held to its live model in the units."""
+    (step, found), (their_step, expected) = two_ranks[f"{method}-{parallel}"].stored(), one_process[method].stored()
+    assert step == their_step
+    assert found.keys() == expected.keys()
+    assert found
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, atol=2e-4, rtol=1e-3)

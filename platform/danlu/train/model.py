@@ -69,7 +69,7 @@ def build(job: TrainJob, folder: Path, label_names: list[str], *, dtype: torch.d
     module = task.wrap(model, job.task)
     match tuning:
         case Full() | Freeze():
-            exported = frozenset(module.state_dict())
+            exported = frozenset(module.state_dict()) - _other_names(module)
             _freeze(model, tuning)
             head = frozenset(PREFIX + name for name in task.head_parameters(model))
             return Trainee(module, head, exported, lambda state, folder: model.save_pretrained(folder, state_dict=dict(state)))
@@ -129,6 +129,12 @@ def _base(job: TrainJob, folder: Path, label_names: list[str], dtype: torch.dtyp
             return quantized_base(folder, job.task, label_names, job.tuning, dtype=dtype, dropout=job.model.hidden_dropout)
         case _:
             return task_file(job.task).build_model(folder, label_names, dropout=job.model.hidden_dropout)
+
+
+def _other_names(module: PackedModel) -> set[str]:
+    """Of parameters that stand in several places, all names but the first: a file needs them once, as transformers writes them."""
+    first = {name for name, _ in module.named_parameters()}
+    return {name for name, _ in module.named_parameters(remove_duplicate=False)} - first
 
 
 def _freeze(model: PreTrainedModel, tuning: Full | Freeze) -> None:

@@ -206,6 +206,15 @@ def test_the_frozen_layers_do_not_move_and_the_others_do(setting: Setting) -> No
     assert moved == {name for name in before if name.startswith("model.layers.1.")} | {"model.norm.weight"}
 
 
+def test_weights_that_stand_in_two_places_are_stored_once(setting: Setting) -> None:
+    """As transformers stores them: of a large vocabulary the output layer is as much as all embeddings over again."""
+    live = setting.train(setting.job("pretrain", {"kind": "full"}, max_steps=4))
+    stored = load_file(live.trained.bundle.path / "model" / "model.safetensors")
+    model = AutoModelForCausalLM.from_pretrained(setting.models["pretrain"])
+    assert stored.keys() == {name for name, _ in model.named_parameters()} < set(model.state_dict())
+    assert_its_bundle_is_the_live_model(setting, live)
+
+
 def test_more_layers_than_there_are_is_refused_before_anything_starts(setting: Setting) -> None:
     with pytest.raises(SpecError, match=r"tuning.num_trainable_layers: 3 layers are to be trained; the model has 2"):
         prepare(setting.job("classification", {"kind": "freeze", "num_trainable_layers": 3}), calibrate=False)
