@@ -164,6 +164,21 @@ def test_what_can_never_be_answered_is_refused_at_once_and_the_rest_is_answered(
     with_engine(engine(qwen3), body)
 
 
+def test_a_token_that_the_tokenizer_has_and_the_model_has_not_is_refused_and_ends_nothing(qwen3: Path, tmp_path: Path) -> None:
+    shutil.copytree(qwen3, tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    added = reference(qwen3).config.vocab_size - len(tokenizer) + 1
+    tokenizer.add_tokens([f"[extra_{i}]" for i in range(added)])
+    tokenizer.save_pretrained(tmp_path / "model")
+
+    async def body(made: TorchEngine) -> None:
+        with pytest.raises(RequestError, match=rf"extra_{added - 1}.*the model has"):
+            await ask(made, f"ab [extra_{added - 1}] c", GREEDY)
+        assert len(ids_of(await ask(made, "ab", GREEDY))) == 24
+
+    with_engine(engine(tmp_path / "model"), body)
+
+
 def test_an_answer_that_nobody_reads_any_more_frees_its_slot(qwen3: Path) -> None:
     async def body(made: TorchEngine) -> None:
         hold = asyncio.Event()

@@ -37,6 +37,12 @@ class Reader:
         tokens = self.tokenize(generation.prompt)
         if not tokens:
             raise RequestError("the prompt has no tokens", param="prompt", fix="at least one token")
+        if (highest := max(tokens)) >= self.vocab_size:  # a tokenizer may have been given tokens that its model was not
+            raise RequestError(
+                f"the prompt's {self._decoded([highest])!r} is token {highest}, and the model has {self.vocab_size}",
+                param="messages" if isinstance(generation.prompt, Chat) else "prompt",
+                fix="leave it out, or a model whose embeddings were resized to its tokenizer",
+            )
         room = self.max_model_len - len(tokens)
         if room < (1 if sampling.max_tokens is None else sampling.max_tokens):
             asked = f" and max_tokens={sampling.max_tokens}" if sampling.max_tokens and room >= 1 else ""
