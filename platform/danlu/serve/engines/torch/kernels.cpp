@@ -21,7 +21,6 @@
 #include <limits>
 #include <new>
 #include <omp.h>
-#include <optional>
 #include <thread>
 #include <type_traits>
 #include <vector>
@@ -480,43 +479,31 @@ struct Ahead {
     int64_t pace = 0;  // bytes for each STEP
 };
 
-// A panel that is read once, up to `end`, and the one that is read after it.
-class Stream {
-  public:
-    Stream(const void* end, const char* next) : end_(static_cast<const char*>(end)), next_(next ? next : end_) {}
-
-    // While `bytes` from `at` on are read. Into the second cache early and into the first one late: what a core may have asked for the first
-    // at one time is less than it takes to keep memory busy. Older CPUs, which have no AMX, read faster past the second.
-    template <typename W> void fetch(const W* at, int64_t bytes) const {
-        const char* from = reinterpret_cast<const char*>(at);
-        for (int64_t line = 0; line < bytes; line += 64) {
+// What is read once, from `at` on. Into the second cache early and into the first one late: what a core may have asked for the first at one
+// time is less than it takes to keep memory busy. Older CPUs, which have no AMX, read faster past the second.
+template <typename W> inline void fetch_stream(const W* at, int64_t bytes) {
+    const char* from = reinterpret_cast<const char*>(at);
+    for (int64_t line = 0; line < bytes; line += 64) {
 #ifdef __AMX_TILE__
-            __builtin_prefetch(behind(from + line, 8192), 0, 2);
-            __builtin_prefetch(behind(from + line, 1024), 0, 3);
+        __builtin_prefetch(from + 8192 + line, 0, 2);
+        __builtin_prefetch(from + 1024 + line, 0, 3);
 #else
-            __builtin_prefetch(behind(from + line, 4096), 0, 0);
+        __builtin_prefetch(from + 4096 + line, 0, 0);
 #endif
-        }
     }
-
-  private:
-    const char* behind(const char* at, int64_t bytes) const { return at + bytes < end_ ? at + bytes : next_ + (at + bytes - end_); }
-
-    const char *end_, *next_;
-};
+}
 
 // R rows by one panel. Few rows have few sums, and one addition waits for the last: several sets take turns.
 template <typename T, typename W, int R> void multiply_tile(const T* x, int64_t stride, const W* w, int64_t ins, float* out, Ahead ahead = {}) {
     constexpr int step = STEP<T, W>;
     constexpr int SETS = R <= 2 ? 4 : R <= 4 ? 2 : 1;
-    const Stream stream(w + ins * PANEL, ahead.at);
     vec sums[SETS][R][VECTORS] = {};
     int64_t k = 0;
     for (; k + SETS * step <= ins; k += SETS * step)
         for (int set = 0; set < SETS; ++set) {
             const W* at = w + (k + set * step) * PANEL;
             if (R <= 4)  // the weights come from memory, once
-                stream.fetch(at, step * PANEL * sizeof(W));
+                fetch_stream(at, step * PANEL * sizeof(W));
             else
                 for (int64_t line = 0; line < ahead.pace; line += 64) __builtin_prefetch(ahead.at + line, 0, 2);
             ahead.at += ahead.pace;
@@ -556,15 +543,14 @@ template <typename T, int R, int SETS> inline void multiply_block(const T* x, in
 }
 
 template <typename T, int R>
-void multiply_tile(const T* x, int64_t stride, const uint8_t* w, const bf16* scales, int64_t ins, int64_t group, float* out, Ahead ahead) {
+void multiply_tile(const T* x, int64_t stride, const uint8_t* w, const bf16* scales, int64_t ins, int64_t group, float* out) {
     constexpr int SETS = R <= 2 ? 4 : R <= 4 ? 2 : 1;
-    const Stream stream(w + ins * PANEL / 2, ahead.at);
     vec totals[R][VECTORS] = {};
     for (int64_t first = 0; first < ins; first += group, scales += PANEL) {
         vec sums[SETS][R][VECTORS] = {};
         for (int64_t k = first; k < first + group; k += BLOCK) {
             const uint8_t* at = w + k * PANEL / 2;
-            if (R <= 4) stream.fetch(at, BLOCK * PANEL / 2);
+            if (R <= 4) fetch_stream(at, BLOCK * PANEL / 2);
             multiply_block<T, R, SETS>(x + k, stride, at, sums);
         }
         for (int v = 0; v < VECTORS; ++v) {
@@ -593,13 +579,13 @@ inline void multiply_by_vectors(int64_t rows, const T* x, int64_t stride, const 
     with_rows(rows, [&](auto number) {
         constexpr int R = decltype(number)::value;
         if (weight.bits == 8) {
-            multiply_tile<T, int8_t, R>(x, stride, static_cast<const int8_t*>(weight.values) + first, ins, sums, ahead);
+            multiply_tile<T, int8_t, R>(x, stride, static_cast<const int8_t*>(weight.values) + first, ins, sums);
             const float* scales = static_cast<const float*>(weight.scales) + panel * PANEL;
             for (int r = 0; r < R; ++r)
                 for (int i = 0; i < PANEL; ++i) sums[r * PANEL + i] *= scales[i];
         } else if (weight.bits == 4) {
             const bf16* scales = static_cast<const bf16*>(weight.scales) + first / weight.group;
-            multiply_tile<T, R>(x, stride, static_cast<const uint8_t*>(weight.values) + first / 2, scales, ins, weight.group, sums, ahead);
+            multiply_tile<T, R>(x, stride, static_cast<const uint8_t*>(weight.values) + first / 2, scales, ins, weight.group, sums);
         } else {
             multiply_tile<T, T, R>(x, stride, static_cast<const T*>(weight.values) + first, ins, sums, ahead);
         }
@@ -607,8 +593,9 @@ inline void multiply_by_vectors(int64_t rows, const T* x, int64_t stride, const 
 }
 
 #if TILES
-// Up to 32 rows by one panel of bf16, of a multiple of TILE_INS inputs, whose weights of the inputs from k on lie at weights(k).
-template <bool IS_LOW, typename Weights> inline void multiply_tiles(const bf16* x, int64_t stride, Weights weights, int64_t ins, float* sums) {
+// Up to 32 rows by one panel of bf16, of a multiple of TILE_INS inputs. weights.at(k): those of the inputs from k on; weights.between(k, 0 to
+// 3): meanwhile, what gets the ones behind them ready.
+template <bool IS_LOW, typename Weights> inline void multiply_tiles(const bf16* x, int64_t stride, Weights& weights, int64_t ins, float* sums) {
     constexpr int64_t PAIR = 2 * PANEL * sizeof(bf16);
     _tile_zero(0);
     _tile_zero(1);
@@ -617,17 +604,21 @@ template <bool IS_LOW, typename Weights> inline void multiply_tiles(const bf16* 
         _tile_zero(3);
     }
     for (int64_t k = 0; k < ins; k += TILE_INS) {
-        const bf16* w = weights(k);
+        const bf16* w = weights.at(k);
+        weights.between(k, 0);
         _tile_loadd(6, w, PAIR);
         _tile_loadd(4, x + k, stride * sizeof(bf16));
         _tile_dpbf16ps(0, 4, 6);
+        weights.between(k, 1);
         _tile_loadd(7, w + PANEL, PAIR);
         _tile_dpbf16ps(1, 4, 7);
+        weights.between(k, 2);
         if (!IS_LOW) {
             _tile_loadd(5, x + TILE_ROWS * stride + k, stride * sizeof(bf16));
             _tile_dpbf16ps(2, 5, 6);
-            _tile_dpbf16ps(3, 5, 7);
         }
+        weights.between(k, 3);
+        if (!IS_LOW) _tile_dpbf16ps(3, 5, 7);
     }
     _tile_stored(0, sums, PANEL * sizeof(float));
     _tile_stored(1, sums + PANEL / 2, PANEL * sizeof(float));
@@ -638,16 +629,15 @@ template <bool IS_LOW, typename Weights> inline void multiply_tiles(const bf16* 
 }
 
 // Of any number of inputs.
-template <typename Weights> inline void multiply_by_tiles(int64_t rows, const bf16* x, int64_t stride, Weights weights, int64_t ins, float* sums) {
+template <typename Weights> inline void multiply_by_tiles(int64_t rows, const bf16* x, int64_t stride, Weights& weights, int64_t ins, float* sums) {
     const int64_t whole = ins / TILE_INS * TILE_INS;
     shape_tiles(rows);
-    std::atomic_signal_fence(std::memory_order_seq_cst);  // GCC does not see that tiles are loaded from memory
     if (rows <= TILE_ROWS)
         multiply_tiles<true>(x, stride, weights, whole, sums);
     else
         multiply_tiles<false>(x, stride, weights, whole, sums);
     if (whole == ins) return;
-    const bf16* w = weights(whole);
+    const bf16* w = weights.at(whole);
     alignas(64) float rest[ROWS * PANEL];
     for (int64_t row = 0; row < rows; row += ROWS) {
         const int64_t some = std::min<int64_t>(ROWS, rows - row);
@@ -656,60 +646,107 @@ template <typename Weights> inline void multiply_by_tiles(int64_t rows, const bf
     }
 }
 
-// A panel of integers as the bf16 that they are, [ins / 2][32][2], made while tiles multiply what was made before.
-class Expanded {
-  public:
-    // `blocks`: of rows; a single one lets the weights go that it has read, so that they never leave the first cache.
-    Expanded(const Weight& weight, int64_t panel, int64_t ins, int64_t blocks, std::vector<char>& held)
-        : bits_(weight.bits), ins_(ins), bytes_(ins * PANEL * bits_ / 8), mask_(blocks == 1 ? RING - 1 : -1),
-          from_(static_cast<const uint8_t*>(weight.values) + panel * bytes_), to_(room<bf16>(held, (blocks == 1 ? RING : ins + TILE_INS) * PANEL)) {}
+// GCC does not see that tiles are loaded from memory.
+inline void before_tiles() { std::atomic_signal_fence(std::memory_order_seq_cst); }
 
-    // Of the inputs from k on, a multiple of TILE_INS. `next`: the panel that is read after this one.
-    const bf16* at(int64_t k, const char* next) {
-        for (const int64_t stop = std::min(ins_, k + LEAD); made_ < stop; made_ += TILE_INS) expand_some(std::min(TILE_INS, ins_ - made_), next);
-        return to_ + (k & mask_) * PANEL;
+// Weights that tiles read where they lie, while a share of the next panel is fetched: all at once it would hold the tiles' own loads up.
+struct Stored {
+    const bf16* values;
+    Ahead ahead;
+
+    const bf16* at(int64_t k) {
+        before_tiles();
+        return values + k * PANEL;
+    }
+    void between(int64_t, int64_t quarter) {
+        const int64_t bite = (ahead.pace + 255) / 256 * 64, stop = std::min(ahead.pace, (quarter + 1) * bite);
+        for (int64_t line = quarter * bite; line < stop; line += 64) __builtin_prefetch(ahead.at + line, 0, 2);
+        if (quarter == 3) ahead.at += ahead.pace;
+    }
+};
+
+// A panel's integers of the inputs [start, stop) as the bf16 that they are, [inputs / 2][32][2]; or a copy of its bf16.
+inline void make_bf16(const Weight& weight, const char* panel, int64_t start, int64_t stop, bf16* to) {
+    const int64_t bits = weight.bits ? weight.bits : 16, bytes = (stop - start) * PANEL * bits / 8;
+    const char* from = panel + start * PANEL * bits / 8;
+    for (int64_t at = 0; at < bytes; at += 64)
+        if (bits == 16) {
+            _mm512_store_si512(to + at / 2, _mm512_loadu_si512(from + at));
+        } else if (bits == 8) {
+            __m512i pair[VECTORS];
+            expand(reinterpret_cast<const int8_t*>(from + at), pair);
+            for (int v = 0; v < VECTORS; ++v) _mm512_store_si512(to + at + v * PANEL, pair[v]);
+        } else {
+            for (int j = 0; j < BLOCK / 2; ++j)
+                _mm512_store_si512(to + at / 128 * BLOCK * PANEL + j * 2 * PANEL + at % 128 / 64 * PANEL, expand_word(_mm512_loadu_si512(from + at), j));
+        }
+}
+
+// Weights that are read once. Vectors bring them into the first cache while tiles multiply those before: tiles that wait for memory themselves
+// keep it waiting too.
+class Passing {
+  public:
+    // `next`: the panel that this thread reads after it.
+    Passing(const Weight& weight, const char* panel, int64_t ins, const char* next) : weight_(weight), panel_(panel), next_(next ? next : panel), ins_(ins) { make(0, TILE_INS); }
+
+    const bf16* at(int64_t k) {
+        before_tiles();
+        return room_[k / TILE_INS % 2];
+    }
+    void between(int64_t k, int64_t quarter) {
+        constexpr int64_t BITE = TILE_INS / 4;
+        k += TILE_INS;
+        if (weight_.bits)  // takes longer than a copy
+            make(k + quarter * BITE, k + (quarter + 1) * BITE);
+        else if (!quarter)
+            make(k, k + TILE_INS);
     }
 
   private:
-    static constexpr int64_t LEAD = 3 * TILE_INS;  // tiles that were just written are not read yet
-    static constexpr int64_t RING = 4 * TILE_INS;
-
-    void expand_some(int64_t ins, const char* next) {
-        const uint8_t* from = from_ + made_ * PANEL * bits_ / 8;
-        bf16* to = to_ + (made_ & mask_) * PANEL;
-        const int64_t bytes = ins * PANEL * bits_ / 8;
-        Stream(from_ + bytes_, next).fetch(from, bytes);
-        for (int64_t at = 0; at < bytes; at += 64)
-            if (bits_ == 8) {
-                __m512i pair[VECTORS];
-                expand(reinterpret_cast<const int8_t*>(from + at), pair);
-                for (int v = 0; v < VECTORS; ++v) _mm512_store_si512(to + at + v * PANEL, pair[v]);
-            } else
-                for (int j = 0; j < BLOCK / 2; ++j)
-                    _mm512_store_si512(to + at / 128 * BLOCK * PANEL + j * 2 * PANEL + at % 128 / 64 * PANEL, expand_word(_mm512_loadu_si512(from + at), j));
-        std::atomic_signal_fence(std::memory_order_seq_cst);  // GCC does not see that tiles are loaded from memory
+    void make(int64_t start, int64_t stop) {
+        stop = std::min(stop, ins_);
+        if (start >= stop) return;
+        const int64_t bits = weight_.bits ? weight_.bits : 16, each = PANEL * bits / 8;
+        const char *far = behind(start * each + 8192), *near = behind(start * each + 1024);
+        for (int64_t line = 0; line < (stop - start) * each; line += 64) {  // as fetch_stream does
+            __builtin_prefetch(far + line, 0, 2);
+            __builtin_prefetch(near + line, 0, 3);
+        }
+        make_bf16(weight_, panel_, start, stop, room_[start / TILE_INS % 2] + start % TILE_INS * PANEL);
+    }
+    const char* behind(int64_t place) const {
+        const int64_t bytes = ins_ * PANEL * (weight_.bits ? weight_.bits : 16) / 8;
+        return place < bytes ? panel_ + place : next_ + (place - bytes);
     }
 
-    const int64_t bits_, ins_, bytes_, mask_;
-    const uint8_t* const from_;
-    bf16* const to_;
-    int64_t made_ = 0;
+    const Weight weight_;
+    const char *panel_, *next_;
+    const int64_t ins_;
+    alignas(64) bf16 room_[2][TILE_INS * PANEL];  // no more: what is written 4096 bytes behind what is read holds that up
 };
 
-// Up to 32 rows by a panel of integers.
-inline void multiply_integers(int64_t rows, const bf16* x, int64_t stride, const Weight& weight, int64_t panel, Expanded& expanded, int64_t ins, float* sums, const char* next) {
+// Up to 32 rows by a panel of integers, whose weights are ready as bf16.
+template <typename Weights>
+inline void multiply_integers(int64_t rows, const bf16* x, int64_t stride, const Weight& weight, int64_t panel, int64_t ins, Weights& weights, float* sums) {
     if (weight.bits == 8) {
-        multiply_by_tiles(rows, x, stride, [&](int64_t k) { return expanded.at(k, next); }, ins, sums);
+        multiply_by_tiles(rows, x, stride, weights, ins, sums);
         const float* scales = static_cast<const float*>(weight.scales) + panel * PANEL;
         for (int64_t r = 0; r < rows; ++r)
             for (int v = 0; v < PANEL; v += LANES) store(load(sums + r * PANEL + v) * load(scales + v), sums + r * PANEL + v);
         return;
     }
+    struct Group {
+        Weights& all;
+        int64_t first;
+        const bf16* at(int64_t k) { return all.at(first + k); }
+        void between(int64_t k, int64_t quarter) { all.between(first + k, quarter); }
+    };
     alignas(64) float found[2 * TILE_ROWS * PANEL];
     const bf16* scales = static_cast<const bf16*>(weight.scales) + panel * ins / weight.group * PANEL;
     std::fill(sums, sums + rows * PANEL, 0.0f);
     for (int64_t first = 0; first < ins; first += weight.group, scales += PANEL) {
-        multiply_by_tiles(rows, x + first, stride, [&](int64_t k) { return expanded.at(first + k, next); }, weight.group, found);
+        Group group{weights, first};
+        multiply_by_tiles(rows, x + first, stride, group, weight.group, found);
         for (int v = 0; v < PANEL; v += LANES) {
             const vec scale = load(scales + v);
             for (int64_t r = 0; r < rows; ++r) store(load(sums + r * PANEL + v) + load(found + r * PANEL + v) * scale, sums + r * PANEL + v);
@@ -726,26 +763,36 @@ template <typename T> inline bool goes_by_tiles(int64_t rows) { return TILES && 
 // One panel of weights, for the blocks of `rows` rows. A thread may have two at a time, `which` 0 and 1.
 template <typename T> class Panel {
   public:
-    Panel(const Weight& weight, int64_t panel, int64_t ins, int64_t rows, int which = 0) : weight_(weight), panel_(panel), ins_(ins), by_tiles_(goes_by_tiles<T>(rows)) {
+    Panel(const Weight& weight, int64_t panel, int64_t ins, int64_t rows, int which = 0)
+        : weight_(weight), panel_(panel), ins_(ins), by_tiles_(goes_by_tiles<T>(rows)), is_read_once_(rows <= MOST_ROWS) {
 #if TILES
-        static thread_local std::vector<char> held[2];
-        if (by_tiles_ && weight.bits) expanded_.emplace(weight, panel, ins, (rows + MOST_ROWS - 1) / MOST_ROWS, held[which]);
+        if (!by_tiles_) return;
+        const int64_t bits = weight.bits ? weight.bits : 16;
+        start_ = static_cast<const char*>(weight.values) + panel * ins * PANEL * bits / 8;
+        if (weight.bits && !is_read_once_) {
+            static thread_local std::vector<char> held[2];
+            bf16* made = room<bf16>(held[which], ins * PANEL);
+            for (int64_t k = 0; k < ins; k += BLOCK) {
+                fetch_stream(start_ + k * PANEL * bits / 8, BLOCK * PANEL * bits / 8);
+                make_bf16(weight, start_, k, std::min<int64_t>(k + BLOCK, ins), made + k * PANEL);
+            }
+            made_ = made;
+        }
 #endif
     }
 
-    // A block of up to MOST_ROWS of them.
-    void multiply(int64_t rows, const T* x, int64_t stride, float* sums, Ahead ahead = {}) {
+    // A block of up to MOST_ROWS of them. Ahead: what is read next, if that lies in memory as this panel does.
+    void multiply(int64_t rows, const T* x, int64_t stride, float* sums, Ahead ahead = {}) const {
 #if TILES
         if constexpr (std::is_same<T, bf16>::value)
             if (by_tiles_) {
-                if (weight_.bits)
-                    multiply_integers(rows, x, stride, weight_, panel_, *expanded_, ins_, sums, ahead.at);
-                else
-                    multiply_by_tiles(rows, x, stride, [&, w = static_cast<const bf16*>(weight_.values) + panel_ * ins_ * PANEL](int64_t k) mutable {
-                        for (int64_t line = 0; line < ahead.pace; line += 64) __builtin_prefetch(ahead.at + line, 0, 2);
-                        ahead.at += ahead.pace;
-                        return w + k * PANEL;
-                    }, ins_, sums);
+                if (is_read_once_ && (weight_.bits || ahead.at)) {
+                    Passing weights(weight_, start_, ins_, ahead.at);
+                    multiply(rows, x, stride, weights, sums);
+                } else {
+                    Stored weights{made_ ? made_ : reinterpret_cast<const bf16*>(start_), ahead};
+                    multiply(rows, x, stride, weights, sums);
+                }
                 return;
             }
 #endif
@@ -753,12 +800,20 @@ template <typename T> class Panel {
     }
 
   private:
+#if TILES
+    template <typename Weights> void multiply(int64_t rows, const bf16* x, int64_t stride, Weights& weights, float* sums) const {
+        if (weight_.bits)
+            multiply_integers(rows, x, stride, weight_, panel_, ins_, weights, sums);
+        else
+            multiply_by_tiles(rows, x, stride, weights, ins_, sums);
+    }
+#endif
+
     const Weight weight_;
     const int64_t panel_, ins_;
-    const bool by_tiles_;
-#if TILES
-    std::optional<Expanded> expanded_;
-#endif
+    const bool by_tiles_, is_read_once_;
+    const char* start_ = nullptr;
+    const bf16* made_ = nullptr;
 };
 
 // run(first row, number of rows, block, blocks): by tiles, as many as they hold; by vectors, blocks that are all about as high.
@@ -788,7 +843,7 @@ template <typename T, typename Finish>
 inline void multiply_panel(const T* x, int64_t stride, int64_t rows, const Weight& weight, int64_t panel, int64_t next, int64_t outs, int64_t ins, Finish finish) {
     alignas(64) float sums[MOST_ROWS * PANEL];
     const int64_t columns = std::min<int64_t>(PANEL, outs - panel * PANEL);
-    Panel<T> own(weight, panel, ins, rows);
+    const Panel<T> own(weight, panel, ins, rows);
     each_block<T>(rows, [&](int64_t row, int64_t some, int64_t block, int64_t blocks) {
         own.multiply(some, x + row * stride, stride, sums, share_of<T>(weight, next, ins, rows, block, blocks));
         for (int64_t r = 0; r < some; ++r) finish(row + r, panel * PANEL, columns, sums + r * PANEL);
@@ -905,7 +960,7 @@ template <typename T> T* multiply_gated(Team& team, const Linear& linear, T* x, 
         alignas(64) float gates[MOST_ROWS * PANEL], ups[MOST_ROWS * PANEL];
         const auto made = [&](const float* sums, const T* bias) { return kept<T>(bias ? load(sums) + load(bias) : load(sums)); };
         const T *gate_bias = bias_of<T>(linear, panel * PANEL), *up_bias = bias_of<T>(linear, size + panel * PANEL);
-        Panel<T> gate_panel(linear.weight, panel, linear.ins, rows), up_panel(linear.weight, panels(size) + panel, linear.ins, rows, 1);
+        const Panel<T> gate_panel(linear.weight, panel, linear.ins, rows), up_panel(linear.weight, panels(size) + panel, linear.ins, rows, 1);
         each_block<T>(rows, [&](int64_t row, int64_t some, int64_t block, int64_t blocks) {
             const auto fetched = [&](int64_t which) { return share_of<T>(linear.weight, which, linear.ins, rows, block, blocks); };
             gate_panel.multiply(some, x + row * stride, stride, gates, fetched(next));
@@ -1207,7 +1262,7 @@ void attend_block(const T* query, int64_t query_stride, int64_t tokens, int64_t 
                                        held.most[row + r], held.total[row + r], held.weights + r * BlockScratch<T>::row());
             }
             for (int64_t panel = 0; panel < panels(dim); ++panel) {
-                Panel<T> values_of(Weight{held.values + panel * AT_ONCE * PANEL}, 0, panels(seen) * PANEL, rows);
+                const Panel<T> values_of(Weight{held.values + panel * AT_ONCE * PANEL}, 0, panels(seen) * PANEL, rows);
                 values_of.multiply(some, held.weights, BlockScratch<T>::row(), found);
                 for (int64_t r = 0; r < some; ++r) {
                     float* to = held.sums + (row + r) * wide + panel * PANEL;
