@@ -76,7 +76,7 @@ def test_the_other_pages_are_there(endpoint: Endpoint) -> None:
         assert client.get("/readyz").json() == {"status": "ready", "model": "topics"}
         assert [model["id"] for model in client.get("/v1/models").json()["data"]] == ["topics"]
         document = client.get("/openapi.json").json()
-        assert document["paths"].keys() == {"/v1/classify", "/v1/models", "/healthz", "/readyz"}
+        assert document["paths"].keys() == {"/v1/classify", "/v1/models", "/v1/models/{model}", "/healthz", "/readyz"}
         page = client.get("/docs")
         assert (page.status_code, page.headers["content-type"]) == (200, "text/html; charset=utf-8")
         assert client.get("/v1/nothing").status_code == 404

@@ -39,7 +39,7 @@ class EmbeddingsWire(Wire):
 
     def _items(self, document: Mapping[str, Any], name: str, max_inputs: int) -> list[object]:
         given = document.get(name)
-        is_one = isinstance(given, list) and given and not isinstance(given[0], str | list)
+        is_one = isinstance(given, list) and given and isinstance(given[0], int | float)
         return [given] if is_one else super()._items(document, name, max_inputs)
 
     def _read(self, item: object, where: str) -> Example:

@@ -243,7 +243,7 @@ def test_a_lora_bundle_gives_the_live_models_scores(walked: Walked, tmp_path: Pa
 def test_every_bad_request_names_its_field(walked: Walked) -> None:
     wire = wire_of(walked.job.task)  # type: ignore[arg-type]
     good = wire.request("walk", list(walked.prepared.splits.dev.examples[:1]))["input"][0]
-    bad: list[tuple[Any, str]] = [("   ", "input[0]"), (3, "input[0]"), ({"txt": "a"}, "input[0]")]
+    bad: list[tuple[Any, str]] = [("   ", "input[0]"), (None, "input[0]"), ({"txt": "a"}, "input[0]")]
     if isinstance(good, dict):
         bad += [({**good, "more": 1}, "input[0]"), ({name: value for name, value in good.items() if name != next(iter(good))}, "input[0]")]
     answers = ask(walked.trained.bundle, *(("POST", wire.path, {"input": [item]}) for item, _ in bad), ("POST", "/v1/nothing", {}))
