@@ -101,6 +101,15 @@ def run(life: Callable[[], Coroutine[Any, Any, T]]) -> T:
         return runner.run(life())
 
 
+async def endless(closed: asyncio.Event) -> Any:
+    """Events without an end; `closed` once they are."""
+    try:
+        while True:
+            yield b"data: 1\n\n"
+    finally:
+        closed.set()
+
+
 def test_many_waits_may_last_longer_together_than_one_may() -> None:
     async def life() -> int:
         waits = 0
@@ -168,20 +177,13 @@ def test_a_client_that_takes_nothing_is_gone_and_the_answer_is_closed() -> None:
     async def life() -> None:
         closed, sent = asyncio.Event(), []
 
-        async def events() -> Any:
-            try:
-                while True:
-                    yield b"data: 1\n\n"
-            finally:
-                closed.set()
-
         async def send(message: Any) -> None:
             sent.append(message)
             if len(sent) > 3:
                 await asyncio.sleep(30)
 
         with pytest.raises(ClientGone):
-            await send_stream(send, Stream(events()), {}, silence_s=0.05)
+            await send_stream(send, Stream(endless(closed)), {}, silence_s=0.05)
         assert closed.is_set()
         assert [one["type"] for one in sent] == ["http.response.start", *["http.response.body"] * 3]
 
@@ -209,20 +211,13 @@ def test_a_connection_that_breaks_is_the_clients_going(broken_at: int) -> None:
     async def life() -> None:
         closed, sent = asyncio.Event(), 0
 
-        async def events() -> Any:
-            try:
-                while True:
-                    yield b"data: 1\n\n"
-            finally:
-                closed.set()
-
         async def send(message: Any) -> None:
             nonlocal sent
             sent += 1
             if sent > broken_at:
                 raise BrokenPipeError("gone")
 
-        answer = events()
+        answer = endless(closed)
         await anext(answer)  # as a route does, which has its first event ready
         with pytest.raises(ClientGone):
             await send_stream(send, Stream(answer), {}, silence_s=5)
