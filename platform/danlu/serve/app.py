@@ -28,7 +28,7 @@ from danlu.metrics import catalog, emit
 from danlu.metrics.catalog import Metric
 from danlu.metrics.prices import accelerator, usd_per_hour
 from danlu.serve.asgi import App
-from danlu.serve.cors import Cors
+from danlu.serve.cors import open_to
 from danlu.serve.engine import make_engine
 from danlu.serve.gateway import Gateway
 from danlu.serve.generation import TextEngine
@@ -80,7 +80,7 @@ class Replica:
             ring = KeyRing(Path(service.auth.keys_file))
             self.entrance = Authenticated(self.gateway, ring, self.gateway.count)
             self.reading.append(asyncio.create_task(_meter_keys(ring, service.name)))
-        self.entrance = Cors(self.entrance, origins) if (origins := service.http.allowed_origins) else self.entrance
+        self.entrance = open_to(self.entrance, service.http.allowed_origins)
         await self.gateway.start()
         if isinstance(engine, TextEngine):
             self.reading.append(asyncio.create_task(_meter_engine(engine, service.name)))
