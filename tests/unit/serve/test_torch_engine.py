@@ -164,7 +164,7 @@ def test_what_can_never_be_answered_is_refused_at_once_and_the_rest_is_answered(
     with_engine(engine(qwen3), body)
 
 
-def test_a_token_that_the_tokenizer_has_and_the_model_has_not_is_refused_and_ends_nothing(qwen3: Path, tmp_path: Path) -> None:
+def test_a_token_that_the_tokenizer_has_and_the_model_has_not_is_refused_by_its_name(qwen3: Path, tmp_path: Path) -> None:
     shutil.copytree(qwen3, tmp_path / "model")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
     added = reference(qwen3).config.vocab_size - len(tokenizer) + 1

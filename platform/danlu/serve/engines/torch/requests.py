@@ -37,12 +37,6 @@ class Reader:
         tokens = self.tokenize(generation.prompt)
         if not tokens:
             raise RequestError("the prompt has no tokens", param="prompt", fix="at least one token")
-        if (highest := max(tokens)) >= self.vocab_size:  # a tokenizer may have been given tokens that its model was not
-            raise RequestError(
-                f"the prompt's {self._decoded([highest])!r} is token {highest}, and the model has {self.vocab_size}",
-                param="messages" if isinstance(generation.prompt, Chat) else "prompt",
-                fix="leave it out, or a model whose embeddings were resized to its tokenizer",
-            )
         room = self.max_model_len - len(tokens)
         if room < (1 if sampling.max_tokens is None else sampling.max_tokens):
             asked = f" and max_tokens={sampling.max_tokens}" if sampling.max_tokens and room >= 1 else ""
@@ -62,12 +56,15 @@ class Reader:
 
     def tokenize(self, prompt: Prompt) -> list[int]:
         """See TextEngine.tokenize."""
-        if isinstance(prompt, str):
-            return list(self.tokenizer(prompt)["input_ids"])
-        if isinstance(prompt, Chat):
-            return self._rendered(prompt)
-        self._check_ids(prompt)
-        return list(prompt)
+        match prompt:
+            case str():
+                ids = list(self.tokenizer(prompt)["input_ids"])
+            case Chat():
+                ids = self._rendered(prompt)
+            case _:
+                ids = list(prompt)
+        self._check_ids(ids)
+        return ids
 
     def detokenize(self, token_ids: Several[int]) -> str:
         """See TextEngine.detokenize."""
@@ -103,8 +100,15 @@ class Reader:
 
     def _check_ids(self, ids: Several[int]) -> None:
         wrong = next((one for one in ids if not 0 <= one < self.vocab_size), None)
-        if wrong is not None:
-            raise RequestError(f"there is no token {wrong}", param="prompt", fix=f"ids from 0 to {self.vocab_size - 1}")
+        if wrong is None:
+            return
+        if 0 <= wrong < len(self.tokenizer):  # the tokenizer was given tokens that the model was not
+            raise RequestError(
+                f"the prompt has {self._decoded([wrong])!r}, the tokenizer's token {wrong}, and the model has {self.vocab_size}",
+                param="prompt",
+                fix="leave it out, or serve a model whose embeddings were resized to its tokenizer",
+            )
+        raise RequestError(f"there is no token {wrong}", param="prompt", fix=f"ids from 0 to {self.vocab_size - 1}")
 
 
 def _check(sampling: Sampling, vocab_size: int) -> None:
