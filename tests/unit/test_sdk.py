@@ -28,6 +28,7 @@ from danlu.compress.load import load_predictor
 from danlu.errors import DataError, ModelError, ResourceError, StorageError
 from danlu.evaluate.score import Delta
 from danlu.handover import trained_before, walked, within_budget
+from danlu.spec.serve import Service
 from danlu.spec.train import TrainJob
 from danlu.train.run import EvalRecord, EventRecord, Record, StepRecord
 
@@ -467,3 +468,12 @@ def test_the_job_that_workers_get_means_the_same_in_any_folder(
     assert (portable.data.test, portable.data.cache_dir) == ("s3://bucket/test.csv", str(folder / "cache"))
     assert portable.storage == str(folder / "runs")
     assert portable.model.model_name_or_path == str(tiny_model)
+
+
+def test_a_service_without_its_keys_is_refused_before_anything_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("danlu.serve.app.run", lambda *_, **__: pytest.fail("it was started"))
+    service = Service.model_validate(
+        {"kind": "service", "name": "parrot", "engine": {"kind": "echo_text"}, "auth": {"keys_file": str(tmp_path / "keys.json")}}
+    )
+    with pytest.raises(StorageError, match="keys create NAME --file"), sdk.serving(service):
+        pass

@@ -96,7 +96,9 @@ def read_keys(path: Path) -> KeyFile:
     try:
         return KeyFile.model_validate_json(path.read_bytes())
     except OSError as error:
-        raise StorageError(f"{path} cannot be read: {error.strerror}", where="keys", fix="danlu keys create NAME makes one") from error
+        raise StorageError(
+            f"{path} cannot be read: {error.strerror}", where="keys", fix=f"danlu keys create NAME --file {path} makes one"
+        ) from error
     except ValidationError as error:
         # Pydantic would repeat what stands there.
         places = ", ".join(".".join(map(str, one["loc"])) or "the document" for one in error.errors(include_input=False)[:3])
