@@ -38,7 +38,7 @@ from danlu.train.run import EventRecord, LocalRun, RayRun, Record, StepRecord
 
 WAIT = timedelta(seconds=90)
 """How long a rank waits for another one: a test that hangs says so."""
-SLOW_S = 0.06
+SLOW_S = 0.15
 LANGUAGE_TASKS = ("pretrain", "chat", "preference", "seq2seq")
 
 Curve = list[tuple[float, float]]
