@@ -22,6 +22,8 @@ from danlu.serve.engines.torch.cache import Cache, LayerShape
 from danlu.serve.engines.torch.engine import TorchEngine
 from danlu.serve.engines.torch.fused import FusedForward
 from danlu.serve.engines.torch.kernels import SOURCE, Kernels, LinearStruct, load_kernels
+from danlu.serve.engines.torch.linear import Linear
+from danlu.serve.engines.torch.lora import Adapter, Adapters
 from danlu.serve.engines.torch.scheduler import Piece
 from danlu.serve.engines.torch.sequence import Sequence
 from danlu.serve.generation import Generation, Sampling
@@ -177,6 +179,67 @@ def test_a_step_with_integer_weights_is_the_fused_forwards(quantization: Int8 | 
 
 
 @pytest.mark.usefixtures("own")
+def lora(linears: list[Linear], rank: int, names: tuple[str, ...], draw: torch.Generator) -> Adapter:
+    """Of the layers whose names end so; one of them has a rank of its own."""
+    parts = [(part, linear.shape[1]) for linear in linears for part in linear.parts if part.name.endswith(names)]
+    weights = {}
+    for i, (part, ins) in enumerate(parts):
+        own = rank + 3 * (i == 1)
+        weights[part.name] = torch.randn(own, ins, generator=draw) / ins**0.5, torch.randn(part.stop - part.start, own, generator=draw) / 8
+    return Adapter(weights)
+
+
+ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+ADAPTERS = {"all": (4, ALL), "wide": (40, ALL), "none asks for it": (16, ALL), "some": (16, ("k_proj", "up_proj", "o_proj"))}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", SHAPES)
+@torch.inference_mode()
+def test_a_step_with_adapters_is_the_fused_forwards(shape: str, dtype: torch.dtype, native: Kernels) -> None:
+    """Prompts of which one token is wanted, single tokens, and few of them; an adapter that overflows is nobody else's affair."""
+    forwards, adapters, caches = {}, {}, {}
+    for which in (native, None):
+        torch.manual_seed(2)
+        forwards[which] = forward = FusedForward(AutoModelForCausalLM.from_config(SHAPES[shape]).eval().to(dtype), 128, which)
+        adapters[which] = own = Adapters(forward.linears, max_loras=8, dtype=dtype, device=torch.device("cpu"))
+        draw = torch.Generator().manual_seed(7)
+        for name, (rank, layers) in ADAPTERS.items():
+            own.add((name, 0), lora(forward.linears, rank, layers, draw), set())
+        heads = LayerShape(forward.kv_heads, forward.head_dim, forward.head_dim)
+        caches[which] = Cache({0: heads, 1: heads}, 7, 128, dtype=dtype, device=torch.device("cpu"))
+    owners = [("all", 0), None, ("wide", 0), ("some", 0), None, ("wide", 0), ("all", 0)]
+    lengths = (13, 100, 17, 60, 25, 90, 33)
+    texts = [torch.randint(5, 300, (length,), generator=draw).tolist() for length in lengths]
+    asked = [Sequence(Generation("a", tuple(text)), text, 1, key=key) for text, key in zip(texts, owners, strict=True)]
+    for slot, one in enumerate(asked):
+        one.slot = slot
+
+    def step(pieces: list[Piece], *, all_wanted: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+        batch = make_batch(pieces, device=torch.device("cpu"), all_wanted=all_wanted)
+        logits = {}
+        for which, forward in forwards.items():
+            adapters[which].begin([(piece.sequence.key, piece.num_tokens) for piece in pieces])
+            logits[which] = forward(batch, caches[which]).to(dtype)
+        return logits[native], logits[None]
+
+    last = [Piece(one, len(one.tokens) - 1, len(one.tokens)) for one in asked]
+    prompts_of = [Piece(one, 0, len(one.tokens)) for one in asked]
+    for pieces in ([prompts_of[0]], prompts_of[1:3], prompts_of[3:], last, last[:2], [last[2]]):
+        check_close(*step(pieces), 8e-2)  # PyTorch rounds a product before the adapters add to it, and after
+    before, _ = step([Piece(one, 9, 10) for one in asked], all_wanted=True)
+    for own in adapters.values():
+        down, up = own.loaded[("some", 0)].weights[own.linears[0].parts[1].name]
+        down.fill_(3e38)
+        up.fill_(3e38)
+        own.remove(("none asks for it", 0))
+    after = step([Piece(one, 9, 10) for one in asked], all_wanted=True)
+    for found in after:
+        assert found.isfinite().all(dim=1).tolist() == [key != ("some", 0) for key in owners]
+    others = [i for i, key in enumerate(owners) if key != ("some", 0)]
+    check_close(after[0][others], before[others], 1e-2)
+
+
 def test_the_engine_says_who_runs_its_steps(tmp_path: Path) -> None:
     folder = write_family(tmp_path, "llama")
 

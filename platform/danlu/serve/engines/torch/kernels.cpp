@@ -358,14 +358,27 @@ struct Weight {
     int64_t bits = 0, group = 0;   // 0 bits: numbers of T
 };
 
+// Outputs of a product that LoRA adapters change, by their ranks side by side.
+struct Part {
+    const void* up;                   // [outs, ranks], in panels
+    int64_t first_panel, stop_panel;  // of the product's outputs
+    int64_t first_rank, ranks;        // of the product's; the first is a panel's first
+};
+
+struct Lora {
+    const void* down;        // [rank, ins], in panels
+    int64_t rank;            // 0: no adapter changes this product
+    const int64_t* owners;   // [rank]: whose each is; of a token: its adapter, or -1
+    const uint64_t* present;  // of each panel of ranks: bit `owner % 64` of all owners
+    const Part* parts;
+    int64_t num_parts;
+};
+
 struct Linear {
     Weight weight;
     const void* bias;
     int64_t outs, ins;
-    const void* down;  // of the LoRA adapters side by side: [rank, ins] and [outs, rank], in panels too; null if there are none
-    const void* up;
-    int64_t rank;
-    const void* mask;  // [tokens, rank]: 1 where the token is the adapter's; null if no token of this step has an adapter
+    Lora lora;
 };
 
 #if defined(__AVX512BF16__) && defined(__AVX512VBMI__)
@@ -838,16 +851,23 @@ template <typename T> inline Ahead share_of(const Weight& weight, int64_t panel,
     return {static_cast<const char*>(weight.values) + panel * ins * PANEL * int64_t(sizeof(T)) + block * pace * (ins / step), pace};
 }
 
-// One panel of all rows, which lie `stride` apart, while `next` is fetched; finish(row, column, number of columns, sums) does what the product is for.
-template <typename T, typename Finish>
-inline void multiply_panel(const T* x, int64_t stride, int64_t rows, const Weight& weight, int64_t panel, int64_t next, int64_t outs, int64_t ins, Finish finish) {
+// One panel of all rows, which lie `stride` apart, while `next` is fetched: more(row, number of rows, sums) adds to a block's sums, and
+// finish(row, column, number of columns, sums) does what the product is for.
+template <typename T, typename More, typename Finish>
+inline void multiply_panel(const T* x, int64_t stride, int64_t rows, const Weight& weight, int64_t panel, int64_t next, int64_t outs, int64_t ins, More more, Finish finish) {
     alignas(64) float sums[MOST_ROWS * PANEL];
     const int64_t columns = std::min<int64_t>(PANEL, outs - panel * PANEL);
     const Panel<T> own(weight, panel, ins, rows);
     each_block<T>(rows, [&](int64_t row, int64_t some, int64_t block, int64_t blocks) {
         own.multiply(some, x + row * stride, stride, sums, share_of<T>(weight, next, ins, rows, block, blocks));
+        more(row, some, sums);
         for (int64_t r = 0; r < some; ++r) finish(row + r, panel * PANEL, columns, sums + r * PANEL);
     });
+}
+
+template <typename T, typename Finish>
+inline void multiply_panel(const T* x, int64_t stride, int64_t rows, const Weight& weight, int64_t panel, int64_t next, int64_t outs, int64_t ins, Finish finish) {
+    multiply_panel(x, stride, rows, weight, panel, next, outs, ins, [](int64_t, int64_t, float*) {}, finish);
 }
 
 // Rows that lie a multiple of 4096 bytes apart push each other out of the cache.
@@ -880,31 +900,81 @@ template <typename T> inline const T* bias_of(const Linear& linear, int64_t firs
     return linear.bias ? static_cast<const T*>(linear.bias) + first : nullptr;
 }
 
-// y = x @ weight.T + bias, or added to y; with LoRA. x: rows `apart`; scratch: [tokens, rank].
-template <typename T> void multiply(Team& team, const Linear& linear, const T* x, int64_t rows, T* y, bool adds, T* scratch) {
-    const int64_t own = panels(linear.outs), rank = linear.mask ? linear.rank : 0;
+// What the adapters of a step's tokens add to a product. Only those that have tokens are read.
+template <typename T> class Adapted {
+  public:
+    Adapted() = default;
+    // owners: of each row, null if none has an adapter; present: as Lora's. scratch: [rows, apart(rank)], written by `begin`.
+    Adapted(const int64_t* owners, uint64_t present, T* scratch) : owners_(owners), present_(present), scratch_(scratch) {}
+
+    // Before the product, where an adapter changes it. x: rows `apart`.
+    void begin(Team& team, const Linear& linear, const T* x, int64_t rows) const {
+        const Lora& lora = linear.lora;
+        if (!owners_ || !lora.rank) return;
+        const int64_t stride = apart<T>(linear.ins);
+        team.share(panels(lora.rank), [&](int64_t panel, int64_t next) {
+            if (!(lora.present[panel] & present_)) return;
+            multiply_panel(x, stride, rows, Weight{lora.down}, panel, next, lora.rank, linear.ins, [&](int64_t row, int64_t first, int64_t n, const float* sums) {
+                T* to = scratch_ + row * apart<T>(lora.rank) + first;
+                const int64_t own = owners_[row];
+                for (int64_t i = 0; i < n; ++i) to[i] = lora.owners[first + i] == own ? rounded<T>(sums[i]) : T{};
+            });
+        });
+    }
+
+    // To the sums of a panel and of `some` of all rows, from `row` on.
+    void add(const Linear& linear, int64_t panel, int64_t row, int64_t some, int64_t rows, float* sums) const {
+        const Part* part = part_of(linear, panel);
+        if (!part) return;
+        const int64_t stride = apart<T>(linear.lora.rank);
+        for (int64_t start = 0, stop; start < part->ranks; start = stop) {
+            for (stop = start; stop < part->ranks && is_read(linear.lora, part->first_rank + stop); stop += PANEL) continue;
+            if (stop == start) {
+                stop += PANEL;
+                continue;
+            }
+            stop = std::min(stop, part->ranks);
+            alignas(64) float own[MOST_ROWS * PANEL];
+            const Panel<T> up(Weight{up_of(*part, panel) + start * PANEL}, 0, stop - start, rows);
+            up.multiply(some, scratch_ + row * stride + part->first_rank + start, stride, own);
+            for (int64_t i = 0; i < some * PANEL; i += LANES) store(load(sums + i) + load(own + i), sums + i);
+        }
+    }
+
+    void fetch(const Linear& linear, int64_t panel) const {
+        const Part* part = part_of(linear, panel);
+        if (!part) return;
+        const char* from = reinterpret_cast<const char*>(up_of(*part, panel));
+        for (int64_t line = 0; line < part->ranks * PANEL * int64_t(sizeof(T)); line += 64) __builtin_prefetch(from + line, 0, 2);
+    }
+
+  private:
+    bool is_read(const Lora& lora, int64_t rank) const { return lora.present[rank / PANEL] & present_; }
+    static const T* up_of(const Part& part, int64_t panel) { return static_cast<const T*>(part.up) + (panel - part.first_panel) * part.ranks * PANEL; }
+    const Part* part_of(const Linear& linear, int64_t panel) const {
+        for (int64_t i = 0; owners_ && i < linear.lora.num_parts; ++i)
+            if (const Part& part = linear.lora.parts[i]; part.first_panel <= panel && panel < part.stop_panel) return &part;
+        return nullptr;
+    }
+
+    const int64_t* owners_ = nullptr;
+    uint64_t present_ = 0;
+    T* scratch_ = nullptr;
+};
+
+// y = x @ weight.T + bias, or added to y. x: rows `apart`.
+template <typename T> void multiply(Team& team, const Linear& linear, const T* x, int64_t rows, T* y, bool adds, const Adapted<T>& adapted) {
     const int64_t stride = apart<T>(linear.ins);
-    const T* mask = static_cast<const T*>(linear.mask);
-    team.share(own + panels(rank), [&](int64_t unit, int64_t next) {
-        if (unit < own)
-            multiply_panel(x, stride, rows, linear.weight, unit, std::min(next, own - 1), linear.outs, linear.ins, [&](int64_t row, int64_t first, int64_t n, const float* sums) {
-                T* to = y + row * linear.outs + first;
-                if (adds)
-                    put<T, true>(sums, bias_of<T>(linear, first), n, to);
-                else
-                    put<T, false>(sums, bias_of<T>(linear, first), n, to);
-            });
-        else
-            multiply_panel(x, stride, rows, Weight{linear.down}, unit - own, 0, rank, linear.ins, [&](int64_t row, int64_t first, int64_t n, const float* sums) {
-                for (int64_t i = row * rank + first; i < row * rank + first + n; ++i)
-                    scratch[i] = rounded<T>(to_float(rounded<T>(sums[i - row * rank - first])) * to_float(mask[i]));
-            });
-    });
-    if (!rank) return;
-    team.share(own, [&](int64_t unit) {
-        multiply_panel(scratch, rank, rows, Weight{linear.up}, unit, unit, linear.outs, rank, [&](int64_t row, int64_t first, int64_t n, const float* sums) {
+    adapted.begin(team, linear, x, rows);
+    team.share(panels(linear.outs), [&](int64_t panel, int64_t next) {
+        adapted.fetch(linear, panel);
+        const auto more = [&](int64_t row, int64_t some, float* sums) { adapted.add(linear, panel, row, some, rows, sums); };
+        multiply_panel(x, stride, rows, linear.weight, panel, next, linear.outs, linear.ins, more, [&](int64_t row, int64_t first, int64_t n, const float* sums) {
             T* to = y + row * linear.outs + first;
-            for (int64_t i = 0; i < n; ++i) to[i] = rounded<T>(to_float(to[i]) + sums[i]);
+            if (adds)
+                put<T, true>(sums, bias_of<T>(linear, first), n, to);
+            else
+                put<T, false>(sums, bias_of<T>(linear, first), n, to);
         });
     });
 }
@@ -943,10 +1013,10 @@ template <typename T> inline vec gated(vec gate, vec up) { return kept<T>(gate /
 template <typename T> inline T gated(float gate, float up) { return rounded<T>(to_float(rounded<T>(gate / (1.0f + exponential(-gate)))) * up); }
 
 // silu(gate) * up of a product whose outputs are gates, then ups; returns the rows, `apart`: `wide`, or `x` where it goes by way of `wide`.
-template <typename T> T* multiply_gated(Team& team, const Linear& linear, T* x, int64_t rows, T* wide, T* scratch) {
+template <typename T> T* multiply_gated(Team& team, const Linear& linear, T* x, int64_t rows, T* wide, const Adapted<T>& adapted) {
     const int64_t size = linear.outs / 2, stride = apart<T>(linear.ins), to_stride = apart<T>(size);
-    if (linear.mask || size % PANEL) {
-        multiply(team, linear, x, rows, wide, false, scratch);
+    if (size % PANEL) {
+        multiply(team, linear, x, rows, wide, false, adapted);
         team.share(rows, [&](int64_t t) {
             const T* from = wide + t * 2 * size;
             T* to = x + t * to_stride;
@@ -956,15 +1026,21 @@ template <typename T> T* multiply_gated(Team& team, const Linear& linear, T* x, 
         });
         return x;
     }
+    adapted.begin(team, linear, x, rows);
     team.share(panels(size), [&](int64_t panel, int64_t next) {
+        const int64_t up = panels(size) + panel;
+        adapted.fetch(linear, panel);
+        adapted.fetch(linear, up);
         alignas(64) float gates[MOST_ROWS * PANEL], ups[MOST_ROWS * PANEL];
         const auto made = [&](const float* sums, const T* bias) { return kept<T>(bias ? load(sums) + load(bias) : load(sums)); };
         const T *gate_bias = bias_of<T>(linear, panel * PANEL), *up_bias = bias_of<T>(linear, size + panel * PANEL);
-        const Panel<T> gate_panel(linear.weight, panel, linear.ins, rows), up_panel(linear.weight, panels(size) + panel, linear.ins, rows, 1);
+        const Panel<T> gate_panel(linear.weight, panel, linear.ins, rows), up_panel(linear.weight, up, linear.ins, rows, 1);
         each_block<T>(rows, [&](int64_t row, int64_t some, int64_t block, int64_t blocks) {
             const auto fetched = [&](int64_t which) { return share_of<T>(linear.weight, which, linear.ins, rows, block, blocks); };
             gate_panel.multiply(some, x + row * stride, stride, gates, fetched(next));
             up_panel.multiply(some, x + row * stride, stride, ups, fetched(panels(size) + next));
+            adapted.add(linear, panel, row, some, rows, gates);
+            adapted.add(linear, up, row, some, rows, ups);
             for (int64_t r = 0; r < some; ++r)
                 for (int64_t i = 0; i < PANEL; i += LANES) {
                     const vec gate = made(gates + r * PANEL + i, gate_bias ? gate_bias + i : nullptr), up = made(ups + r * PANEL + i, up_bias ? up_bias + i : nullptr);
@@ -1298,8 +1374,8 @@ struct Model {
 
 struct Batch {
     int64_t tokens, num_wanted;
-    const int64_t *ids, *positions, *slots, *wanted;
-    float* logits;  // [num_wanted, head.outs]
+    const int64_t *ids, *positions, *slots, *wanted, *owners;  // owners: each token's adapter, or -1; null if none has one
+    float* logits;                                             // [num_wanted, head.outs]
 };
 
 // Tokens [start, stop) of a step that follow each other in one sequence.
@@ -1334,7 +1410,7 @@ template <typename T> void run_step(const Model& m, const Batch& b) {
     T* hidden = room<T>(held[0], tokens * m.hidden);
     T* x = room<T>(held[1], tokens * apart<T>(widest));
     T* wide = room<T>(held[2], tokens * std::max({qkv_size, 2 * m.intermediate, apart<T>(m.intermediate)}));
-    T* scratch = room<T>(held[3], tokens * std::max<int64_t>(1, m.largest_rank));
+    T* scratch = room<T>(held[3], tokens * apart<T>(m.largest_rank));
     T* last_hidden = room<T>(held[4], b.num_wanted * m.hidden);
     const int64_t stride = apart<T>(m.hidden), attention_stride = apart<T>(m.heads * dim);
     const float eps = float(m.eps), scale = float(m.scale);
@@ -1346,8 +1422,14 @@ template <typename T> void run_step(const Model& m, const Batch& b) {
     const int64_t block_size = runs.blocks.empty() ? 0 : BlockScratch<T>().place(nullptr, block * group, dim);
     char* block_rooms = room<char>(held[6], block_size * omp_get_max_threads());
     // Behind the last layer's keys and values only the wanted tokens go on.
-    const Layer& end = m.layers[m.num_layers - 1];
-    const bool drops = b.num_wanted < tokens && !end.out.mask && !end.gate_up.mask && !end.down.mask;
+    const bool drops = b.num_wanted < tokens;
+    uint64_t present = 0;
+    std::vector<int64_t> owners_behind;  // of the rows behind the last layer's keys and values
+    if (b.owners) {
+        for (int64_t t = 0; t < tokens; ++t) present |= b.owners[t] < 0 ? 0 : uint64_t(1) << b.owners[t] % 64;
+        for (int64_t w = 0; w < b.num_wanted; ++w) owners_behind.push_back(b.owners[b.wanted[w]]);
+    }
+    const Adapted<T> of_all(b.owners, present, scratch), of_wanted(b.owners ? owners_behind.data() : nullptr, present, scratch);
 
     in_parallel(m.num_layers * 14 + 4, [&](Team& team) {
         float* scores = all_scores + own_scores * team.thread;
@@ -1361,11 +1443,12 @@ template <typename T> void run_step(const Model& m, const Batch& b) {
         for (int64_t i = 0; i < m.num_layers; ++i) {
             const Layer& layer = m.layers[i];
             const bool drops_here = drops && i + 1 == m.num_layers;
+            const Adapted<T>& adapted = drops_here ? of_wanted : of_all;
             T *keys = static_cast<T*>(layer.keys), *values = static_cast<T*>(layer.values);
             team.share(tokens, [&](int64_t t) {
                 norm(hidden + t * m.hidden, static_cast<const T*>(layer.norm_in), m.hidden, eps, x + t * stride);
             });
-            multiply(team, layer.qkv, x, tokens, wide, false, scratch);
+            multiply(team, layer.qkv, x, tokens, wide, false, of_all);
             team.share(tokens * (qk_heads + m.kv_heads), [&](int64_t unit) {
                 const int64_t t = unit / (qk_heads + m.kv_heads), head = unit % (qk_heads + m.kv_heads), position = b.positions[t];
                 T* at = wide + t * qkv_size + head * dim;
@@ -1403,9 +1486,9 @@ template <typename T> void run_step(const Model& m, const Batch& b) {
                 attend(wide + t * qkv_size + head * dim, together, keys + slot, values + slot, keys + next_slot, values + next_slot, first, last, dim, scale, scores,
                        x + (drops_here ? row : t) * attention_stride + head * dim);
             });
-            multiply(team, layer.out, x, rows, rest, true, scratch);
+            multiply(team, layer.out, x, rows, rest, true, adapted);
             team.share(rows, [&](int64_t t) { norm(rest + t * m.hidden, static_cast<const T*>(layer.norm_mlp), m.hidden, eps, x + t * stride); });
-            multiply(team, layer.down, multiply_gated(team, layer.gate_up, x, rows, wide, scratch), rows, rest, true, scratch);
+            multiply(team, layer.down, multiply_gated(team, layer.gate_up, x, rows, wide, adapted), rows, rest, true, adapted);
         }
         team.share(b.num_wanted, [&](int64_t w) {
             norm(rest + (drops ? w : b.wanted[w]) * m.hidden, static_cast<const T*>(m.norm), m.hidden, eps, x + w * stride);
@@ -1428,7 +1511,7 @@ template <typename T> void run_linear(const Linear& linear, const void* x, int64
     T* copied = room<T>(held, rows * apart<T>(ins));
     in_parallel(2, [&](Team& team) {
         team.share(rows, [&](int64_t row) { std::memcpy(copied + row * apart<T>(ins), static_cast<const T*>(x) + row * ins, ins * sizeof(T)); });
-        multiply(team, linear, copied, rows, static_cast<T*>(y), false, static_cast<T*>(nullptr));
+        multiply(team, linear, copied, rows, static_cast<T*>(y), false, Adapted<T>());
     });
 }
 

@@ -21,6 +21,26 @@ Empty = Callable[..., torch.Tensor]
 """torch.empty, or another that takes its memory elsewhere."""
 
 
+class PartStruct(ctypes.Structure):
+    """kernels.cpp's Part."""
+
+    _fields_ = [
+        ("up", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("first_panel", "stop_panel", "first_rank", "ranks")),
+    ]
+
+
+class LoraStruct(ctypes.Structure):
+    """kernels.cpp's Lora."""
+
+    _fields_ = [
+        ("down", ctypes.c_void_p),
+        ("rank", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("owners", "present", "parts")),
+        ("num_parts", ctypes.c_int64),
+    ]
+
+
 class LinearStruct(ctypes.Structure):
     """kernels.cpp's Linear."""
 
@@ -32,10 +52,7 @@ class LinearStruct(ctypes.Structure):
         ("bias", ctypes.c_void_p),
         ("outs", ctypes.c_int64),
         ("ins", ctypes.c_int64),
-        ("down", ctypes.c_void_p),
-        ("up", ctypes.c_void_p),
-        ("rank", ctypes.c_int64),
-        ("mask", ctypes.c_void_p),
+        ("lora", LoraStruct),
     ]
 
 

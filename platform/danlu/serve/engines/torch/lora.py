@@ -1,14 +1,17 @@
-"""Several LoRA adapters in one batch: their A and B side by side in one product, and a mask that says whose token it is."""
+"""Several LoRA adapters in one batch: their A and B side by side in one product, of which each token takes its own adapter's part."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch import nn
 
 from danlu.artifact.bundle import Bundle
 from danlu.compress.fits import changed_layers, does_not_fit
@@ -17,7 +20,7 @@ from danlu.serve.adapters import WEIGHTS, adapter_folder, no_adapter
 from danlu.serve.engines.torch.sequence import Key
 
 if TYPE_CHECKING:
-    from danlu.serve.engines.torch.linear import Linear
+    from danlu.serve.engines.torch.linear import Linear, Part
 
 
 @dataclass(frozen=True)
@@ -28,34 +31,57 @@ class Adapter:
 
 
 @dataclass
-class Mask:
-    """Of the step that runs: which adapter each token belongs to. `by_owner` holds what the sites have made of it."""
+class Tokens:
+    """Of the step that runs."""
 
-    of_tokens: torch.Tensor | None = None
-    """[tokens, adapters], 1 or 0; None where no token has one."""
-    by_owner: dict[tuple[int, ...], torch.Tensor] = field(default_factory=dict)
+    owners: torch.Tensor | None = None
+    """int64 [tokens], on the CPU: the place of a token's adapter, -1 of the base's; None where no token has one."""
+    masks: dict[tuple[int, ...], torch.Tensor] = field(default_factory=dict)
+    """What the sites have made of it: [tokens, ranks], whether a rank is of another than the token's adapter."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """What adapters add to outputs [start, stop) of a product, their ranks side by side."""
+
+    start: int
+    stop: int
+    owners: tuple[int, ...]
+    """Of each rank: the place of its adapter."""
+    down: torch.Tensor
+    """[ranks, in]"""
+    up: torch.Tensor
+    """[stop - start, ranks]"""
 
 
 class LoraSite:
-    """What the adapters add to one product."""
+    """What the adapters add to one product. The compiled kernels read its changes; PyTorch multiplies them as one."""
 
-    def __init__(self, down: torch.Tensor, up: torch.Tensor, owners: tuple[int, ...], mask: Mask) -> None:
-        self.down, self.up, self.owners, self.mask = down, up, owners, mask
+    def __init__(self, changes: Sequence[Change], shape: tuple[int, int], tokens: Tokens) -> None:
+        """`shape`: the product's, out and in."""
+        self.changes, self.shape, self.tokens = changes, shape, tokens
 
     def add(self, x: torch.Tensor, y: torch.Tensor) -> None:
         """x: [tokens, in]; added to y [tokens, out] in place."""
-        mask = self.owned()
-        if mask is not None:
-            y.addmm_((x @ self.down).mul_(mask), self.up)
+        if (others := self._others(x.device)) is not None:
+            y.addmm_(nn.functional.linear(x, self.joined.down).masked_fill_(others, 0), self.joined.up.t())
 
-    def owned(self) -> torch.Tensor | None:
-        """Of the step that runs: [tokens, rank], 1 where a rank is of the token's adapter; None where no token has one."""
-        if self.mask.of_tokens is None:
-            return None
-        mask = self.mask.by_owner.get(self.owners)
-        if mask is None:
-            mask = self.mask.by_owner[self.owners] = self.mask.of_tokens[:, list(self.owners)]
-        return mask
+    @functools.cached_property
+    def joined(self) -> Change:
+        """All changes as one of all outputs."""
+        owners = sum((change.owners for change in self.changes), ())
+        up = self.changes[0].up.new_zeros(self.shape[0], len(owners))
+        rank = 0
+        for change in self.changes:
+            up[change.start : change.stop, rank : rank + len(change.owners)] = change.up
+            rank += len(change.owners)
+        return Change(0, self.shape[0], owners, torch.cat([change.down for change in self.changes]), up)
+
+    def _others(self, device: torch.device) -> torch.Tensor | None:
+        owners = self.joined.owners
+        if self.tokens.owners is not None and owners not in self.tokens.masks:
+            self.tokens.masks[owners] = (self.tokens.owners[:, None] != torch.tensor(owners)).to(device)
+        return self.tokens.masks.get(owners)
 
 
 class Adapters:
@@ -66,7 +92,7 @@ class Adapters:
         self.loaded: dict[Key, Adapter] = {}
         self.last_used: dict[Key, int] = {}
         self.step = 0
-        self.mask = Mask()
+        self.tokens = Tokens()
 
     def check(self, adapter: Adapter, name: str) -> None:
         """ModelError if it is for another model."""
@@ -99,40 +125,29 @@ class Adapters:
     def begin(self, keys: Sequence[tuple[Key, int]]) -> None:
         """Before a step: whose its tokens are, as (key, number of tokens) in their order."""
         self.step += 1
-        self.mask.by_owner.clear()
-        self.mask.of_tokens = None
+        self.tokens.masks.clear()
+        self.tokens.owners = None
         used = {key for key, _ in keys if key is not None}
         if not used:
             return
         self.last_used |= dict.fromkeys(used, self.step)
-        places = {key: i for i, key in enumerate(self.loaded)}
-        owners = torch.tensor([-1 if key is None else places[key] for key, number in keys for _ in range(number)])
-        self.mask.of_tokens = (owners[:, None] == torch.arange(len(places))).to(self.device, self.dtype)
+        places: dict[Key, int] = {key: place for place, key in enumerate(self.loaded)} | {None: -1}
+        owners, numbers = [places[key] for key, _ in keys], [number for _, number in keys]
+        self.tokens.owners = torch.from_numpy(np.repeat(np.array(owners, dtype=np.int64), numbers))
 
     def _build(self) -> None:
         for linear in self.linears:
-            downs: list[torch.Tensor] = []
-            ups: list[torch.Tensor] = []
-            owners: list[int] = []
-            for place, adapter in enumerate(self.loaded.values()):
-                for part in linear.parts:
-                    if part.name not in adapter.weights:
-                        continue
-                    down, up = adapter.weights[part.name]
-                    wide = torch.zeros(down.shape[0], linear.shape[0])
-                    wide[:, part.start : part.stop] = up.t()
-                    downs.append(down.t())
-                    ups.append(wide)
-                    owners += [place] * down.shape[0]
-            if not downs:
-                linear.lora = None
-                continue
-            if len(owners) % 2:  # bf16 is multiplied in pairs
-                downs.append(torch.zeros(linear.shape[1], 1))
-                ups.append(torch.zeros(1, linear.shape[0]))
-                owners.append(owners[-1])
-            down, up = torch.cat(downs, dim=1).contiguous(), torch.cat(ups)
-            linear.lora = LoraSite(down.to(self.device, self.dtype), up.to(self.device, self.dtype), tuple(owners), self.mask)
+            changes = [change for part in linear.parts if (change := self._change(part)) is not None]
+            linear.lora = LoraSite(changes, linear.shape, self.tokens) if changes else None
+
+    def _change(self, part: Part) -> Change | None:
+        """None where no adapter changes it."""
+        own = {place: adapter.weights[part.name] for place, adapter in enumerate(self.loaded.values()) if part.name in adapter.weights}
+        if not own:
+            return None
+        owners = tuple(place for place, (down, _) in own.items() for _ in range(len(down)))
+        down, up = torch.cat([down for down, _ in own.values()]), torch.cat([up for _, up in own.values()], dim=1)
+        return Change(part.start, part.stop, owners, down.to(self.device, self.dtype), up.to(self.device, self.dtype))
 
 
 def read_adapter(source: str, name: str, storage: str, served: Bundle | None = None) -> Adapter:

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
+import numpy.typing as npt
 import torch
+from torch import nn
 
 from danlu.serve.engines.torch.attention import Batch
 from danlu.serve.engines.torch.cache import Cache
-from danlu.serve.engines.torch.kernels import Kernels, LinearStruct
+from danlu.serve.engines.torch.kernels import PANEL, Empty, Kernels, LinearStruct, LoraStruct, PartStruct
+from danlu.serve.engines.torch.pages import Pages
 
 if TYPE_CHECKING:
     from danlu.serve.engines.torch.fused import FusedForward
     from danlu.serve.engines.torch.lora import LoraSite
+
+
+NOBODY = -2
+"""Owns the ranks that fill a panel up."""
 
 
 class _Layer(ctypes.Structure):
@@ -41,7 +48,7 @@ class _Model(ctypes.Structure):
 class _Batch(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("tokens", "num_wanted")),
-        *((name, ctypes.c_void_p) for name in ("ids", "positions", "slots", "wanted", "logits")),
+        *((name, ctypes.c_void_p) for name in ("ids", "positions", "slots", "wanted", "owners", "logits")),
     ]
 
 
@@ -53,7 +60,8 @@ class NativeStep:
         self.cache: Cache | None = None
         self.linears = fused.linears
         self.sites: list[LoraSite | None] = [None] * len(self.linears)
-        self.packed: list[torch.Tensor] = []
+        self.changing: LoraSite | None = None
+        self.packed: list[PackedLora] = []
         first = fused.layers[0]
         self.layers = (_Layer * len(fused.layers))()
         self.model = _Model(
@@ -89,15 +97,16 @@ class NativeStep:
         """See Forward."""
         if cache is not self.cache:
             self._point_to(cache)
-        masks = self._set_adapters()
+        owners = self._set_adapters()
         logits = torch.empty(len(batch.wanted), self.fused.head.shape[0])
         step = _Batch(
             len(batch.input_ids),
             len(batch.wanted),
-            *(one.data_ptr() for one in (batch.input_ids, batch.position_ids, batch.slots, batch.wanted, logits)),
+            *(one.data_ptr() for one in (batch.input_ids, batch.position_ids, batch.slots, batch.wanted)),
+            None if owners is None else owners.data_ptr(),
+            logits.data_ptr(),
         )
         self.kernels.library.danlu_step(ctypes.byref(self.model), ctypes.byref(step))
-        del masks  # they had to live until here
         return logits
 
     def _point_to(self, cache: Cache) -> None:
@@ -105,27 +114,64 @@ class NativeStep:
             struct.keys, struct.values = keys.data_ptr(), values.data_ptr()
         self.model.max_len, self.cache = cache.max_model_len, cache
 
-    def _set_adapters(self) -> Sequence[torch.Tensor]:
-        """Whose tokens a step's are; the masks that are pointed to."""
+    def _set_adapters(self) -> torch.Tensor | None:
+        """Whose the step's tokens are; None where no adapter changes anything."""
         sites = [linear.lora for linear in self.linears]
         if sites != self.sites:
             self._pack(sites)
-        masks = []
-        for site, struct in zip(self.sites, self.structs, strict=True) if self.model.largest_rank else ():
-            mask = None if site is None else site.owned()
-            struct.mask = None if mask is None else mask.data_ptr()
-            if mask is not None:
-                masks.append(mask)
-        return masks
+        return self.changing.tokens.owners if self.changing is not None else None
 
     def _pack(self, sites: list[LoraSite | None]) -> None:
         """Adapters have come or gone."""
         self.sites = sites
+        self.changing = next((site for site in sites if site is not None), None)
         self.packed = []
+        pages = Pages()
         for site, struct in zip(sites, self.structs, strict=True):
-            struct.mask = None
+            struct.lora = LoraStruct()
             if site is not None:
-                down, up = self.kernels.pack(site.down.t()), self.kernels.pack(site.up.t())
-                struct.down, struct.up, struct.rank = down.data_ptr(), up.data_ptr(), len(site.owners)
-                self.packed += [down, up]
-        self.model.largest_rank = max((len(site.owners) for site in sites if site is not None), default=0)
+                self.packed.append(packed := PackedLora(site, self.kernels, pages.empty))
+                struct.lora = packed.struct
+        self.model.largest_rank = max((packed.struct.rank for packed in self.packed), default=0)
+
+
+class PackedLora:
+    """What adapters add to a product, as the kernels read it. Each change's ranks begin a panel, so that a panel's outputs read no other's,
+    and ranks of adapters that a step has no tokens of are passed over."""
+
+    def __init__(self, site: LoraSite, kernels: Kernels, empty: Empty) -> None:
+        parted = all(change.start % PANEL == 0 and (change.stop % PANEL == 0 or change.stop == site.shape[0]) for change in site.changes)
+        changes = site.changes if parted else [site.joined]
+        owners = np.concatenate([_filled(np.array(change.owners, dtype=np.int64), NOBODY) for change in changes])
+        present = [sum({1 << int(owner) % 64 for owner in panel if owner != NOBODY}) for panel in owners.reshape(-1, PANEL)]
+        self.owners, self.present = owners, np.array(present, dtype=np.uint64)
+        self.down = kernels.pack(torch.cat([_filled_rows(change.down) for change in changes]), empty)
+        # bf16 is multiplied in pairs
+        self.ups = [kernels.pack(nn.functional.pad(change.up, (0, len(change.owners) % 2)), empty) for change in changes]
+        self.parts = (PartStruct * len(changes))()
+        first_rank = 0
+        for struct, change, up in zip(self.parts, changes, self.ups, strict=True):
+            panels = change.start // PANEL, -(-change.stop // PANEL)
+            struct.up, struct.first_panel, struct.stop_panel, struct.first_rank, struct.ranks = (
+                up.data_ptr(),
+                *panels,
+                first_rank,
+                up.shape[1],
+            )
+            first_rank += -(-len(change.owners) // PANEL) * PANEL
+        self.struct = LoraStruct(
+            down=self.down.data_ptr(),
+            rank=len(self.owners),
+            owners=self.owners.ctypes.data,
+            present=self.present.ctypes.data,
+            parts=ctypes.addressof(self.parts),
+            num_parts=len(self.parts),
+        )
+
+
+def _filled(owners: npt.NDArray[np.int64], value: int) -> npt.NDArray[np.int64]:
+    return np.pad(owners, (0, -len(owners) % PANEL), constant_values=value)
+
+
+def _filled_rows(down: torch.Tensor) -> torch.Tensor:
+    return nn.functional.pad(down, (0, 0, 0, -len(down) % PANEL))
