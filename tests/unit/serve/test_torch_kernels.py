@@ -179,13 +179,14 @@ def test_a_step_with_integer_weights_is_the_fused_forwards(quantization: Int8 | 
 
 
 @pytest.mark.usefixtures("own")
-def lora(linears: list[Linear], rank: int, names: tuple[str, ...], draw: torch.Generator) -> Adapter:
+def lora(linears: list[Linear], rank: int, names: tuple[str, ...], draw: torch.Generator, dtype: torch.dtype) -> Adapter:
     """Of the layers whose names end so; one of them has a rank of its own."""
     parts = [(part, linear.shape[1]) for linear in linears for part in linear.parts if part.name.endswith(names)]
     weights = {}
     for i, (part, ins) in enumerate(parts):
         own = rank + 3 * (i == 1)
-        weights[part.name] = torch.randn(own, ins, generator=draw) / ins**0.5, torch.randn(part.stop - part.start, own, generator=draw) / 8
+        down, up = torch.randn(own, ins, generator=draw) / ins**0.5, torch.randn(part.stop - part.start, own, generator=draw) / 8
+        weights[part.name] = down.to(dtype), up.to(dtype)
     return Adapter(weights)
 
 
@@ -205,7 +206,7 @@ def test_a_step_with_adapters_is_the_fused_forwards(shape: str, dtype: torch.dty
         adapters[which] = own = Adapters(forward.linears, max_loras=8, dtype=dtype, device=torch.device("cpu"))
         draw = torch.Generator().manual_seed(7)
         for name, (rank, layers) in ADAPTERS.items():
-            own.add((name, 0), lora(forward.linears, rank, layers, draw), set())
+            own.add((name, 0), lora(forward.linears, rank, layers, draw, dtype), set())
         heads = LayerShape(forward.kv_heads, forward.head_dim, forward.head_dim)
         caches[which] = Cache({0: heads, 1: heads}, 7, 128, dtype=dtype, device=torch.device("cpu"))
     owners = [("all", 0), None, ("wide", 0), ("some", 0), None, ("wide", 0), ("all", 0)]

@@ -169,6 +169,11 @@ def test_an_adapter_with_values_that_are_no_numbers_is_refused(folders: dict[str
             await made.load_adapter("sick", str(sick))
 
     with_engine(engine(folders["base"]), body)
+    next(iter(weights.values()))[0, 0] = 1e6
+    save_file(weights, sick / "adapter_model.safetensors", {"format": "pt"})
+    assert read_adapter(str(sick), "sick", "runs", dtype=torch.bfloat16).weights
+    with pytest.raises(ModelError, match=r"no numbers in torch\.float16"):
+        read_adapter(str(sick), "sick", "runs", dtype=torch.float16)
 
 
 def test_an_adapter_that_cannot_be_served_says_why_and_nobody_notices(folders: dict[str, Path], tmp_path: Path) -> None:

@@ -95,7 +95,7 @@ class TorchEngine:
 
     async def load_adapter(self, name: str, source: str, *, in_place: bool = False) -> None:
         self.check_health()
-        adapter = await asyncio.to_thread(read_adapter, source, name, self.storage, self.bundle)
+        adapter = await asyncio.to_thread(self._read_adapter, name, source)
         old = self.keys.get(name) if in_place else None
         await self._on_engine(lambda: self._install(name, adapter, instead_of=old))
         if old is not None:
@@ -156,6 +156,11 @@ class TorchEngine:
                 raise _unknown(generation.adapter)
         return self.reader.sequence(generation, key)
 
+    def _read_adapter(self, name: str, source: str) -> Adapter:
+        """On any thread but that of the steps, which the others' answers come from."""
+        own = self.runner.adapters
+        return read_adapter(source, name, self.storage, self.bundle, dtype=own.dtype, device=own.device)
+
     async def _on_engine(self, run: Callable[[], bool]) -> None:
         """Run between two steps, again and again until it returns True."""
         loop = asyncio.get_running_loop()
@@ -203,7 +208,7 @@ class TorchEngine:
             guess=look_up if runner.draft is None else runner.draft.guess,
         )
         for name, source in self.spec.adapters.items():
-            self._install(name, read_adapter(source, name, self.storage, self.bundle))
+            self._install(name, self._read_adapter(name, source))
 
     def _serve(self) -> None:
         while self._wait_for_work():

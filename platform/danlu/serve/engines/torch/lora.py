@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Adapter:
-    """Of each linear layer that it changes: A [r, in] and B [out, r], the scaling already in B."""
+    """Of each linear layer that it changes: A [r, in] and B [out, r], the scaling already in B, as the engine's other weights are."""
 
     weights: Mapping[str, tuple[torch.Tensor, torch.Tensor]]
 
@@ -48,10 +49,10 @@ class Change:
     stop: int
     owners: tuple[int, ...]
     """Of each rank: the place of its adapter."""
-    down: torch.Tensor
-    """[ranks, in]"""
-    up: torch.Tensor
-    """[stop - start, ranks]"""
+    downs: Sequence[torch.Tensor]
+    """[r, in] of one adapter after the other."""
+    ups: Sequence[torch.Tensor]
+    """[stop - start, r]"""
 
 
 class LoraSite:
@@ -64,18 +65,19 @@ class LoraSite:
     def add(self, x: torch.Tensor, y: torch.Tensor) -> None:
         """x: [tokens, in]; added to y [tokens, out] in place."""
         if (others := self._others(x.device)) is not None:
-            y.addmm_(nn.functional.linear(x, self.joined.down).masked_fill_(others, 0), self.joined.up.t())
+            (down,), (up,) = self.joined.downs, self.joined.ups
+            y.addmm_(nn.functional.linear(x, down).masked_fill_(others, 0), up.t())
 
     @functools.cached_property
     def joined(self) -> Change:
-        """All changes as one of all outputs."""
-        owners = sum((change.owners for change in self.changes), ())
-        up = self.changes[0].up.new_zeros(self.shape[0], len(owners))
+        """All changes as one of all outputs, and as one adapter."""
+        owners = tuple(itertools.chain.from_iterable(change.owners for change in self.changes))
+        wide = self.changes[0].ups[0].new_zeros(self.shape[0], len(owners))
         rank = 0
         for change in self.changes:
-            up[change.start : change.stop, rank : rank + len(change.owners)] = change.up
+            torch.cat(list(change.ups), dim=1, out=wide[change.start : change.stop, rank : rank + len(change.owners)])
             rank += len(change.owners)
-        return Change(0, self.shape[0], owners, torch.cat([change.down for change in self.changes]), up)
+        return Change(0, self.shape[0], owners, [torch.cat([down for change in self.changes for down in change.downs])], [wide])
 
     def _others(self, device: torch.device) -> torch.Tensor | None:
         owners = self.joined.owners
@@ -145,14 +147,21 @@ class Adapters:
         own = {place: adapter.weights[part.name] for place, adapter in enumerate(self.loaded.values()) if part.name in adapter.weights}
         if not own:
             return None
-        owners = tuple(place for place, (down, _) in own.items() for _ in range(len(down)))
-        down, up = torch.cat([down for down, _ in own.values()]), torch.cat([up for _, up in own.values()], dim=1)
-        return Change(part.start, part.stop, owners, down.to(self.device, self.dtype), up.to(self.device, self.dtype))
+        owners = tuple(itertools.chain.from_iterable((place,) * len(down) for place, (down, _) in own.items()))
+        return Change(part.start, part.stop, owners, [down for down, _ in own.values()], [up for _, up in own.values()])
 
 
-def read_adapter(source: str, name: str, storage: str, served: Bundle | None = None) -> Adapter:
+def read_adapter(
+    source: str,
+    name: str,
+    storage: str,
+    served: Bundle | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | None = None,
+) -> Adapter:
     """A LoRA adapter of a PEFT folder or a bundle: a folder, a URI, or a `name@alias` of the storage. ModelError names what cannot be
-    served beside others, or beside what is merged into the bundle that is `served`."""
+    served beside others in `dtype`, or beside what is merged into the bundle that is `served`."""
     folder, config = adapter_folder(source, name, storage, served)
     changed_layers(folder, source, name)
     try:
@@ -166,9 +175,9 @@ def read_adapter(source: str, name: str, storage: str, served: Bundle | None = N
             raise ModelError(f"{source} has {key}, which is no part of a plain LoRA", where=name, fix="merge it into the model")
         if key.endswith(".lora_A.weight"):
             up = tensors[key.replace(".lora_A.", ".lora_B.")].float() * _scaling(config, layer, down.shape[0])
-            weights[layer] = (down.float(), up)
+            weights[layer] = (down.to(device, dtype), up.to(device, dtype))
     if sick := next((layer for layer, both in weights.items() if not all(bool(torch.isfinite(one).all()) for one in both)), None):
-        raise ModelError(f"{source} holds values of {sick} that are no numbers", where=name, fix="copy or train it again")
+        raise ModelError(f"{source} holds values of {sick} that are no numbers in {dtype}", where=name, fix="copy or train it again")
     if not weights:
         raise ModelError(f"{source} changes nothing", where=name, fix="an adapter with lora_A and lora_B weights")
     return Adapter(weights)

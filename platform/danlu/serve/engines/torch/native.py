@@ -6,9 +6,7 @@ import ctypes
 from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 import torch
-from torch import nn
 
 from danlu.serve.engines.torch.attention import Batch
 from danlu.serve.engines.torch.cache import Cache
@@ -142,23 +140,22 @@ class PackedLora:
     def __init__(self, site: LoraSite, kernels: Kernels, empty: Empty) -> None:
         parted = all(change.start % PANEL == 0 and (change.stop % PANEL == 0 or change.stop == site.shape[0]) for change in site.changes)
         changes = site.changes if parted else [site.joined]
-        owners = np.concatenate([_filled(np.array(change.owners, dtype=np.int64), NOBODY) for change in changes])
-        present = [sum({1 << int(owner) % 64 for owner in panel if owner != NOBODY}) for panel in owners.reshape(-1, PANEL)]
-        self.owners, self.present = owners, np.array(present, dtype=np.uint64)
-        self.down = kernels.pack(torch.cat([_filled_rows(change.down) for change in changes]), empty)
-        # bf16 is multiplied in pairs
-        self.ups = [kernels.pack(nn.functional.pad(change.up, (0, len(change.owners) % 2)), empty) for change in changes]
+        owners, downs, ups, firsts = list[int](), list[torch.Tensor](), list[torch.Tensor](), list[int]()
+        for change in changes:
+            number, missing = len(change.owners), -len(change.owners) % PANEL
+            firsts.append(len(owners))
+            owners += [*change.owners, *[NOBODY] * missing]
+            downs += [*change.downs, change.downs[0].new_zeros(missing, site.shape[1])]
+            pair = change.ups[0].new_zeros(change.stop - change.start, number % 2)  # bf16 is multiplied in pairs
+            ups.append(kernels.pack(torch.cat([*change.ups, pair], dim=1), empty))
+        panels = [set(owners[first : first + PANEL]) - {NOBODY} for first in range(0, len(owners), PANEL)]
+        self.owners = np.array(owners, dtype=np.int64)
+        self.present = np.array([sum(1 << place for place in {owner % 64 for owner in panel}) for panel in panels], dtype=np.uint64)
+        self.down, self.ups = kernels.pack(torch.cat(downs), empty), ups
         self.parts = (PartStruct * len(changes))()
-        first_rank = 0
-        for struct, change, up in zip(self.parts, changes, self.ups, strict=True):
-            panels = change.start // PANEL, -(-change.stop // PANEL)
-            struct.up, struct.first_panel, struct.stop_panel, struct.first_rank, struct.ranks = (
-                up.data_ptr(),
-                *panels,
-                first_rank,
-                up.shape[1],
-            )
-            first_rank += -(-len(change.owners) // PANEL) * PANEL
+        for struct, change, up, first in zip(self.parts, changes, ups, firsts, strict=True):
+            struct.up, struct.first_panel, struct.stop_panel = up.data_ptr(), change.start // PANEL, -(-change.stop // PANEL)
+            struct.first_rank, struct.ranks = first, up.shape[1]
         self.struct = LoraStruct(
             down=self.down.data_ptr(),
             rank=len(self.owners),
@@ -167,11 +164,3 @@ class PackedLora:
             parts=ctypes.addressof(self.parts),
             num_parts=len(self.parts),
         )
-
-
-def _filled(owners: npt.NDArray[np.int64], value: int) -> npt.NDArray[np.int64]:
-    return np.pad(owners, (0, -len(owners) % PANEL), constant_values=value)
-
-
-def _filled_rows(down: torch.Tensor) -> torch.Tensor:
-    return nn.functional.pad(down, (0, 0, 0, -len(down) % PANEL))
