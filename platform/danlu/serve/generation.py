@@ -31,7 +31,8 @@ class Guide:
     kind: Literal["json_schema", "json_object", "regex", "choice", "tool_calls"]
     pattern: str = ""
     """The JSON Schema as JSON, the regular expression, or the choices as a JSON list; empty for json_object. tool_calls: any text, in
-    which calls are well formed: `{"tools": {name: schema of its arguments}, "answer": schema of what is no call, or null}`."""
+    which calls are well formed: `{"tools": {name: schema of its arguments}, "strict": whether an answer without calls will not do,
+    "answer": schema of what is no call, or null, "answer_param": who asks for that}`."""
     param: str = "guide"
     """The request's field that asks for it, which an error names."""
 

@@ -62,6 +62,11 @@ def tool_grammar(tools: Mapping[str, Schema], answer: Schema | None, markers: Ma
     return "\n".join(lines) + "\n"
 
 
+def answer_grammar(answer: Schema) -> str:
+    """Of a document alone."""
+    return f"%llguidance {{}}\n\nstart: {_document(answer)}\n"
+
+
 def _answering(markers: Markers) -> list[str]:
     """A document, or calls and nothing between them."""
     return [

@@ -261,6 +261,9 @@ def test_a_mistake_is_openais_error_class_with_the_field_and_what_would_work(cli
     with pytest.raises(openai.BadRequestError, match="4096 positions") as long:
         client.chat.completions.create(model="echo", messages=say("a"), max_tokens=5000)
     assert (long.value.code, long.value.param) == ("context_length_exceeded", "max_tokens")
+    with pytest.raises(openai.BadRequestError, match="max_completion_tokens: 4") as long:
+        client.chat.completions.create(model="echo", messages=say("a"), max_completion_tokens=5000)
+    assert long.value.param == "max_completion_tokens"
     with pytest.raises(openai.BadRequestError, match="Try: max_tokens"):
         client.completions.create(model="echo", prompt="a", extra_body={"max_completion_tokens": 3})
     with pytest.raises(openai.BadRequestError, match="`store` is true; it should be false"):

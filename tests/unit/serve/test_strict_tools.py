@@ -124,7 +124,8 @@ def guides(folder: Path) -> Guides:
 
 
 def matcher(guides: Guides, answer: Any = None) -> llguidance.LLMatcher:
-    return guides.compile(Guide("tool_calls", json.dumps({"tools": TOOLS, "answer": answer}), "tools")).matcher
+    asked = {"tools": TOOLS, "strict": True, "answer": answer, "answer_param": "response_format"}
+    return guides.compile(Guide("tool_calls", json.dumps(asked), "tools")).matcher
 
 
 def calls_of(text: str, *, bare: bool = True) -> list[tuple[str, str]]:
@@ -213,11 +214,32 @@ def test_whatever_the_grammar_lets_through_is_read_as_valid_calls_or_as_text(ans
     assert num_calls > 40
 
 
+def odd_schema(kind: str) -> dict[str, Any]:
+    return {"type": "object", "properties": {"a": {"type": kind}}}
+
+
 def test_a_schema_that_cannot_be_followed_names_its_tool(guides: Guides) -> None:
-    tools = {"fine": WEATHER, "odd": {"type": "object", "properties": {"a": {"type": "nosuchtype"}}}}
+    tools = {"fine": WEATHER, "odd": odd_schema("nosuchtype")}
     with pytest.raises(RequestError, match="strict: false") as refused:
-        guides.compile(Guide("tool_calls", json.dumps({"tools": tools, "answer": None}), "tools"))
+        guides.compile(Guide("tool_calls", json.dumps({"tools": tools, "strict": True, "answer": None}), "tools"))
     assert refused.value.param == "tools[1].function.parameters"
+
+
+def test_a_document_that_cannot_be_followed_names_who_asks_for_it(guides: Guides) -> None:
+    asked = {"tools": TOOLS, "strict": False, "answer": odd_schema("nosuchtype"), "answer_param": "response_format"}
+    with pytest.raises(RequestError, match="json_schema cannot be followed") as refused:
+        guides.compile(Guide("tool_calls", json.dumps(asked), "tools"))
+    assert refused.value.param == "response_format"
+
+
+def test_where_calls_cannot_be_told_from_a_document_tools_that_are_not_strict_leave_the_document(guides: Guides) -> None:
+    asked = {"tools": {"search": {"type": "object"}}, "strict": False, "answer": ANSWER, "answer_param": "response_format"}
+    made = guides.compile(Guide("tool_calls", json.dumps(asked), "tools")).matcher
+    call = '<tool_call>{"name": "search", "arguments": {}}</tool_call>'
+    for text, may in {'{"ok": true}': True, call: not guides.markers.hide_tags, "Well.": False}.items():
+        ids = guides.plain(text, add_special_tokens=False).input_ids
+        assert (made.try_consume_tokens(ids) == len(ids) and made.is_accepting()) == may, text
+        made.reset()
 
 
 @pytest.fixture(scope="module")
@@ -263,14 +285,18 @@ def test_a_model_that_opens_a_call_makes_a_valid_one(client: openai.OpenAI, show
         assert streamed[one.index] == "".join(arguments for _, arguments in calls_in(one))
 
 
-def test_with_a_response_format_there_is_a_valid_call_or_the_document(client: openai.OpenAI, shown: Path) -> None:
+@pytest.mark.parametrize("strict", [True, False])
+def test_with_a_response_format_there_is_a_valid_call_or_the_document(strict: bool, client: openai.OpenAI, shown: Path) -> None:
+    tools = [{"type": "function", "function": {**ASKED[0]["function"], "strict": strict}}]
     formatted: Any = {"type": "json_schema", "json_schema": {"name": "ok", "schema": ANSWER}}
     calls = documents = 0
     for begin in ("<tool_call>", "{"):
-        answer = client.chat.completions.create(**pushed_to(shown, begin), response_format=formatted)
+        answer = client.chat.completions.create(**pushed_to(shown, begin) | {"tools": tools}, response_format=formatted)
         for one in answer.choices:
             if one.finish_reason == "tool_calls":
-                calls += check(calls_in(one))
+                made = calls_in(one)
+                assert all(isinstance(json.loads(arguments), dict) for _, arguments in made)
+                calls += check(made) if strict else len(made)
             elif one.finish_reason == "stop":
                 Draft202012Validator(ANSWER).validate(json.loads(one.message.content or ""))
                 documents += 1

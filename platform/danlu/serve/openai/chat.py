@@ -128,6 +128,10 @@ class ChatRequest(SamplingFields):
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
     @property
+    def limit_param(self) -> str:
+        return "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
+
+    @property
     def num_logprobs(self) -> int | None:
         return (self.top_logprobs or 0) if self.logprobs else None
 
@@ -169,7 +173,8 @@ def conversation(request: ChatRequest) -> Chat:
 
 
 def tool_guide(request: ChatRequest) -> Guide | None:
-    """The guide that makes the model call a tool, where `tool_choice` asks for that; or that makes its calls valid, where one is strict."""
+    """The guide that makes the model call a tool, where `tool_choice` asks for that; or that makes its calls valid, where one is strict, or
+    where what is no call is a document."""
     schemas = {tool.function.name: tool.function.parameters or {"type": "object"} for tool in request.tools or ()}
     match request.tool_choice:
         case NamedTool(function=function):
@@ -185,10 +190,11 @@ def tool_guide(request: ChatRequest) -> Guide | None:
                 for name, schema in schemas.items()
             ]
             return Guide("json_schema", json.dumps(calls[0] if len(calls) == 1 else {"anyOf": calls}), "tool_choice")
-        case None | "auto" if any(tool.function.strict for tool in request.tools or ()):
-            strict = {tool.function.name: bool(tool.function.strict) for tool in request.tools or ()}
-            found = {name: schema if strict[name] else {"type": "object"} for name, schema in schemas.items()}
-            return Guide("tool_calls", json.dumps({"tools": found, "answer": None}), "tools")
+        case None | "auto" if request.tools:
+            strict = [tool.function.name for tool in request.tools if tool.function.strict]
+            if strict or request.asks_for_json:
+                found = {name: schema if name in strict else {"type": "object"} for name, schema in schemas.items()}
+                return Guide("tool_calls", json.dumps({"tools": found, "answer": None, "strict": bool(strict)}), "tools")
     return None
 
 

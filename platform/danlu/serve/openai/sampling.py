@@ -162,7 +162,7 @@ def guide(request: SamplingFields, of_tools: Guide | None = None) -> Guide | Non
 def _calls_or(calls: Guide, answer: Guide) -> Guide:
     """Valid calls, or the document that was asked for."""
     schema = json.loads(answer.pattern) if answer.pattern else {"type": "object"}
-    return replace(calls, pattern=json.dumps(json.loads(calls.pattern) | {"answer": schema}))
+    return replace(calls, pattern=json.dumps(json.loads(calls.pattern) | {"answer": schema, "answer_param": answer.param}))
 
 
 def generations(

@@ -94,7 +94,7 @@ class TextApi:
     async def _chat(self, call: Call) -> Reply | Stream:
         request = parse_chat(call.body)
         name, adapter = self._model(request.model, call)
-        (prompt,) = await self._read(call, [conversation(request)], request.limit, param="messages")
+        (prompt,) = await self._read(call, [conversation(request)], request.limit, param="messages", limit_param=request.limit_param)
         how = sampling(request, max_tokens=request.limit, logprobs=request.num_logprobs)
         head = _head("chatcmpl-", name)
         call.facts["answer_id"] = head["id"]
@@ -187,24 +187,30 @@ class TextApi:
         return await asyncio.get_running_loop().run_in_executor(self.reader, read)
 
     async def _read(
-        self, call: Call, prompts: Sequence[str | tuple[int, ...] | Chat], max_tokens: int | None, *, param: str
+        self,
+        call: Call,
+        prompts: Sequence[str | tuple[int, ...] | Chat],
+        max_tokens: int | None,
+        *,
+        param: str,
+        limit_param: str = "max_tokens",
     ) -> list[tuple[int, ...]]:
         """Each prompt's ids, once for all its answers. RequestError if they do not fit."""
         read = await self._beside(call, lambda: [tuple(self.engine.tokenize(prompt)) for prompt in prompts])
         for ids in read:
-            self._check_fits(len(ids), max_tokens, param)
+            self._check_fits(len(ids), max_tokens, param, limit_param)
         return read
 
-    def _check_fits(self, length: int, max_tokens: int | None, param: str) -> None:
+    def _check_fits(self, length: int, max_tokens: int | None, param: str, limit_param: str) -> None:
         room = self.engine.max_model_len
         if not length:
             raise RequestError(f"`{param}` has no tokens", param=param, fix="a text")
         if length + (1 if max_tokens is None else max_tokens) > room:
             told = "" if max_tokens is None else f" and {max_tokens} for the answer"
-            fix = "a shorter one" if length >= room or not max_tokens else f"max_tokens: {room - length}, or a shorter one"
+            fix = "a shorter one" if length >= room or not max_tokens else f"{limit_param}: {room - length}, or a shorter one"
             raise RequestError(
                 f"the prompt has {length} tokens{told}; the model has {room} positions",
-                param=param if length >= room else "max_tokens",
+                param=param if length >= room else limit_param,
                 code="context_length_exceeded",
                 fix=fix,
             )

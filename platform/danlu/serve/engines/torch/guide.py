@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from functools import cached_property
+from typing import Any
 
 import llguidance
 import llguidance.hf
@@ -15,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from danlu.errors import RequestError
 from danlu.serve.generation import Guide
 from danlu.serve.openai.tools import CLOSE, OPEN, PYTHON_TAG
-from danlu.serve.tool_grammar import JSON, Markers, tool_grammar
+from danlu.serve.tool_grammar import JSON, Markers, answer_grammar, tool_grammar
 
 
 class Guides:
@@ -40,14 +42,22 @@ class Guides:
         """The grammar of calls, with this vocabulary's tokens; RequestError names the tool whose schema cannot be followed."""
         asked = json.loads(guide.pattern)
         for i, schema in enumerate(asked["tools"].values()):
-            grammar = llguidance.LLMatcher.grammar_from_json_schema(schema, JSON)
-            if problem := llguidance.LLMatcher.validate_grammar(grammar, self.tokenizer):
-                told, param = problem.splitlines()[0], f"tools[{i}].function.parameters"
-                raise RequestError(f"`{param}` cannot be followed: {told}", param=param, fix="a simpler schema, or strict: false")
+            if problem := self._problem(schema):
+                param = f"tools[{i}].function.parameters"
+                raise RequestError(f"`{param}` cannot be followed: {problem}", param=param, fix="a simpler schema, or strict: false")
+        if asked["answer"] is not None and (problem := self._problem(asked["answer"])):
+            raise _refusal(Guide("json_schema", param=asked["answer_param"]), problem)
         if asked["answer"] is not None and self.markers.hide_tags:
+            if not asked["strict"]:
+                return answer_grammar(asked["answer"])
             told = f"this model's tokenizer hides {OPEN}, so that a call and a document of JSON cannot be told apart"
             raise RequestError(told, param=guide.param, fix="strict tools or a response_format, not both")
         return tool_grammar(asked["tools"], asked["answer"], self.markers)
+
+    def _problem(self, schema: Mapping[str, Any]) -> str:
+        """Why no grammar can be made of a schema; empty if one can."""
+        grammar = llguidance.LLMatcher.grammar_from_json_schema(schema, JSON)
+        return "".join(llguidance.LLMatcher.validate_grammar(grammar, self.tokenizer).splitlines()[:1])
 
     @cached_property
     def markers(self) -> Markers:

@@ -63,12 +63,12 @@ class Reader:
                 ids = self._rendered(prompt)
             case _:
                 ids = list(prompt)
-        self._check_ids(ids)
+        self._check_ids(ids, "messages" if isinstance(prompt, Chat) else "prompt")
         return ids
 
     def detokenize(self, token_ids: Several[int]) -> str:
         """See TextEngine.detokenize."""
-        self._check_ids(token_ids)
+        self._check_ids(token_ids, "tokens")
         return self._decoded(list(token_ids))
 
     def token_text(self, token_id: int) -> str:
@@ -98,17 +98,17 @@ class Reader:
         # The template writes the special tokens itself.
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    def _check_ids(self, ids: Several[int]) -> None:
+    def _check_ids(self, ids: Several[int], param: str) -> None:
         wrong = next((one for one in ids if not 0 <= one < self.vocab_size), None)
         if wrong is None:
             return
         if 0 <= wrong < len(self.tokenizer):  # the tokenizer was given tokens that the model was not
             raise RequestError(
                 f"the prompt has {self._decoded([wrong])!r}, the tokenizer's token {wrong}, and the model has {self.vocab_size}",
-                param="prompt",
+                param=param,
                 fix="leave it out, or serve a model whose embeddings were resized to its tokenizer",
             )
-        raise RequestError(f"there is no token {wrong}", param="prompt", fix=f"ids from 0 to {self.vocab_size - 1}")
+        raise RequestError(f"there is no token {wrong}", param=param, fix=f"ids from 0 to {self.vocab_size - 1}")
 
 
 def _check(sampling: Sampling, vocab_size: int) -> None:
