@@ -40,6 +40,7 @@ from danlu.rows import clean, data_report
 from danlu.served import Exchange, check_served, exchanges
 from danlu.spec.files import dump
 from danlu.spec.serve import Service
+from danlu.spec.task import MaskedLm, Pretrain
 from danlu.spec.train import TrainJob
 
 if TYPE_CHECKING:
@@ -65,12 +66,15 @@ def prepare(job: TrainJob, *, calibrate: bool = True) -> Prepared:
     from danlu.tasks.from_scratch import start_folder
     from danlu.tasks.task import read_splits
     from danlu.tasks.tokenizer import load_tokenizer
+    from danlu.tasks.vocabulary import check_vocabulary
 
     with traces.span("plan", {"danlu.train_job": job.name}):
         job = with_its_start(job)
         folder = start_folder(job.model, job.data, job.task, seed=job.seed)
         tokenizer = load_tokenizer(folder)
         splits = read_splits(job, tokenizer, max_length=job.model.max_length, spread=_spread())
+        draws = isinstance(job.task, Pretrain) and isinstance(job.task.objective, MaskedLm)
+        check_vocabulary(splits, tokenizer, folder, draws=draws)
         lengths = splits.train.encoded.lengths
         plan = make_plan(
             job, folder, num_rows=len(lengths), mean_tokens=float(lengths.mean()), num_labels=len(splits.label_names), calibrate=calibrate

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
 
 from danlu.artifact.bundle import Probe
 from danlu.data.encode import NO_TARGET, Encoded, encode
@@ -19,6 +19,7 @@ from danlu.tasks.agreement import Tolerance
 from danlu.tasks.exchange import MAX_TOP_K, BadExample, Example, Filled, Guess, MaskedText, Prediction, SourceText, Written
 from danlu.tasks.judge import PROBE_TOKENS, Completion, LanguageJudge
 from danlu.tasks.masked import with_a_mask
+from danlu.tasks.packed import PackedModel
 from danlu.tasks.packed_masked import PackedMaskedLM
 from danlu.tasks.rows import Scored, Split
 from danlu.tasks.seq2seq import Seq2SeqScores, with_generated
@@ -29,6 +30,11 @@ MAX_MASKS = 32
 
 class Answerer(Protocol):
     """A predictor, or one of the judges here: what an engine needs to answer requests a batch at a time."""
+
+    tokenizer: PreTrainedTokenizerBase
+
+    @property
+    def model(self) -> PackedModel: ...
 
     def encode(self, inputs: Sequence[Any]) -> Encoded:
         """Token ids of what is asked, a row each; BadExample for what this model cannot answer."""

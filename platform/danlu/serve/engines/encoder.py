@@ -27,8 +27,9 @@ from danlu.spec.task import AnsweredTask, engine_kind
 from danlu.tasks.agreement import change, tolerance
 from danlu.tasks.answers import Answerer, MaskedJudge, Seq2SeqJudge
 from danlu.tasks.device import pick_device
-from danlu.tasks.exchange import Example, from_fields, largest_change
+from danlu.tasks.exchange import BadExample, Example, from_fields, largest_change
 from danlu.tasks.predictor import Predictor
+from danlu.tasks.vocabulary import FIX, num_embeddings, unknown_token
 
 log = logging.getLogger(__name__)
 
@@ -224,7 +225,7 @@ class EncoderEngine:
         for job in jobs:
             if job.sequences is None:
                 try:
-                    job.encoded = predictor.encode(job.inputs)
+                    job.encoded = _encoded(predictor, job.inputs)
                 except MemoryError:
                     raise
                 except Exception as error:  # noqa: BLE001  # of this request's own inputs, and its own affair
@@ -310,6 +311,14 @@ class EncoderEngine:
                         f"where its evaluation answered {probe.label!r} {probe.probabilities}"
                     ),
                 )
+
+
+def _encoded(predictor: Answerer, inputs: Sequence[Example]) -> Encoded:
+    """BadExample for what this model cannot answer."""
+    encoded = predictor.encode(inputs)
+    if found := unknown_token(encoded.input_ids, predictor.tokenizer, num_embeddings(predictor.model.model.config)):
+        raise BadExample(f"a text has {found[1]}", "input", f"leave it out, or serve {FIX}")
+    return encoded
 
 
 def _is_finite(output: Any) -> bool:
