@@ -19,7 +19,7 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from danlu.artifact.bundle import FILE, canonical_json, read_bundle, text_digest
-from danlu.artifact.uris import OTHER_SCHEMES, filesystem_of
+from danlu.artifact.uris import filesystem_of
 from danlu.errors import ModelError, StorageError
 
 VERSION = re.compile(r"^v(\d+)$")
@@ -212,8 +212,6 @@ def ensure_writable(uri: str) -> None:
         filesystem.makedirs(path, exist_ok=True)
         filesystem.pipe_file(probe, b"written to see whether it can be")
         filesystem.rm_file(probe)
-    except (ImportError, ValueError) as error:
-        raise StorageError(f"{uri}: {error}", where="storage", fix=OTHER_SCHEMES) from error
     except OSError as error:
         raise _storage_error(uri, error) from error
 
