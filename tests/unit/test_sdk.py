@@ -28,6 +28,7 @@ from danlu.compress.load import load_predictor
 from danlu.errors import DataError, ModelError, ResourceError, StorageError
 from danlu.evaluate.score import Delta
 from danlu.handover import trained_before, walked, within_budget
+from danlu.spec.compress import Compress
 from danlu.spec.serve import Service
 from danlu.spec.train import TrainJob
 from danlu.train.run import EvalRecord, EventRecord, Record, StepRecord
@@ -190,6 +191,22 @@ def test_outside_its_budget_the_original_stays_in_production(make_job: MakeJob) 
     assert "at least 1000000.0" in result.verdict
     store = Store(job.storage)
     assert (store.versions("topics"), store.aliases("topics")) == ([1], {"latest": 1, "production": 1})
+    assert result.verdict.endswith("the original is served")
+
+
+def test_a_version_that_was_kept_gives_way_where_it_is_kept_no_more(make_job: MakeJob) -> None:
+    """And one of another kind, which nobody has measured again, stays: what is said to be served is."""
+    loose, tight = ({"max_quality_drop": 1.0, "min_speedup": speedup} for speedup in (1e-9, 1e6))
+    job = make_job(compress=loose)
+    sdk.train(job)
+    store = Store(job.storage)
+    assert sdk.quantize(job).reference == "topics@v2"
+    other = job.model_copy(update={"compress": Compress.model_validate({**tight, "quantization": {"kind": "bnb_int8"}})})
+    assert sdk.quantize(other).verdict.endswith("; topics@v2 stays @production")
+    assert store.aliases("topics")["production"] == 2
+    verdict = sdk.quantize(job.model_copy(update={"compress": Compress.model_validate(tight)})).verdict
+    assert "topics@v2, which was kept before, gives way to the original" in verdict
+    assert store.aliases("topics")["production"] == 1
 
 
 @pytest.mark.parametrize(
