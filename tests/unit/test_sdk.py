@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 import shutil
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,10 +26,11 @@ from danlu.artifact.merged import MERGED, let_go
 from danlu.artifact.runs import latest_run
 from danlu.artifact.store import Store
 from danlu.compress.load import load_predictor
+from danlu.compress.quantize import quantize as write_quantized
 from danlu.errors import DataError, ModelError, ResourceError, StorageError
 from danlu.evaluate.score import Delta
 from danlu.handover import trained_before, walked, within_budget
-from danlu.spec.compress import Compress
+from danlu.spec.compress import Compress, Int8
 from danlu.spec.serve import Service
 from danlu.spec.train import TrainJob
 from danlu.train.run import EvalRecord, EventRecord, Record, StepRecord
@@ -180,6 +182,20 @@ def test_an_int8_bundle_is_packed_and_a_text_gets_the_same_answer_in_any_company
 def test_what_is_quantized_is_not_quantized_again(prepared: sdk.Prepared, quantized: sdk.Quantized) -> None:
     with pytest.raises(ModelError, match="is quantized already"):
         sdk.quantize(prepared.job, quantized.bundle)
+
+
+def test_a_disk_that_is_full_under_a_smaller_version_is_told_with_its_folder(trained: sdk.Trained, tmp_path: Path) -> None:
+    """Whatever writes it: safetensors has no OSError for that, and tokenizers no exception of its own."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+    try:
+        with pytest.raises(StorageError, match=f"could not be written to {tmp_path}") as raised:
+            write_quantized(trained.bundle, Int8(), tmp_path / "model")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert "TMPDIR" in raised.value.fix
 
 
 def test_outside_its_budget_the_original_stays_in_production(make_job: MakeJob) -> None:
