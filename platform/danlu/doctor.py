@@ -152,7 +152,8 @@ def _storage(storage: str) -> Iterator[Finding]:
     try:
         ensure_writable(storage)
     except DanluError as error:
-        yield Finding("storage", "missing", f"{storage}: {error.problem}", error.fix)
+        told = error.problem if storage in error.problem else f"{storage}: {error.problem}"
+        yield Finding("storage", "missing", told, error.fix)
     else:
         yield Finding("storage", "ok", f"{storage} can be written")
 

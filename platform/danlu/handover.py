@@ -266,7 +266,7 @@ def within_budget(job: TrainJob, delta: Delta) -> tuple[bool, str]:
     quality = f"{metric} {'rises' if rise > 0 else 'falls'} by {abs(rise):.4f} (may {may} by {budget.max_quality_drop})"
     told = f"{quality}, {delta.speedup:.2f}x the speed (at least {budget.min_speedup})"
     if loss > budget.max_quality_drop or delta.speedup < budget.min_speedup:
-        return False, f"not kept: {told}; the original is served"
+        return False, f"not kept: {told}"
     return True, f"kept: {told}"
 
 

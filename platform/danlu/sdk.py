@@ -46,6 +46,7 @@ from danlu.spec.train import TrainJob
 if TYPE_CHECKING:
     from danlu.evaluate.score import Evaluation
     from danlu.serve.app import Endpoint
+    from danlu.spec.compress import Quantization
     from danlu.tasks.exchange import Example, Prediction
     from danlu.tasks.judge import Completion
     from danlu.tasks.rows import Split
@@ -203,6 +204,9 @@ def quantize(
             race=race,
         )
         kept, verdict = within_budget(job, delta)
+        store = Store(absolute(job.storage))
+        if not kept:
+            verdict += _served_instead(store, original, budget.quantization)
         result = Quantized(delta, kept, verdict, None, None)
         if kept:
             meta = draft.meta.model_copy(
@@ -213,7 +217,6 @@ def quantize(
                 }
             )
             write_bundle(folder, meta)
-            store = Store(absolute(job.storage))
             kept_as = store.put(folder, job.name)
             store.set_alias(job.name, PRODUCTION, kept_as.version)
             stored = f"{job.name}@v{kept_as.version}"
@@ -223,6 +226,19 @@ def quantize(
             {"kind": "quantized", "step": 10**9, "delta": delta.to_dict(), "kept": kept, "verdict": verdict, "bundle": result.reference}
         )
     return result
+
+
+def _served_instead(store: Store, original: Bundle, quantization: Quantization) -> str:
+    """What `production` means where a version is not kept; the same one, kept before by another budget or measurement, gives way."""
+    name, version = original.meta.name, original.meta.version
+    served = store.aliases(name).get(PRODUCTION)
+    if served is None or version is None or served == version:
+        return "; the original is served"
+    meta = open_bundle(f"{name}@v{served}", store.uri).meta
+    if meta.quantization != quantization or meta.lineage.parent != original.meta.digest:
+        return f"; {name}@v{served} stays @{PRODUCTION}"
+    store.set_alias(name, PRODUCTION, version)
+    return f"; {name}@v{served}, which was kept before, gives way to the original, now @{PRODUCTION}"
 
 
 @contextmanager

@@ -171,6 +171,7 @@ class _Wandb:
 
         self.job = job
         folder.mkdir(parents=True, exist_ok=True)
+        self.teardown = wandb.teardown
         self.run = wandb.init(
             project="danlu",
             name=f"{job.name}-{run.number}",
@@ -199,6 +200,7 @@ class _Wandb:
 
     def close(self) -> None:
         self.run.finish()
+        self.teardown()  # its own process, which would else be ended with the command's, and say so with a traceback
 
 
 class _MLflow:

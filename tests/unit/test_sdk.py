@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 import shutil
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,9 +26,11 @@ from danlu.artifact.merged import MERGED, let_go
 from danlu.artifact.runs import latest_run
 from danlu.artifact.store import Store
 from danlu.compress.load import load_predictor
+from danlu.compress.quantize import quantize as write_quantized
 from danlu.errors import DataError, ModelError, ResourceError, StorageError
 from danlu.evaluate.score import Delta
 from danlu.handover import trained_before, walked, within_budget
+from danlu.spec.compress import Compress, Int8
 from danlu.spec.serve import Service
 from danlu.spec.train import TrainJob
 from danlu.train.run import EvalRecord, EventRecord, Record, StepRecord
@@ -181,6 +184,20 @@ def test_what_is_quantized_is_not_quantized_again(prepared: sdk.Prepared, quanti
         sdk.quantize(prepared.job, quantized.bundle)
 
 
+def test_a_disk_that_is_full_under_a_smaller_version_is_told_with_its_folder(trained: sdk.Trained, tmp_path: Path) -> None:
+    """Whatever writes it: safetensors has no OSError for that, and tokenizers no exception of its own."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+    try:
+        with pytest.raises(StorageError, match=f"could not be written to {tmp_path}") as raised:
+            write_quantized(trained.bundle, Int8(), tmp_path / "model")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert "TMPDIR" in raised.value.fix
+
+
 def test_outside_its_budget_the_original_stays_in_production(make_job: MakeJob) -> None:
     job = make_job(compress={"max_quality_drop": 0.0, "min_speedup": 1e6})
     sdk.train(job)
@@ -190,6 +207,22 @@ def test_outside_its_budget_the_original_stays_in_production(make_job: MakeJob) 
     assert "at least 1000000.0" in result.verdict
     store = Store(job.storage)
     assert (store.versions("topics"), store.aliases("topics")) == ([1], {"latest": 1, "production": 1})
+    assert result.verdict.endswith("the original is served")
+
+
+def test_a_version_that_was_kept_gives_way_where_it_is_kept_no_more(make_job: MakeJob) -> None:
+    """And one of another kind, which nobody has measured again, stays: what is said to be served is."""
+    loose, tight = ({"max_quality_drop": 1.0, "min_speedup": speedup} for speedup in (1e-9, 1e6))
+    job = make_job(compress=loose)
+    sdk.train(job)
+    store = Store(job.storage)
+    assert sdk.quantize(job).reference == "topics@v2"
+    other = job.model_copy(update={"compress": Compress.model_validate({**tight, "quantization": {"kind": "bnb_int8"}})})
+    assert sdk.quantize(other).verdict.endswith("; topics@v2 stays @production")
+    assert store.aliases("topics")["production"] == 2
+    verdict = sdk.quantize(job.model_copy(update={"compress": Compress.model_validate(tight)})).verdict
+    assert "topics@v2, which was kept before, gives way to the original" in verdict
+    assert store.aliases("topics")["production"] == 1
 
 
 @pytest.mark.parametrize(

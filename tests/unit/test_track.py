@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 from conftest import split_of
 from sklearn.metrics import confusion_matrix
@@ -118,6 +119,8 @@ def test_mlflow_shows_the_same_numbers_under_the_same_names(tmp_path: Path) -> N
 def test_wandb_writes_offline(tmp_path: Path) -> None:
     pytest.importorskip("wandb", reason="an extra: pip install danlu[wandb]")
     run_of(tmp_path, "wandb")
+    children = [" ".join(child.cmdline()) for child in psutil.Process().children() if child.status() != psutil.STATUS_ZOMBIE]
+    assert not [command for command in children if "wandb" in command], "else it is ended with the command, and says so with a traceback"
     pages = (tmp_path / "runs/seen/0001/wandb").glob("offline-run-*/files/media/html/plots/*.html")
     assert {path.name.partition("_")[0] + ".html": path.read_text() for path in pages} == PAGES
     (file,) = (tmp_path / "runs/seen/0001/wandb").glob("offline-run-*/run-*.wandb")

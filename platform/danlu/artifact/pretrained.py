@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path, PurePosixPath
 
-from danlu.artifact.uris import ObjectStoreError, filesystem_of
+from danlu.artifact.uris import ObjectStoreError, UnknownScheme, filesystem_of
 from danlu.errors import ModelError
 from danlu.spec.model import Model
 
@@ -168,7 +168,9 @@ def _downloaded(uri: str, cache_dir: Path) -> Path:
             _move_unless_there(whole, target)
     except ObjectStoreError:
         raise
-    except (ImportError, ValueError, OSError) as error:
+    except UnknownScheme as error:
+        raise ModelError(error.problem, where=FIELD, fix=error.fix) from error
+    except (ValueError, OSError) as error:
         raise ModelError(f"{uri!r} could not be read: {error}", where=FIELD) from error
     return target
 

@@ -19,7 +19,7 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from danlu.artifact.bundle import FILE, canonical_json, read_bundle, text_digest
-from danlu.artifact.uris import OTHER_SCHEMES, filesystem_of
+from danlu.artifact.uris import filesystem_of
 from danlu.errors import ModelError, StorageError
 
 VERSION = re.compile(r"^v(\d+)$")
@@ -212,13 +212,11 @@ def ensure_writable(uri: str) -> None:
         filesystem.makedirs(path, exist_ok=True)
         filesystem.pipe_file(probe, b"written to see whether it can be")
         filesystem.rm_file(probe)
-    except (ImportError, ValueError) as error:
-        raise StorageError(f"{uri}: {error}", where="storage", fix=OTHER_SCHEMES) from error
-    except OSError as error:
+    except Exception as error:  # other schemes' clients have errors of their own: a hub's, a login's
         raise _storage_error(uri, error) from error
 
 
-def _storage_error(uri: str, error: OSError) -> StorageError:
+def _storage_error(uri: str, error: Exception) -> StorageError:
     if isinstance(error, StorageError):  # an object store's says it better
         return error
     fixes = {
@@ -229,4 +227,5 @@ def _storage_error(uri: str, error: OSError) -> StorageError:
         errno.EEXIST: "a folder: there is a file of this name",
         errno.ENOTDIR: "a folder: a part of this path is a file",
     }
-    return StorageError(f"cannot write to {uri}: {error}", where="storage", fix=fixes.get(error.errno or 0, "check storage:"))
+    fix = fixes.get(getattr(error, "errno", None) or 0, "check storage:")
+    return StorageError(f"cannot write to {uri}: {error}", where="storage", fix=fix)

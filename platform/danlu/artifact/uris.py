@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache, partial
@@ -38,10 +39,19 @@ class ObjectStoreError(StorageError, OSError):
         StorageError.__init__(self, problem, where=where, fix=fix)
 
 
+class UnknownScheme(StorageError):
+    """A URI that there is no client for."""
+
+
 def filesystem_of(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
-    """The filesystem of a folder's or a file's URI, and its path there."""
+    """The filesystem of a folder's or a file's URI, and its path there. UnknownScheme if its package is not installed."""
     if not uri.startswith("s3://"):
-        return fsspec.core.url_to_fs(uri)  # type: ignore[no-any-return]
+        if found := re.match(r"(?!file:)([a-z][a-z0-9]+):/(?!/)", uri):  # else a folder of that name would be made here
+            raise UnknownScheme(f"{uri!r} is no URI", where="storage", fix=f"{found[1]}://{uri[found.end() :]}")
+        try:
+            return fsspec.core.url_to_fs(uri)  # type: ignore[no-any-return]
+        except (ImportError, ValueError) as error:
+            raise UnknownScheme(f"{uri}: {error}", where="storage", fix=OTHER_SCHEMES) from error
     path = uri.removeprefix("s3://").strip("/")
     bucket = path.partition("/")[0]
     if not bucket:

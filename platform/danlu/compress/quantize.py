@@ -15,7 +15,7 @@ from transformers.utils import GENERATION_CONFIG_NAME
 from danlu.artifact.bundle import Bundle
 from danlu.compress.load import INT8_FILE, auto_class, load_model, weights_file
 from danlu.compress.quantized_base import HEADS, need_bitsandbytes
-from danlu.errors import ModelError
+from danlu.errors import ModelError, StorageError
 from danlu.spec.compress import BnbInt8, BnbNf4, Int4, Int8, Quantization
 from danlu.spec.task import is_decoders
 from danlu.spec.tuning import is_merged
@@ -36,6 +36,16 @@ def quantize(bundle: Bundle, quantization: Quantization, folder: Path) -> None:
             fix="a bundle tuned by full, freeze, lora, adalora or ia3",
         )
     model = load_model(bundle)
+    try:
+        _write(model, bundle, quantization, folder)
+    except Exception as error:  # safetensors and tokenizers say what the disk says in exceptions of their own
+        if not isinstance(error, OSError) and "(os error " not in str(error):
+            raise
+        told = f"the smaller version could not be written to {folder}: {error}"
+        raise StorageError(told, where="compress", fix="free some space there, or set TMPDIR") from error
+
+
+def _write(model: PreTrainedModel, bundle: Bundle, quantization: Quantization, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     match quantization:
         case Int8() | Int4() if is_decoders(bundle.meta.task):

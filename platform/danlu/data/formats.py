@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from danlu.artifact.uris import OTHER_SCHEMES, filesystem_of
+from danlu.artifact.uris import UnknownScheme, filesystem_of
 from danlu.data import arrow
 from danlu.data.archives import opened, read, refuse_packed
 from danlu.data.json_text import HALF_CHARACTER, half_character, line_of_item
@@ -97,8 +97,8 @@ def _paths(source: str, where: str) -> list[str]:
             raise DataError(f"{source} is a folder", where=where, fix=f"name its files: {source.rstrip('/')}/*.jsonl")
         if not filesystem.exists(path):
             raise _missing(source, where)
-    except (ImportError, ValueError) as error:
-        raise DataError(f"{source}: {error}", where=where, fix=OTHER_SCHEMES) from error
+    except UnknownScheme as error:
+        raise DataError(error.problem, where=where, fix=error.fix) from error
     return [source]
 
 

@@ -10,9 +10,10 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import urllib3
+from kubernetes.client import ApiException
 
 from danlu.errors import ClusterError
-from danlu.k8s.kubeconfig import Kube
+from danlu.k8s.kubeconfig import LOG_IN, Kube
 from danlu.k8s.pods import Object
 
 FIELD_MANAGER = "danlu"
@@ -22,6 +23,7 @@ RETRY_S = 0.5
 """Wait before the second try; it doubles, up to RETRY_MAX_S, and what the server asks for in Retry-After comes first."""
 RETRY_MAX_S = 15.0
 TIMEOUT_S = 30.0
+"""How long a server may take to answer; one that is silent is asked for twice as long."""
 WATCH_S = 300
 """The server ends a watch after so long; it is then begun anew."""
 OUTAGE_S = 600.0
@@ -54,25 +56,25 @@ class Refused(ClusterError):
 def create(kube: Kube, one: Object, *, dry_run: bool = False) -> Object:
     """Make an object; Refused with status 409 if there is one of its name."""
     query = {"fieldManager": FIELD_MANAGER, "fieldValidation": "Strict", **({"dryRun": "All"} if dry_run else {})}
-    return _json(_call(kube, "POST", _path(kube, one["kind"], _namespace(kube, one)), query, one))
+    return _json(kube, _call(kube, "POST", _path(kube, one["kind"], _namespace(kube, one)), query, one))
 
 
 def apply(kube: Kube, one: Object, *, dry_run: bool = False) -> Object:
     """Make an object, or change the fields of it that are ours (server-side apply)."""
     query = {"fieldManager": FIELD_MANAGER, "force": "true", "fieldValidation": "Strict", **({"dryRun": "All"} if dry_run else {})}
     path = _path(kube, one["kind"], _namespace(kube, one), one["metadata"]["name"])
-    return _json(_call(kube, "PATCH", path, query, one, APPLY))
+    return _json(kube, _call(kube, "PATCH", path, query, one, APPLY))
 
 
 def patch(kube: Kube, kind: str, name: str, changes: Object) -> Object:
     """Merge changes into an object. With `metadata.resourceVersion` among them, Refused with status 409 if it has changed meanwhile."""
-    return _json(_call(kube, "PATCH", _path(kube, kind, kube.namespace, name), {"fieldManager": FIELD_MANAGER}, changes, MERGE))
+    return _json(kube, _call(kube, "PATCH", _path(kube, kind, kube.namespace, name), {"fieldManager": FIELD_MANAGER}, changes, MERGE))
 
 
 def set_values(kube: Kube, kind: str, name: str, values: Mapping[str, Any]) -> Object:
     """Change single values of an object, each by its path: /spec/workerGroupSpecs/0/maxReplicas."""
     changes = [{"op": "add", "path": path, "value": value} for path, value in values.items()]
-    return _json(_call(kube, "PATCH", _path(kube, kind, kube.namespace, name), {"fieldManager": FIELD_MANAGER}, changes, JSON_PATCH))
+    return _json(kube, _call(kube, "PATCH", _path(kube, kind, kube.namespace, name), {"fieldManager": FIELD_MANAGER}, changes, JSON_PATCH))
 
 
 def get(kube: Kube, kind: str, name: str) -> Object | None:
@@ -80,7 +82,7 @@ def get(kube: Kube, kind: str, name: str) -> Object | None:
     if not NAME.fullmatch(name):  # in a path it would be another question
         return None
     try:
-        return _json(_call(kube, "GET", _path(kube, kind, kube.namespace, name)))
+        return _json(kube, _call(kube, "GET", _path(kube, kind, kube.namespace, name)))
     except Refused as refused:
         if refused.reason == "NotFound":
             return None
@@ -90,8 +92,9 @@ def get(kube: Kube, kind: str, name: str) -> Object | None:
 def find(kube: Kube, kind: str, labels: Mapping[str, str] | None = None, fields: Mapping[str, str] | None = None) -> list[Object]:
     """Objects of a kind by labels, or by fields. No Workloads where there is no Kueue."""
     selectors = {"labelSelector": _selector(labels), "fieldSelector": _selector(fields)}
+    query = {name: text for name, text in selectors.items() if text}
     try:
-        answer = _json(_call(kube, "GET", _path(kube, kind, kube.namespace), {name: text for name, text in selectors.items() if text}))
+        answer = _json(kube, _call(kube, "GET", _path(kube, kind, kube.namespace), query))
     except Refused as refused:
         if refused.status == 404 and kind == "Workload":
             return []
@@ -186,7 +189,7 @@ def may(kube: Kube, verb: str, group: str, resource: str) -> bool:
     """True if this user may do that in the namespace (SelfSubjectAccessReview)."""
     attributes = {"namespace": kube.namespace, "verb": verb, "group": group, "resource": resource}
     review = {"apiVersion": "authorization.k8s.io/v1", "kind": "SelfSubjectAccessReview", "spec": {"resourceAttributes": attributes}}
-    return bool(_json(_call(kube, "POST", "/apis/authorization.k8s.io/v1/selfsubjectaccessreviews", {}, review))["status"]["allowed"])
+    return bool(_json(kube, _call(kube, "POST", "/apis/authorization.k8s.io/v1/selfsubjectaccessreviews", {}, review))["status"]["allowed"])
 
 
 def serves(kube: Kube, group: str) -> bool:
@@ -203,7 +206,7 @@ def serves(kube: Kube, group: str) -> bool:
 def crd(kube: Kube, name: str) -> Object | None:
     """A CustomResourceDefinition, or None."""
     try:
-        return _json(_call(kube, "GET", f"/apis/apiextensions.k8s.io/v1/customresourcedefinitions/{name}"))
+        return _json(kube, _call(kube, "GET", f"/apis/apiextensions.k8s.io/v1/customresourcedefinitions/{name}"))
     except Refused as refused:
         if refused.status == 404:
             return None
@@ -222,16 +225,20 @@ def _call(
 ) -> Any:
     """The open response of a request; Refused for what the server refuses. What it is too busy for is asked again."""
     headers = {"Accept": "application/json", "Content-Type": content_type}
-    wait = RETRY_S
+    began, wait = time.monotonic(), RETRY_S
     for attempt in range(1, RETRIES + 1):
         request = kube.api.param_serialize(
             method, path, query_params=list((query or {}).items()), header_params=dict(headers), body=body, auth_settings=["BearerToken"]
         )
         try:
             response = kube.api.rest_client.request(*request[:3], request[3], request[4], _request_timeout=timeout)
+        except ApiException as error:  # what it makes of TLS: certificates do not change by asking again
+            told = f"no secure connection to {kube.api.configuration.host}: {str(error.reason).splitlines()[-1]}"
+            fix = f"{LOG_IN}; the cluster's certificate-authority and the user's certificate stand there"
+            raise ClusterError(told, where=f"context {kube.context}", fix=fix) from error
         except (urllib3.exceptions.HTTPError, OSError) as error:
             # A create or a change that got lost on the way may have been done: only a question is asked twice.
-            if method == "GET" and attempt < RETRIES:
+            if method == "GET" and attempt < RETRIES and time.monotonic() - began < 2 * TIMEOUT_S:
                 _pause(wait)
                 wait = min(RETRY_MAX_S, 2 * wait)
                 continue
@@ -266,7 +273,7 @@ def _refused(kube: Kube, method: str, path: str, response: Any) -> Refused:
     reason = status.get("reason") or ""
     where = f"context {kube.context}, namespace {kube.namespace}"
     fix = {
-        401: "log in again (your cloud's CLI, or a new kubeconfig): the credentials are not valid, or no longer",
+        401: f"{LOG_IN}: the credentials are not valid, or no longer",
         403: f"ask for the right to {_verb(method, path)} in namespace {kube.namespace}; charts/danlu has a Role for it",
         422: "the cluster's KubeRay may be older than 1.7; `danlu doctor` compares",
         429: "the API server is overloaded; try again later",
@@ -302,8 +309,16 @@ def _selector(pairs: Mapping[str, str] | None) -> str:
     return ",".join(f"{name}={value}" for name, value in (pairs or {}).items())
 
 
-def _json(response: Any) -> Object:
-    found: Object = json.loads(response.data)
+def _json(kube: Kube, response: Any) -> Object:
+    """What an API server answers: always an object. Else something else answers there, a proxy's login page for instance."""
+    try:
+        found = json.loads(response.data)
+    except ValueError:
+        found = None
+    if not isinstance(found, dict) or not found:
+        kind = response.headers.get("Content-Type") or "no content type"
+        told = f"{kube.api.configuration.host} answers with HTTP {response.status} and {kind}, and not as a Kubernetes API does"
+        raise ClusterError(told, where=f"context {kube.context}", fix="the cluster's `server:` in the kubeconfig, or the proxy before it")
     return found
 
 

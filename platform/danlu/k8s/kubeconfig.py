@@ -14,6 +14,7 @@ from kubernetes.config.config_exception import ConfigException
 from danlu.errors import ClusterError
 
 NAMESPACE = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
+LOG_IN = "log in again (your cloud's CLI, or a new kubeconfig)"
 
 
 @dataclass(frozen=True)
@@ -44,9 +45,14 @@ def connect(context: str | None = None, namespace: str | None = None) -> Kube:
     chosen = by_name[context or active["name"]]
     try:
         loader.load_and_set(loaded := _configuration())
-    except ConfigException as error:
-        raise ClusterError(f"context {chosen['name']!r} cannot be used: {error}", where="kubeconfig") from error
+    except Exception as error:  # it also runs into what is no base64, no file, or a login library's own errors
+        raise ClusterError(f"context {chosen['name']!r} cannot be used: {_first_line(error)}", where="kubeconfig") from error
+    if not re.match(r"https?://[^/]", str(loaded.host)):
+        told = f"context {chosen['name']!r} cannot be used: its cluster's server is {loaded.host!r}"
+        raise ClusterError(told, where="kubeconfig", fix="server: https://HOST:PORT")
     user = loader._user.value if loader._user is not None else {}
+    if loader._user is None and (named := chosen["context"].get("user")):  # it would ask as nobody
+        raise ClusterError(f"context {chosen['name']!r} cannot be used: the file has no user {named!r}", where="kubeconfig", fix=LOG_IN)
     if "exec" in user and not (loaded.api_key or loaded.cert_file):  # it has logged why, and goes on as nobody
         command = " ".join([user["exec"]["command"], *(user["exec"].get("args") or [])])
         raise ClusterError(f"no credentials from `{command}`", where="kubeconfig", fix="run it by hand, and log in as it says")
@@ -64,17 +70,19 @@ def _without_a_context(context: str | None, namespace: str | None, error: Config
         raise ClusterError(f"context {chosen!r} cannot be used: {_first_line(error)}", where="kubeconfig") from error
     if not names:
         return _inside_a_pod(context, namespace, error)
+    named = f"the kubeconfig's current context is {current!r}, which it does not have"
+    told = named if current else "the kubeconfig names no current context"
     fix = f"--context, one of: {', '.join(names)}; or kubectl config use-context"
-    raise ClusterError("the kubeconfig names no current context", where="kubeconfig", fix=fix) from error
+    raise ClusterError(told, where="kubeconfig", fix=fix) from error
 
 
 def _contexts() -> tuple[list[str], str | None]:  # the current one, too
     try:
         merged = config.kube_config.KubeConfigMerger(config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION).config
-    except (ConfigException, OSError):
+        found = {} if merged is None else merged.value
+        return sorted(one["name"] for one in found.get("contexts") or []), found.get("current-context")
+    except (ConfigException, OSError):  # no such file, or a context without a name
         return [], None
-    found = {} if merged is None else merged.value
-    return sorted(one["name"] for one in found.get("contexts") or []), found.get("current-context")
 
 
 def _first_line(error: BaseException) -> str:

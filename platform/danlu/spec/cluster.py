@@ -159,6 +159,13 @@ class _Cluster(Spec):
             raise ValueError(f"mount_path={twice} is taken; each volume needs a path of its own, and the pods' are {', '.join(OWN_PATHS)}")
         return self
 
+    @model_validator(mode="after")
+    def _every_variable_has_one_value(self) -> Self:
+        names = [*self.env, *(one.name for one in self.secret_env)]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise ValueError(f"{twice} is set twice by env and secret_env; an API server takes each variable once")
+        return self
+
 
 class Ttl(Spec):
     """The Ray cluster is deleted so long after the job's end; the job, its status and its last log lines stay."""

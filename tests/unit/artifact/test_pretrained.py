@@ -162,7 +162,7 @@ def test_workers_that_download_at_once_all_get_it(folder: Path, tmp_path: Path) 
 
 def test_places_that_are_not_there_are_said(tmp_path: Path) -> None:
     assert "does not exist or is no folder" in refusal("memory://pretrained/nothing", cache_dir=tmp_path).problem
-    assert "could not be read" in refusal("nosuchscheme://bucket/model", cache_dir=tmp_path).problem
+    assert "Protocol not known: nosuchscheme" in refusal("nosuchscheme://bucket/model", cache_dir=tmp_path).problem
     assert "pip install no-such-package" in refusal("pkg://no_such_package/model").fix
 
 

@@ -206,3 +206,12 @@ def test_an_alias_file_holds_only_a_version(tmp_path: Path) -> None:
     store.set_alias("topics", "latest", 1)
     assert [path.name for path in (tmp_path / "bundles" / "topics" / "aliases").iterdir()] == ["latest.json"]
     assert json.loads((tmp_path / "bundles" / "topics" / "aliases" / "latest.json").read_text()) == {"version": 1}
+
+
+def test_an_error_of_a_clients_own_is_a_storage_error_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lost(*_: object, **__: object) -> None:
+        raise EOFError("the login service hung up")
+
+    monkeypatch.setattr("fsspec.implementations.memory.MemoryFileSystem.pipe_file", lost)
+    with pytest.raises(StorageError, match="cannot write to memory://x: the login service hung up"):
+        ensure_writable("memory://x")

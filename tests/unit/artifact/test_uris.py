@@ -11,9 +11,10 @@ import pandas
 import pytest
 import stores
 
+from danlu import on_local
 from danlu.artifact.runs import open_run, run_numbers
 from danlu.artifact.store import Store, ensure_writable
-from danlu.artifact.uris import ObjectStoreError, filesystem_of
+from danlu.artifact.uris import ObjectStoreError, UnknownScheme, filesystem_of
 from danlu.data.formats import read_rows
 from danlu.data.stream import find, stream
 from danlu.errors import DataError, StorageError
@@ -27,6 +28,33 @@ def refused(s3_uri: str, s3_endpoint: str) -> Iterator[str]:
     stores.ask_who(s3_endpoint, True)
     yield s3_uri
     stores.ask_who(s3_endpoint, False)
+
+
+@pytest.mark.parametrize(("uri", "told"), [("abfs://box@account/runs", "adlfs"), ("nosuch://x", "Protocol not known: nosuch")])
+def test_a_uri_without_a_client_is_told_wherever_it_is_named(uri: str, told: str, tmp_path: Path) -> None:
+    """A folder for which there is no client is an error where it is listed, shown or compared, too, and not only where it is written."""
+    for ask in (
+        lambda: on_local.jobs(uri),
+        lambda: on_local.status(uri, "topics"),
+        lambda: Store(uri),
+        lambda: Store(str(tmp_path)).resolve(uri),
+        lambda: ensure_writable(uri),
+    ):
+        with pytest.raises(UnknownScheme, match=told) as raised:
+            ask()
+        assert "s3://" in raised.value.fix
+    with pytest.raises(DataError, match=told) as in_data:
+        read_rows(f"{uri}/rows.csv", where="data.train")
+    assert in_data.value.where == "data.train"
+
+
+def test_a_uri_with_one_slash_makes_no_folder_of_its_schemes_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UnknownScheme) as raised:
+        ensure_writable("s3:/bucket/runs")
+    assert raised.value.fix == "s3://bucket/runs"
+    ensure_writable(f"file:{tmp_path}/runs")
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"]
 
 
 def test_a_key_that_is_not_known_is_told_with_the_uri_and_what_it_needs(refused: str) -> None:

@@ -114,6 +114,37 @@ def test_a_server_that_does_not_answer_is_said_with_its_address(tmp_path: Path, 
         client.create(kube, ray_job(JOB))
 
 
+def test_a_server_that_is_silent_is_not_asked_for_minutes(api: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    kube, waits = connect(), []
+    api.__exit__()
+    monkeypatch.setattr(client, "_pause", waits.append)
+    with pytest.raises(ClusterError, match="no answer"):
+        client.find(kube, "Pod")
+    assert len(waits) == client.RETRIES - 1, "one that refuses at once may come back in a moment"
+    monkeypatch.setattr(client, "TIMEOUT_S", 0.0)
+    with pytest.raises(ClusterError, match="no answer"):
+        client.find(kube, "Pod")
+    assert len(waits) == client.RETRIES - 1
+
+
+@pytest.mark.parametrize("body", [b"<html>log in</html>", b"[]"])
+def test_what_is_no_kubernetes_api_is_told_from_one(body: bytes, api: Any, kube: Kube) -> None:
+    """A proxy's login page, or a server of something else."""
+    api.answer(f"get {RAYJOBS}", 200, body)
+    with pytest.raises(ClusterError, match=r"answers with HTTP 200 and [^,]*, and not as a Kubernetes API does"):
+        client.find(kube, "RayJob")
+
+
+def test_a_connection_that_is_not_secure_is_said_at_once(api: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here the server speaks no TLS; of a certificate that has run out or is another's the client says it in the same way."""
+    file = api.kubeconfig()
+    file.write_text(file.read_text().replace("http://", "https://"))
+    monkeypatch.setattr(client, "_pause", pytest.fail)
+    with pytest.raises(ClusterError, match="no secure connection to https://") as refused:
+        client.find(connect(), "RayJob")
+    assert "certificate-authority" in refused.value.fix
+
+
 def test_without_a_kubeconfig_it_is_said_where_one_is_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", str(tmp_path / "nowhere"))
     monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)

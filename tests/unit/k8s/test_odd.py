@@ -94,6 +94,7 @@ def test_names_that_read_as_something_else_are_names_in_the_renderers_yaml_and_i
         (TrainJob, "cluster.scheduler={kind: yunikorn, queue: root." + "q" * 60 + "}", "63", ""),
         (TrainJob, "cluster.node_selector={pool: a b}", "node_selector.pool", "a-b"),
         (TrainJob, "cluster.tolerations=[{key: team, value: a/b}]", "tolerations", "a-b"),
+        (TrainJob, "cluster.secret_env=[{name: A, secret: s, key: k}, {name: A, secret: s, key: l}]", "A is set twice", ""),
         (Service, "cluster.gpu_type='NVIDIA H100 80GB'", "gpu_type", "NVIDIA-H100-80GB"),
     ],
 )  # fmt: skip

@@ -130,6 +130,7 @@ def test_a_specs_own_namespace_is_where_everything_of_it_is_done(api: Any, tmp_p
         ("a: [b", "is no kubeconfig: while parsing a flow sequence", "kubectl config view"),
         ("just text", "is no kubeconfig", "kubectl config view"),
         ("", "no kubeconfig that can be read", "KUBECONFIG="),
+        ("{apiVersion: v1, kind: Config, contexts: [{context: {}}]}", "no kubeconfig that can be read", "KUBECONFIG="),
     ],
 )
 def test_a_file_that_is_no_kubeconfig_is_named(text: str, told: str, fix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,7 +144,7 @@ def test_a_file_that_is_no_kubeconfig_is_named(text: str, told: str, fix: str, t
 
 
 def test_a_context_that_cannot_be_used_is_told_with_what_it_lacks(api: Any) -> None:
-    """Its cluster is not in the file, a file that it names is not there, or its login command gives no credentials."""
+    """Its cluster or its user is not in the file, a file that it names is not there or is none, its login command gives no credentials."""
     file = api.kubeconfig(here="default", there="research")
     document = yaml.safe_load(file.read_text())
     document["contexts"][1]["context"]["cluster"] = "nowhere"
@@ -151,13 +152,24 @@ def test_a_context_that_cannot_be_used_is_told_with_what_it_lacks(api: Any) -> N
         {"name": "login", "user": {"exec": {"apiVersion": "client.authentication.k8s.io/v1", "command": "no-such-login", "args": ["now"]}}},
         {"name": "certificate", "user": {"client-certificate": "/nowhere/c.crt", "client-key": "/nowhere/c.key"}},
     ]
+    document["users"] += [
+        {"name": "token", "user": {"tokenFile": "/nowhere/token"}},
+        {"name": "garbled", "user": {"client-certificate-data": "no base64", "client-key-data": "x"}},
+    ]
     document["clusters"].append({"name": "s", "cluster": {"server": "https://127.0.0.1:9"}})
-    document["contexts"] += [{"name": user, "context": {"cluster": "s", "user": user}} for user in ("login", "certificate")]
+    users = ("login", "certificate", "token", "garbled", "nobody")
+    document["contexts"] += [{"name": user, "context": {"cluster": "s", "user": user}} for user in users]
+    document["clusters"].append({"name": "bare", "cluster": {"server": "127.0.0.1:9"}})
+    document["contexts"].append({"name": "bare", "context": {"cluster": "bare", "user": "u"}})
     file.write_text(yaml.safe_dump(document))
     for context, told in (
         ("there", "context 'there' cannot be used: .*nowhere"),
         ("login", "no credentials from `no-such-login now`"),
         ("certificate", "context 'certificate' cannot be used: File does not exist: /nowhere/c.crt"),
+        ("token", "context 'token' cannot be used: .*/nowhere/token"),
+        ("garbled", "context 'garbled' cannot be used: .*base64"),
+        ("bare", "context 'bare' cannot be used: its cluster's server is '127.0.0.1:9'"),
+        ("nobody", "context 'nobody' cannot be used: the file has no user 'nobody'"),
     ):
         with pytest.raises(ClusterError, match=told):
             connect(context)
@@ -165,6 +177,10 @@ def test_a_context_that_cannot_be_used_is_told_with_what_it_lacks(api: Any) -> N
     document["current-context"] = "there"
     file.write_text(yaml.safe_dump(document))
     with pytest.raises(ClusterError, match="context 'there' cannot be used"):
+        connect()
+    document["current-context"] = "gone"
+    file.write_text(yaml.safe_dump(document))
+    with pytest.raises(ClusterError, match="the kubeconfig's current context is 'gone', which it does not have"):
         connect()
 
 
