@@ -11,7 +11,7 @@ import pytest
 from language import write_t5
 
 from danlu import sdk
-from danlu.errors import ModelError, StorageError
+from danlu.errors import DivergedError, ModelError, SpecError, StorageError
 from danlu.spec.train import TrainJob
 from danlu.tasks import classification, pretrain, seq2seq
 from danlu.tasks.config import check_trainable, read_config
@@ -148,3 +148,32 @@ def test_a_cache_that_is_a_file_is_told(tiny_decoder: Path, tmp_path: Path) -> N
     with pytest.raises(StorageError, match="cannot be written there") as raised:
         sdk.prepare(job_of(tiny_decoder, tmp_path, task=task), calibrate=False)
     assert raised.value.where == "data.cache_dir"
+
+
+def rows_of(model: Path, folder: Path, **more: Any) -> TrainJob:
+    rows = [{"text": f"wheat rose {word}", "label": "ab"[i % 2]} for i, word in enumerate("abcdefghijklmnopqrst")]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = {"train": str(folder / "rows.jsonl"), "cache_dir": str(folder / "cache")}
+    batches: dict[str, Any] = {"global_batch_size": 8, "micro_batch_size": 8, "max_steps": 2, "trackers": []}
+    return job_of(model, folder, data=data, task={"kind": "classification"}, **(batches | more))
+
+
+def test_a_last_step_that_diverges_is_told_as_that(tiny_model: Path, tmp_path: Path) -> None:
+    with pytest.raises(DivergedError, match="after step 2 what the model answers to dev rows is no number"):
+        sdk.train(rows_of(tiny_model, tmp_path, optim={"learning_rate": 1e20}))
+
+
+def test_an_adapter_on_the_head_alone_is_refused(tiny_model: Path, tmp_path: Path) -> None:
+    tuning = {"kind": "lora", "target_modules": ["classifier"]}
+    with pytest.raises(SpecError, match=r"PEFT puts no adapter on \['classifier'\]") as raised:
+        sdk.train(rows_of(tiny_model, tmp_path, tuning=tuning))
+    assert raised.value.where == "tuning.target_modules"
+
+
+def test_a_bundle_whose_config_was_damaged_is_told(tiny_model: Path, tmp_path: Path) -> None:
+    trained = sdk.train(rows_of(tiny_model, tmp_path))
+    file = trained.bundle.path / "model" / "config.json"
+    file.write_text(file.read_text().replace('"', "'", 1))
+    with pytest.raises(ModelError, match="cannot be read") as raised:
+        sdk.predict(trained.bundle, ["wheat"])
+    assert str(file) in raised.value.problem
