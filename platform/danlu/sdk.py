@@ -64,6 +64,7 @@ def prepare(job: TrainJob, *, calibrate: bool = True) -> Prepared:
     # Importing these takes seconds: what is wrong above is said before.
     from danlu.compress.start import with_its_start
     from danlu.plan import make_plan
+    from danlu.tasks.config import check_trainable
     from danlu.tasks.from_scratch import start_folder
     from danlu.tasks.task import read_splits
     from danlu.tasks.tokenizer import load_tokenizer
@@ -72,6 +73,7 @@ def prepare(job: TrainJob, *, calibrate: bool = True) -> Prepared:
     with traces.span("plan", {"danlu.train_job": job.name}):
         job = with_its_start(job)
         folder = start_folder(job.model, job.data, job.task, seed=job.seed)
+        check_trainable(folder, job.tuning)
         tokenizer = load_tokenizer(folder)
         splits = read_splits(job, tokenizer, max_length=job.model.max_length, spread=_spread())
         draws = isinstance(job.task, Pretrain) and isinstance(job.task.objective, MaskedLm)

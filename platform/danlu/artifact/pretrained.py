@@ -6,6 +6,7 @@ import importlib.util
 import json
 import struct
 import tempfile
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from hashlib import sha256
@@ -68,10 +69,7 @@ def weight_shapes(folder: Path) -> Mapping[str, Weight] | None:
     """Tensor names and shapes from the headers of safetensors files, without reading the weights; None for other formats."""
     index = folder / "model.safetensors.index.json"
     if index.exists():
-        try:
-            files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError) as error:
-            raise ModelError(f"{index} does not list the weight files", where=FIELD, fix="copy or download the model again") from error
+        files = _listed(index)
     elif (folder / "model.safetensors").exists():
         files = ["model.safetensors"]
     else:
@@ -80,6 +78,14 @@ def weight_shapes(folder: Path) -> Mapping[str, Weight] | None:
     for file in files:
         shapes.update(header(folder / file))
     return shapes
+
+
+def _listed(index: Path) -> list[str]:
+    """The files that an index says weights are in."""
+    try:
+        return sorted(map(str, set(json.loads(index.read_text())["weight_map"].values())))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{index} does not list the weight files", where=FIELD, fix="copy or download the model again") from error
 
 
 def header(path: Path) -> dict[str, Weight]:
@@ -92,17 +98,37 @@ def header(path: Path) -> dict[str, Weight]:
         with path.open("rb") as file:
             start = file.read(8)
             if start == b"version ":
-                raise ModelError(f"{path} is a git-lfs pointer, not the weights", where=FIELD, fix="git lfs pull in that repository")
+                raise _pointer(path)
             (length,) = struct.unpack("<Q", start)
             if length > path.stat().st_size:
                 raise damaged
             header = json.loads(file.read(length))
-    except (OSError, struct.error, ValueError) as error:
+        tensors = {name: info for name, info in header.items() if name != "__metadata__"}
+        end = max((info["data_offsets"][1] for info in tensors.values()), default=0)
+        found = {name: Weight(tuple(info["shape"]), info["dtype"]) for name, info in tensors.items()}
+    except (OSError, struct.error, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise damaged from error
-    end = max((info["data_offsets"][1] for name, info in header.items() if name != "__metadata__"), default=0)
     if path.stat().st_size != 8 + length + end:
         raise damaged
-    return {name: Weight(tuple(info["shape"]), info["dtype"]) for name, info in header.items() if name != "__metadata__"}
+    return found
+
+
+def _check_pickled(path: Path) -> None:
+    """ModelError if a file of torch.save's is a pointer to it, or a part of it; what it holds is not read."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(8)
+    except OSError as error:
+        raise ModelError(f"{path} cannot be read: {error}", where=FIELD, fix="copy or download the model again") from error
+    if start == b"version ":
+        raise _pointer(path)
+    # Since torch 1.6 it is a zip archive, whose list of contents is at its end; a pickle before that.
+    if not start or (start.startswith(b"PK") and not zipfile.is_zipfile(path)):
+        raise ModelError(f"{path} is not whole", where=FIELD, fix="copy or download the model again")
+
+
+def _pointer(path: Path) -> ModelError:
+    return ModelError(f"{path} is a git-lfs pointer, not the weights", where=FIELD, fix="git lfs pull in that repository")
 
 
 def _checked(folder: Path, name: str) -> Path:
@@ -114,6 +140,9 @@ def _checked(folder: Path, name: str) -> Path:
             fix="a folder with config.json, weights and a tokenizer; a hub id (org/name); or pkg://package/folder",
         )
     if not (folder / "config.json").exists():
+        if (folder / "adapter_config.json").exists():
+            fix = "merge it into its base (PEFT's merge_and_unload) and name that folder; or a bundle's adapter by NAME@ALIAS"
+            raise ModelError(f"{folder} holds an adapter, and not the model that it belongs to", where=FIELD, fix=fix)
         raise ModelError(f"{folder} has no config.json, so it is not a Hugging Face model folder", where=FIELD)
     if not any((folder / file).exists() for file in WEIGHT_FILES):
         raise ModelError(
@@ -121,7 +150,10 @@ def _checked(folder: Path, name: str) -> Path:
             where=FIELD,
             fix=f"put one of {', '.join(WEIGHT_FILES)} there (a git-lfs pointer or an interrupted download leaves them out)",
         )
-    weight_shapes(folder)
+    if weight_shapes(folder) is None:
+        index = folder / "pytorch_model.bin.index.json"
+        for file in _listed(index) if index.exists() else ["pytorch_model.bin"]:
+            _check_pickled(folder / file)
     return folder.resolve()
 
 

@@ -10,7 +10,6 @@ from typing import Any, Literal, TypedDict, cast
 import torch
 from safetensors.torch import load_file
 from transformers import (
-    AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
@@ -49,6 +48,7 @@ from danlu.spec.task import (
 from danlu.spec.tuning import Adalora, Adapter, Lora, Qlora, VirtualTokens
 from danlu.tasks import bottleneck
 from danlu.tasks.answers import MaskedJudge, Seq2SeqJudge
+from danlu.tasks.config import read_config
 from danlu.tasks.judge import DecoderJudge, LanguageJudge, PreferenceJudge, RowScorer, end_ids
 from danlu.tasks.packed import PackedEncoder, PackedModel
 from danlu.tasks.predictor import Predictor
@@ -165,7 +165,7 @@ def _wrapped(bundle: Bundle) -> PackedModel:
 
 def _can_be_packed(bundle: Bundle) -> bool:
     """Whether the architecture can, tried on random floating-point weights: quantized ones round differently in another batch's shape."""
-    config = AutoConfig.from_pretrained(bundle.path / "model")
+    config = read_config(bundle.path / "model")
     config.__dict__.pop("quantization_config", None)
     random: PreTrainedModel = auto_class(bundle.meta.task).from_config(config, dtype=torch.float32)
     return _as_packed(bundle, random).packed
@@ -211,12 +211,12 @@ def load_model(bundle: Bundle) -> PreTrainedModel:
         case None if bundle.meta.weights == "adapter":
             return _adapted(bundle)
         case None:
-            model: PreTrainedModel = loader.from_pretrained(folder, dtype=torch.float32)
+            model: PreTrainedModel = loader.from_pretrained(folder, config=read_config(folder), dtype=torch.float32)
             return model
         case Int8() | Int4() as quantization if is_decoders(bundle.meta.task):
             from danlu.compress.weight_only import load_weights
 
-            config = AutoConfig.from_pretrained(folder)
+            config = read_config(folder)
             state = load_file(folder / weights_file(quantization))
             return load_weights(lambda: loader.from_config(config, dtype=torch.float32), state)
         case Int4() as quantization:
@@ -225,7 +225,7 @@ def load_model(bundle: Bundle) -> PreTrainedModel:
             from danlu.compress.int8 import load_int8
 
             # Built on the meta device first would leave non-persistent buffers empty; an encoder's skeleton is cheap.
-            skeleton = loader.from_config(AutoConfig.from_pretrained(folder), dtype=torch.float32)
+            skeleton = loader.from_config(read_config(folder), dtype=torch.float32)
             loaded: PreTrainedModel = load_int8(skeleton, load_file(folder / INT8_FILE))
             return loaded
         case BnbInt8() | BnbNf4():

@@ -37,6 +37,7 @@ def columns(raw: bytes, format: str, path: str, where: str) -> dict[str, list[An
 
     with _refusing(format, path, where):
         schema, batches = _opened(io.BytesIO(raw), format)
+        _check_names(schema, path, where)
         table = pyarrow.Table.from_batches(batches, schema)
         for index, field in enumerate(table.schema):
             if pyarrow.types.is_binary(field.type) or pyarrow.types.is_large_binary(field.type):
@@ -49,11 +50,17 @@ def rows(path: str, format: str, where: str) -> Iterator[dict[str, Any]]:
     """Rows one by one; a batch of the file, or of a parquet's row group, is in memory at once."""
     with _refusing(format, path, where), open_file(path) as file:
         schema, batches = _opened(file, format)
+        _check_names(schema, path, where)
         labels = _label_names(schema)
         for batch in batches:
             for start in range(0, batch.num_rows, ROWS_AT_ONCE):
                 for row in batch.slice(start, ROWS_AT_ONCE).to_pylist():
                     yield row | {column: _named(row[column], names) for column, names in labels.items()}
+
+
+def _check_names(schema: pyarrow.Schema, path: str, where: str) -> None:
+    if twice := sorted({name for name in schema.names if schema.names.count(name) > 1}):
+        raise DataError(f"{path}: the column {twice[0]!r} stands there twice", where=where, fix="give each column its own name")
 
 
 def _label_names(schema: pyarrow.Schema) -> dict[str, list[str]]:

@@ -38,6 +38,9 @@ def stratified_split(labels: Sequence[int] | np.ndarray, dev_size: float, seed: 
     sizes = np.minimum(sizes, np.maximum(counts - 1, 0))
     dev = [draw.permutation(np.flatnonzero(labels == label))[:size] for label, size in zip(classes, sizes, strict=True)]
     dev_rows = np.sort(np.concatenate(dev)) if dev else np.empty(0, dtype=int)
+    if len(labels) > 1 and len(classes) == len(labels):
+        told = f"each of the {len(labels)} training rows has a label of its own: none can be held out for scoring"
+        raise DataError(told, where="data.columns.label", fix="task.kind=regression if they are numbers to foretell, or another column")
     if not len(dev_rows):
         raise DataError(
             f"{dev_size:g} of {len(labels)} training rows leaves no dev row",

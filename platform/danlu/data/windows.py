@@ -11,6 +11,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import PreTrainedTokenizerBase
 
 from danlu.data.encode import CHUNK, Encoded, cached, ends
+from danlu.errors import SpecError
 
 Spans = Sequence[tuple[int, int]]
 
@@ -29,6 +30,15 @@ def encode_with_context(
 
     A question is cut to `max_question_length` tokens, so that some of the context fits.
     """
+
+    special = tokenizer.num_special_tokens_to_add(pair=True)
+    if (room := max_length - max_question_length - special) <= stride:
+        raise SpecError(
+            f"model.max_length={max_length} holds {max_question_length} tokens of a question, {special} special ones and {max(0, room)} of "
+            f"the context, and windows share {stride}: they would not move on",
+            where="model.max_length",
+            fix="a larger model.max_length, or a smaller task.doc_stride",
+        )
 
     def make() -> Encoded:
         windows: list[list[Encoding]] = []

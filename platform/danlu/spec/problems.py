@@ -75,9 +75,11 @@ class _Written:
         place: Any = self.document
         for part in path:
             model = _tagged(models, place)
-            if isinstance(part, int) or part not in model.model_fields:
-                return []
             place = _inside(place, part)
+            if isinstance(part, int):  # an item of a list: what a list is of stands in its annotation
+                continue
+            if part not in model.model_fields:
+                return []
             if not (models := list(_models_in(model.model_fields[part].annotation))):
                 return []
         return models

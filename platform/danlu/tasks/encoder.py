@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedModel
+from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from danlu.data.columns import Labelled
 from danlu.errors import ModelError
+from danlu.tasks.config import read_config, why
 from danlu.tasks.exchange import Text
 
 DROPOUTS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "dropout", "attention_dropout")
@@ -43,7 +44,7 @@ def build_encoder(
 
     ModelError if the folder lacks some of the encoder.
     """
-    config = AutoConfig.from_pretrained(folder)
+    config = read_config(folder)
     config.update(dict(head))
     if dropout is not None:
         for name in DROPOUTS:
@@ -67,13 +68,13 @@ def build_encoder(
 
 def encoder_skeleton(auto_class: Any, folder: str | Path, head: Mapping[str, Any]) -> PreTrainedModel:
     """The model `build_encoder` builds, with shapes and no weights."""
+    config = read_config(folder)
+    config.update(dict(head))
     try:
-        config = AutoConfig.from_pretrained(folder)
-        config.update(dict(head))
         with torch.device("meta"):
             model: PreTrainedModel = auto_class.from_config(config)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"{folder} is no base of this task's models: {error}", where="model.model_name_or_path") from error
+    except Exception as error:  # whatever a family's class makes of sizes that do not go together
+        raise ModelError(f"{folder} is no base of this task's models: {why(error)}", where="model.model_name_or_path") from error
     return model
 
 

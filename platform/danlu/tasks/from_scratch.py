@@ -19,10 +19,11 @@ from danlu.data.formats import read_rows
 from danlu.data.row import Broken
 from danlu.data.row_texts import roles_of
 from danlu.data.stream import find, stream
-from danlu.errors import ModelError
+from danlu.errors import ModelError, StorageError
 from danlu.spec.data import Data, DropBroken, RepairBroken
 from danlu.spec.model import Model
 from danlu.spec.task import FromScratch, MaskedLm, Pretrain, Task
+from danlu.tasks.config import why
 
 FIELD = "task.from_scratch.config_overrides"
 END, PAD = "<|endoftext|>", "<|pad|>"
@@ -43,7 +44,11 @@ def start_folder(model: Model, data: Data, task: Task, *, seed: int) -> Path:
     target = Path(data.cache_dir) / "from_scratch" / digest.hexdigest()[:24]
     if (target / "config.json").exists():
         return target
-    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        told = f"the model that training starts from cannot be written there: {error}"
+        raise StorageError(told, where="data.cache_dir", fix="a folder that can be written") from error
     # Workers of one machine may all be here at once: each makes its own, and the first to finish is kept.
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".partial-") as partial:
         whole = Path(partial, "whole")
@@ -124,9 +129,12 @@ def fresh_model(shape: Path, from_scratch: FromScratch, tokenizer: PreTrainedTok
         if "num_hidden_layers" in from_scratch.config_overrides:
             # One kind for each layer there was: the model's own pattern for the new number is taken instead.
             written = {name: value for name, value in written.items() if name not in ("layer_types", "mlp_layer_types")}
-        config = AutoConfig.for_model(**written | from_scratch.config_overrides)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{shape / 'config.json'} is no model's: {error}", where="model.model_name_or_path") from error
+    try:
+        config = AutoConfig.for_model(**written | from_scratch.config_overrides)
+    except Exception as error:  # whatever a family's class makes of the values that it is given
+        raise ModelError(f"no {known.model_type} model has these values: {why(error)}", where=FIELD) from error
     config.vocab_size = len(tokenizer)
     for name in ("pad_token_id", "eos_token_id", "bos_token_id"):
         setattr(config, name, getattr(tokenizer, name))
@@ -136,6 +144,8 @@ def fresh_model(shape: Path, from_scratch: FromScratch, tokenizer: PreTrainedTok
         model: PreTrainedModel = loader.from_config(config, dtype=torch.float32)
         with torch.no_grad():
             model(input_ids=torch.tensor([[0, 1]]))  # heads that do not go into each other are only noticed here
-    except (ValueError, RuntimeError, ZeroDivisionError, TypeError) as error:
-        raise ModelError(f"no model of this shape can be built: {error}", where=FIELD) from error
+    except MemoryError:
+        raise
+    except Exception as error:  # whatever its layers make of sizes that do not go together
+        raise ModelError(f"no model of this shape can be built: {why(error)}", where=FIELD) from error
     return model

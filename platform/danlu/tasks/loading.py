@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedModel
+from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from danlu.errors import ModelError
+from danlu.tasks.config import read_config, why
 
 
 def load_model(
@@ -27,7 +28,7 @@ def load_model(
     `dropout` stands for each of the config's `dropout_names`. ModelError if the folder lacks weights; with `backbone_only` the output layer
     may be missing, and then starts from nothing.
     """
-    config = AutoConfig.from_pretrained(folder)
+    config = read_config(folder)
     if dropout is not None:
         for name in dropout_names:
             if hasattr(config, name):
@@ -47,9 +48,10 @@ def load_model(
 
 def load_shapes(auto: Any, folder: str | Path, what: str) -> PreTrainedModel:
     """The model that `load_model` loads, with shapes and no weights. ModelError if the folder holds no `what`."""
+    config = read_config(folder)
     try:
         with torch.device("meta"):
-            model: PreTrainedModel = auto.from_config(AutoConfig.from_pretrained(folder))
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"{folder} is no {what}: {error}", where="model.model_name_or_path") from error
+            model: PreTrainedModel = auto.from_config(config)
+    except Exception as error:  # whatever a family's class makes of sizes that do not go together
+        raise ModelError(f"{folder} is no {what}: {why(error)}", where="model.model_name_or_path") from error
     return model

@@ -31,6 +31,7 @@ from danlu.tasks.rows import Split, Splits, hold_out, metrics_line, read_given, 
 PER_TOKEN = False
 NAMES = {**USUAL, "label": ("score", "similarity", "rating", "value", *USUAL["label"])}
 HEAD = {"num_labels": 1, "problem_type": "regression"}
+LARGEST = float(np.finfo(np.float32).max)
 
 # rows
 
@@ -76,6 +77,12 @@ def _reader(where: str) -> Callable[[object, int], float | None]:
             number = float(value)  # type: ignore[arg-type]
         except (TypeError, ValueError):
             number = math.nan
+        except OverflowError:
+            number = math.inf
+        if math.isfinite(number) and abs(number) > LARGEST:
+            raise DataError(
+                f"row {row}: {number:g} is too large for 32 bits", where=where, fix=f"numbers up to {LARGEST:.3g}, best near 1: scale them"
+            )
         if not math.isfinite(number):
             raise DataError(
                 f"row {row}: {str(value)[:60]!r} is no number", where=where, fix="a number a row; data.columns.label names its column"

@@ -19,6 +19,7 @@ from danlu.data.pack import Packed
 from danlu.data.report import data_report
 from danlu.data.split import random_split
 from danlu.data.text_pairs import TextPair, text_pair_columns, text_pair_reader
+from danlu.errors import ModelError
 from danlu.spec.data import Data
 from danlu.spec.task import Seq2Seq
 from danlu.tasks import chat
@@ -103,7 +104,16 @@ def build_model(
 
 def skeleton(folder: str | Path, num_labels: int = 0) -> PreTrainedModel:
     """The model `build_model` builds, with shapes and no weights."""
-    return load_shapes(AutoModelForSeq2SeqLM, folder, "encoder-decoder")
+    model = load_shapes(AutoModelForSeq2SeqLM, folder, "encoder-decoder")
+    size, file = int(model.config.vocab_size), f"{folder}/config.json"
+    if (start := model.config.decoder_start_token_id) is None:
+        told = f"{file} has no decoder_start_token_id, the token that every target is written behind"
+        raise ModelError(told, where="model.model_name_or_path", fix="put it there; of T5 it is 0, of BART 2")
+    for name, token in (("decoder_start_token_id", start), ("pad_token_id", model.config.pad_token_id)):
+        if token is not None and not 0 <= token < size:
+            told = f"{file}: {name}={token} is none of the model's {size} tokens"
+            raise ModelError(told, where="model.model_name_or_path", fix="correct it, or copy the model again")
+    return model
 
 
 def head_parameters(model: PreTrainedModel) -> set[str]:

@@ -10,6 +10,7 @@ import transformers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from danlu.errors import ModelError
+from danlu.tasks.config import why
 
 # Its progress bars and its table of new weights say what the plan has said already.
 transformers.utils.logging.set_verbosity_error()
@@ -25,8 +26,11 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     """The fast tokenizer of a model folder; ModelError if there is none."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, use_fast=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"no tokenizer could be loaded from {folder}: {error}", where="model.model_name_or_path") from error
+    except MemoryError:
+        raise
+    except Exception as error:  # whatever a class of tokenizers makes of files that are not its own
+        told = f"no tokenizer could be loaded from {folder}: {why(error)}"
+        raise ModelError(told, where="model.model_name_or_path", fix="copy its tokenizer files again") from error
     if len(tokenizer) <= len(tokenizer.all_special_ids):
         # transformers makes an empty one where there are no files: every word would be unknown.
         raise ModelError(

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import AutoConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from danlu.errors import ModelError
+from danlu.tasks.config import read_config
 from danlu.tasks.rows import Splits
 
 FIX = "a model whose embeddings were resized to its tokenizer (model.resize_token_embeddings), or the tokenizer without what was added"
@@ -33,7 +34,7 @@ def unknown_token(ids: np.ndarray, tokenizer: PreTrainedTokenizerBase, num_known
 def check_vocabulary(splits: Splits, tokenizer: PreTrainedTokenizerBase, folder: str | Path, *, draws: bool) -> None:
     """ModelError names a token of a row that the model of a folder does not know; with `draws`, where training puts any token in the place
     of another, also one that no row has."""
-    where, num_known = "model.model_name_or_path", num_embeddings(AutoConfig.from_pretrained(folder))
+    where, num_known = "model.model_name_or_path", num_embeddings(read_config(folder))
     number = max(tokenizer.get_vocab().values()) + 1
     if number <= num_known:
         return

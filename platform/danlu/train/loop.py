@@ -168,7 +168,7 @@ def _train(
             run.report(EventRecord(progress.step, "ranks", _ranks_text(trainee.allocator.ranks())))
         if progress.step % eval_steps == 0 or progress.step == steps:
             with nullcontext() if ema is None else ema.applied():
-                progress = _evaluate(job, model, data, progress, models, state, trainee, tokenizer, best_weights, dtype)
+                progress = _evaluate(job, model, data, progress, models, state, trainee, tokenizer, best_weights, dtype, steps)
             stopped_early = _out_of_patience(job, progress)
             if stopped_early:
                 run.report(EventRecord(progress.step, "stopped early", f"no new best in {progress.evals_without_best} evaluations"))
@@ -222,11 +222,19 @@ def _evaluate(
     tokenizer: PreTrainedTokenizerBase,
     best_weights: Checkpoints,
     dtype: torch.dtype,
+    steps: int,
 ) -> Progress:
     """Score the dev split; keep the weights if they are the best so far."""
     started = time.perf_counter()
     task = task_file(job.task)
     outputs = score_rows(task, model, data.dev, models, batch_tokens=job.evaluation.batch_tokens, autocast=_autocast(job, dtype))
+    # What a step makes of the weights is seen by the loss of the next one, but behind the last there is none.
+    if progress.step == steps and np.isnan(outputs).any():
+        raise DivergedError(
+            f"after step {progress.step} what the model answers to dev rows is no number: training has diverged",
+            where="optim.learning_rate",
+            fix="a lower learning rate, a longer warm-up or a max_grad_norm",
+        )
     metrics = dict(task.scores(outputs, data.dev, data.label_names, job.task).metrics())
     name = job.metric_for_best_model
     is_best = improved(progress, metrics[name], higher_is_better=name not in LOWER_IS_BETTER)

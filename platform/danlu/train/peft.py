@@ -69,7 +69,13 @@ def with_adapter(
                 # PEFT puts a head it trains whole around each of these, and cannot where there is an adapter already.
                 unused = ("pooler.dense",) if isinstance(task, Embed) else ()
                 config.exclude_modules = sorted(name for name, _ in model.named_modules() if name.endswith((*HEADS, *unused))) or None
-    return get_peft_model(model, config)
+    try:
+        return get_peft_model(model, config)
+    except ValueError as error:
+        if named is None:
+            raise
+        told, fix = f"PEFT puts no adapter on {named}: {error}", "layers of the model's body; its head is trained whole beside them"
+        raise SpecError(told, where="tuning.target_modules", fix=fix) from error
 
 
 def _low_rank(tuning: Lora | Qlora | Adalora, shared: dict[str, Any], num_steps: int) -> LoraConfig:

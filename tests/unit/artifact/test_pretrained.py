@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import threading
@@ -11,6 +12,7 @@ from typing import Any
 
 import fsspec
 import pytest
+import torch
 from safetensors import safe_open
 from transformers import AutoModel
 
@@ -108,10 +110,40 @@ def test_a_missing_shard_is_found(folder: Path) -> None:
     assert "index.json" in refusal(folder / "sharded").problem
 
 
-def test_weights_of_another_format_have_no_shapes(folder: Path) -> None:
-    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+@pytest.mark.parametrize("text", ["[]", '{"weight_map": []}', '{"weight_map": 3}'])
+def test_an_index_of_another_shape_is_found(text: str, folder: Path) -> None:
+    (folder / "model.safetensors.index.json").write_text(text)
+    assert "does not list the weight files" in refusal(folder).problem
+
+
+@pytest.mark.parametrize("header", ["[]", '{"a": 3}', '{"a": {"dtype": "F32", "shape": [1], "data_offsets": []}}', '{"a": {}}'])
+def test_a_header_of_another_shape_is_found(header: str, folder: Path) -> None:
+    (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header.encode())
+    assert "is not a whole safetensors file" in refusal(folder).problem
+
+
+def test_an_adapter_is_called_one(folder: Path) -> None:
+    (folder / "config.json").rename(folder / "adapter_config.json")
+    error = refusal(folder)
+    assert "holds an adapter" in error.problem
+    assert "merge it into its base" in error.fix
+
+
+def test_weights_of_another_format_have_no_shapes_and_are_whole(folder: Path) -> None:
+    weights = folder / "pytorch_model.bin"
+    torch.save(AutoModel.from_pretrained(folder).state_dict(), weights)
+    (folder / "model.safetensors").unlink()
     assert find(folder) == folder
     assert weight_shapes(folder) is None
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": {"a": weights.name, "b": "pytorch_model-2.bin"}}))
+    assert "pytorch_model-2.bin cannot be read" in refusal(folder).problem
+    (folder / "pytorch_model.bin.index.json").unlink()
+    os.truncate(weights, weights.stat().st_size // 2)
+    assert refusal(folder).problem == f"{weights} is not whole"
+    weights.write_bytes(b"")
+    assert refusal(folder).problem == f"{weights} is not whole"
+    weights.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 90868376\n")
+    assert "git-lfs pointer" in refusal(folder).problem
 
 
 def upload(folder: Path, to: str) -> None:

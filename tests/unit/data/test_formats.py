@@ -103,6 +103,14 @@ def test_parquet_is_read_as_pyarrow_reads_it_whatever_its_name(tmp_path: Path) -
         assert read(str(tmp_path / name)) == pyarrow.parquet.read_table(tmp_path / name).to_pydict()
 
 
+def test_a_column_that_stands_twice_is_refused(tmp_path: Path) -> None:
+    table = pyarrow.Table.from_arrays([pyarrow.array(["a"]), pyarrow.array(["b"])], names=["text", "text"])
+    pyarrow.parquet.write_table(table, path := str(tmp_path / "rows.parquet"))
+    assert "the column 'text' stands there twice" in refusal(path).problem
+    with pytest.raises(DataError, match="the column 'text' stands there twice"):
+        list(stream(find(path)[0]))
+
+
 @pytest.mark.parametrize("new", [pyarrow.ipc.new_file, pyarrow.ipc.new_stream], ids=["file", "stream"])
 def test_arrow_is_read_as_pyarrow_reads_it_whatever_its_name(tmp_path: Path, new: Any) -> None:
     texts, sorts = pyarrow.array(["a", None, "中文"] * 2, pyarrow.large_string()), pyarrow.array(list("xyz") * 2).dictionary_encode()

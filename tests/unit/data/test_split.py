@@ -58,9 +58,16 @@ def test_a_class_of_one_row_stays_in_train() -> None:
         assert len(dev) >= 1
 
 
-@pytest.mark.parametrize(("labels", "dev_size"), [([0, 1, 2], 0.5), ([0, 0, 1, 1], 0.1), ([0, 0, 1, 1], 0.0), ([], 0.1)])
+@pytest.mark.parametrize(("labels", "dev_size"), [([0, 0, 1, 1], 0.1), ([0, 0, 1, 1], 0.0), ([], 0.1)])
 def test_a_split_without_a_dev_row_is_refused(labels: list[int], dev_size: float) -> None:
     with pytest.raises(DataError, match=f"{dev_size:g} of {len(labels)} training rows leaves no dev row") as raised:
         stratified_split(labels, dev_size, seed=0)
     assert raised.value.where == "data.dev_size"
     assert "data.dev" in raised.value.fix
+
+
+def test_labels_that_are_all_different_are_refused_as_such() -> None:
+    with pytest.raises(DataError, match="each of the 3 training rows has a label of its own") as raised:
+        stratified_split([0, 1, 2], 0.5, seed=0)
+    assert raised.value.where == "data.columns.label"
+    assert "task.kind=regression" in raised.value.fix

@@ -228,6 +228,16 @@ def test_a_bad_name_comes_back_as_one_that_works() -> None:
     assert "try:" not in refusal(JOB, "name=丹炉")
 
 
+def test_a_mistake_in_an_item_of_a_list_is_said_with_the_items_kinds_and_fields() -> None:
+    said = refusal(JOB, "data.clean=[{kind: lenght}]")
+    assert "data.clean.0 (--set): there is no kind 'lenght'" in said
+
+    assert "drop_broken" in said
+    assert "data.clean.0.zzz (--set): there is no such field here\n  try: fields here: kind" in refusal(
+        JOB, "data.clean=[{kind: deduplicate_near, zzz: 3}]"
+    )
+
+
 def test_what_is_not_finite_is_no_number_to_try() -> None:
     for text in ("nan", "inf", "-inf"):
         assert refusal(JOB, f"optim.learning_rate={text}").endswith(f"'{text}': a number is needed")

@@ -209,6 +209,9 @@ def test_the_template_is_asked_and_its_refusal_is_the_reason(tmp_path: Path) -> 
     refusing = tokenizer_with(strict, tmp_path / "strict")
     with pytest.raises(DataError, match="row 1: the chat template refuses it: no system role"):
         read([{"messages": [{"role": "system", "content": "x"}, *TALK]}] * 2, refusing, tmp_path)
+    for number, broken in enumerate(("{{ 1 / 0 }}", "{{ range(10 ** 9) | list }}", "{{ foo.bar }}", "{% for m in %}")):
+        with pytest.raises(DataError, match="row 1: the chat template refuses it: "):
+            read([{"messages": TALK}] * 2, tokenizer_with(broken, tmp_path / str(number)), tmp_path)
 
 
 def job_of(model: Path, folder: Path, **overrides: Any) -> TrainJob:

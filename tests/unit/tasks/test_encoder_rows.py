@@ -59,6 +59,11 @@ def test_a_label_that_is_no_number_is_refused_by_its_row(reader: Reader) -> None
     rows = "sentence1,sentence2,score\nwheat,corn,3.2\nport,cargo,\nship,port,much\n"
     with pytest.raises(DataError, match="row 3: 'much' is no number"):
         reader.given(Regression(), reader.write("a.csv", rows), columns={"label": "score"})
+    for number, told in (("1e39", r"1e\+39 is too large for 32 bits"), ("9" * 400, "is no number")):
+        with pytest.raises(DataError, match=f"row 3: .*{told}"):
+            reader.given(Regression(), reader.write("a.csv", rows.replace("much", number)), columns={"label": "score"})
+    with pytest.raises(DataError, match=r"row 1: '9+' is no number"):
+        reader.given(Regression(), reader.write("c.jsonl", [{"text": "wheat", "label": 10**400 - 1}]))
     split = reader.given(Regression(), reader.write("b.csv", rows.replace("much", "1e-1")), columns={"label": "score"})
     assert split.labels is not None
     assert split.labels.tolist() == pytest.approx([3.2, 0.1])

@@ -10,7 +10,7 @@ import pytest
 from conftest import Reader
 
 from danlu.data.formats import read_rows
-from danlu.errors import DataError
+from danlu.errors import DataError, SpecError
 from danlu.evaluate.analysis import score_of
 from danlu.spec.task import ExtractiveQA
 from danlu.tasks import extractive_qa
@@ -124,6 +124,15 @@ def test_a_long_question_leaves_room_for_the_context(reader: Reader) -> None:
     assert found.spans is not None
     covered = found.spans[found.bounds[0] : found.bounds[1]]
     assert covered[:, 1].max() == len(CONTEXT), "no word of the context is lost"
+
+
+@pytest.mark.parametrize(("length", "stride"), [(4, None), (6, None), (12, 6)])
+def test_a_length_that_leaves_no_room_to_move_on_is_refused(reader: Reader, length: int, stride: int | None) -> None:
+    path = reader.write("a.jsonl", [qa("what rose", "wheat")])
+    with pytest.raises(SpecError, match=rf"model.max_length={length} holds {length // 4} tokens of a question, 3 special ones") as raised:
+        reader.given(ExtractiveQA(doc_stride=stride), path, max_length=length)
+    assert raised.value.where == "model.max_length"
+    assert len(reader.given(ExtractiveQA(doc_stride=stride), path, max_length=length + 4).encoded) == 1
 
 
 def test_questions_about_one_context_stay_on_one_side(reader: Reader) -> None:
