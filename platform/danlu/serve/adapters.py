@@ -66,16 +66,16 @@ def adapter_folder(source: str, name: str, storage: str, served: Bundle | None) 
 
     ModelError names what cannot be served beside others, or beside what is merged into the bundle that is `served`.
     """
-    folder = Path(source).expanduser()
-    if "://" in source or ("@" in source and not folder.exists()):
-        folder = Store(storage).resolve(source)
-    bundle = read_bundle(folder) if (folder / FILE).exists() else None
-    folder = folder if bundle is None else bundle.path / "model"
     try:
+        folder = Path(source).expanduser()
+        if "://" in source or ("@" in source and not folder.exists()):
+            folder = Store(storage).resolve(source)
+        bundle = read_bundle(folder) if (folder / FILE).exists() else None
+        folder = folder if bundle is None else bundle.path / "model"
         config: dict[str, Any] = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         if not isinstance(config, dict):
             raise ValueError(f"{CONFIG} is no object")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError) as error:  # a RuntimeError: ~ of nobody
         raise no_adapter(source, name, error) from error
     base = config.get("base_model_name_or_path") if bundle is None else bundle.meta.base_model
     if served is not None and base is not None and base == served.meta.base_model:

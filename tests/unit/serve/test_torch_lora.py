@@ -213,6 +213,8 @@ def test_an_adapter_that_cannot_be_served_says_why_and_nobody_notices(folders: d
         (damaged, "holds no adapter"),
         (listed, "is no object"),
         (scaled, "could not convert"),
+        ("x" * 5000, "File name too long"),
+        ("~nobody-of-that-name/adapter", "home directory"),
     )
 
     async def body(made: TorchEngine) -> None:
