@@ -8,14 +8,18 @@ from collections.abc import Iterator
 import httpx
 
 from danlu.client.endpoint import base_url, headers, only_model, stream_chat
-from danlu.errors import RequestError, ResourceError
+from danlu.errors import RequestError, ResourceError, SpecError
 from danlu.terminal import console, show
 
 COMMANDS = "/system TEXT sets the system message, /clear begins anew, /exit ends; so does Ctrl-D"
+SEEN = {i: 0x2400 + i for i in range(32) if i not in (9, 10)} | dict.fromkeys(range(127, 160), 0xFFFD)
+"""A model's control characters, as pictures of them: a terminal would obey them."""
 
 
 def chat(target: str | None, url: str | None, system: str | None) -> None:
     """Ask and answer until the end. `target` is a model's name, or a URL; without a terminal, one question a line."""
+    if system is not None and not _is_text(system):
+        raise SpecError("these bytes are no text in this terminal's encoding", where="--system", fix="UTF-8")
     is_url = target is not None and "://" in target
     with httpx.Client(base_url=base_url(target if is_url else url), headers=headers(), timeout=httpx.Timeout(10, read=None)) as client:
         try:
@@ -35,6 +39,9 @@ def chat(target: str | None, url: str | None, system: str | None) -> None:
 def _converse(client: httpx.Client, model: str, system: str | None) -> None:
     messages: list[dict[str, str]] = []
     for line in _questions():
+        if not _is_text(line):
+            show("error: these bytes are no text in this terminal's encoding")
+            continue
         match line.split(maxsplit=1):
             case []:
                 continue
@@ -62,7 +69,7 @@ def _answer(client: httpx.Client, model: str, messages: list[dict[str, str]]) ->
     try:
         for text in stream_chat(client, model, messages):
             answer += text
-            console.print(text, end="", markup=False)
+            console.print(text.translate(SEEN) if console.is_terminal else text, end="", markup=False)
     except RequestError as error:
         if error.status in (401, 403, 404):
             raise
@@ -75,6 +82,11 @@ def _answer(client: httpx.Client, model: str, messages: list[dict[str, str]]) ->
             raise
     show("")
     return answer
+
+
+def _is_text(line: str) -> bool:
+    """Python keeps bytes that it cannot read as halves of surrogates, which cannot be sent."""
+    return not any("\ud800" <= character <= "\udfff" for character in line)
 
 
 def _questions() -> Iterator[str]:

@@ -30,9 +30,16 @@ def base_url(given: str | None) -> str:
 
 
 def headers() -> dict[str, str]:
-    """The trace that goes on there, and the environment's key, if it has one: on a command line everybody could read it."""
-    key = os.environ.get("DANLU_API_KEY") or os.environ.get(API_KEY)
-    return {**traces.carrier(), **({"authorization": f"Bearer {key}"} if key else {})}
+    """The trace that goes on there, and the environment's key, if it has one: on a command line everybody could read it. SpecError if it
+    cannot be sent."""
+    for name in ("DANLU_API_KEY", API_KEY):
+        if key := os.environ.get(name, "").strip():  # files of secrets end with a new line
+            if not (key.isascii() and key.isprintable()):
+                raise SpecError(
+                    "it holds what no key does: other characters than letters, digits and signs", where=name, fix="copy it again"
+                )
+            return {**traces.carrier(), "authorization": f"Bearer {key}"}
+    return traces.carrier()
 
 
 def only_model(client: httpx.Client) -> str:

@@ -16,7 +16,15 @@ from danlu.spec.serve import Service, Torch
 from danlu.spec.vllm import Vllm
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-MORE_THAN_LORA = {"use_dora": "DoRA", "modules_to_save": "whole modules", "fan_in_fan_out": "transposed weights"}
+MERGE = "merge it into the model"
+MORE_THAN_LORA = {
+    "use_dora": ("DoRA", MERGE),
+    "modules_to_save": ("whole modules", MERGE),
+    "fan_in_fan_out": ("transposed weights", MERGE),
+    "alora_invocation_tokens": ("what waits for tokens of its own", "train a LoRA without them"),
+}
+CHANGING_STARTS = ("pissa", "olora", "corda", "lora_ga", "loftq")
+"""PEFT's `init_lora_weights` that leave the base with other weights than it has: the adapter alone says nothing."""
 
 
 def check_adapters(service: Service) -> None:
@@ -58,14 +66,16 @@ def adapter_folder(source: str, name: str, storage: str, served: Bundle | None) 
 
     ModelError names what cannot be served beside others, or beside what is merged into the bundle that is `served`.
     """
-    folder = Path(source).expanduser()
-    if "://" in source or ("@" in source and not folder.exists()):
-        folder = Store(storage).resolve(source)
-    bundle = read_bundle(folder) if (folder / FILE).exists() else None
-    folder = folder if bundle is None else bundle.path / "model"
     try:
+        folder = Path(source).expanduser()
+        if "://" in source or ("@" in source and not folder.exists()):
+            folder = Store(storage).resolve(source)
+        bundle = read_bundle(folder) if (folder / FILE).exists() else None
+        folder = folder if bundle is None else bundle.path / "model"
         config: dict[str, Any] = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        if not isinstance(config, dict):
+            raise ValueError(f"{CONFIG} is no object")
+    except (OSError, ValueError, RuntimeError) as error:  # a RuntimeError: ~ of nobody
         raise no_adapter(source, name, error) from error
     base = config.get("base_model_name_or_path") if bundle is None else bundle.meta.base_model
     if served is not None and base is not None and base == served.meta.base_model:
@@ -75,10 +85,16 @@ def adapter_folder(source: str, name: str, storage: str, served: Bundle | None) 
             fix=f"engine.model_name_or_path: {base} and no bundle, and each of them an adapter",
         )
     if config.get("peft_type") != "LORA":
-        raise ModelError(f"{source} is {config.get('peft_type')}, and only LoRA can be loaded beside others", where=name, fix="merge it")
-    for field, why in MORE_THAN_LORA.items():
+        raise ModelError(f"{source} is {config.get('peft_type')}, and only LoRA can be loaded beside others", where=name, fix=MERGE)
+    for field, (why, fix) in MORE_THAN_LORA.items():
         if config.get(field):
-            raise ModelError(f"{source} has {field}: {why} cannot be loaded beside others", where=name, fix="merge it into the model")
+            raise ModelError(f"{source} has {field}: {why} cannot be loaded beside others", where=name, fix=fix)
+    if str(start := config.get("init_lora_weights")).lower().startswith(CHANGING_STARTS):
+        raise ModelError(
+            f"{source} has init_lora_weights={start}: it was trained on a base whose weights that had changed",
+            where=name,
+            fix="save it with PEFT's path_initial_model_for_weight_conversion, or merge it into the model",
+        )
     return folder, config
 
 

@@ -74,6 +74,8 @@ class Gateway:
                 await self._lifespan(receive, send)
             case "http":
                 await self._http(scope, receive, send)
+            case "websocket":
+                await send({"type": "websocket.close"})  # before it is open: the client's handshake is answered 403
 
     @property
     def in_flight(self) -> int:

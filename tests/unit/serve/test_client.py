@@ -24,6 +24,7 @@ from danlu.serve.gateway import Gateway
 from danlu.serve.generation import Chat
 from danlu.serve.keys import Authenticated, KeyRing
 from danlu.spec.serve import EchoText, Limits
+from danlu.terminal import console
 
 Served = Callable[..., AbstractContextManager[str]]
 
@@ -104,6 +105,34 @@ def test_a_service_that_goes_away_in_an_answer_is_said() -> None:
         thread.join()
     assert isinstance(result.exception, ResourceError), result.exception
     assert "broke" in str(result.exception)
+
+
+def test_a_model_does_not_command_the_terminal(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    line = "red \x1b[31m, a title \x1b]0;x\x07, \x9b1m and \x7f"
+    assert line.replace("\x07", "") in invoke("chat", url, stdin=line).stdout, "a file has it as it is (rich leaves bells out)"
+    monkeypatch.setattr(console, "_force_terminal", True)
+    shown = invoke("chat", url, stdin=line).stdout
+    assert "red ␛[31m, a title ␛]0;x␇, \ufffd1m and \ufffd" in shown
+    assert not set("\x1b\x07\x9b\x7f") & set(shown)
+
+
+def test_bytes_that_are_no_text_are_said_and_the_next_question_is_asked(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = iter(["half a \udcff", "hello", "/exit"])
+    monkeypatch.setattr("builtins.input", lambda *_: next(lines))
+    result = invoke("chat", url)
+    assert result.exit_code == 0, result.exception
+    assert result.stdout == "error: these bytes are no text in this terminal's encoding\nhello\n"
+    assert isinstance(invoke("chat", url, "--system", "\udcff", stdin="hello\n").exception, SpecError)
+
+
+@pytest.mark.parametrize("command", [["chat"], ["bench", "serve"]])
+def test_a_key_that_cannot_be_sent_is_said_without_its_text(command: list[str], url: str) -> None:
+    for key in ("dk-密钥", "dk-a\nb"):
+        result = invoke(*command, url, stdin="hello\n", DANLU_API_KEY=key)
+        assert isinstance(result.exception, SpecError), result.exception
+        assert result.exception.where == "DANLU_API_KEY"
+        assert key not in str(result.exception)
+    assert "hello\n" in invoke("chat", url, stdin="hello\n", DANLU_API_KEY="dk-a\n").stdout
 
 
 def test_an_unknown_model_is_said_with_those_that_there_are(url: str) -> None:

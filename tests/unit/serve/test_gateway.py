@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 from collections import Counter
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
+from contextlib import AbstractContextManager
 from typing import Any
 
 import httpx
@@ -196,6 +197,17 @@ def test_the_request_id_comes_back() -> None:
     app, _ = gateway()
     assert run(ask(app, json={"input": "a"}, headers={"x-request-id": "mine"})).headers["x-request-id"] == "mine"
     assert len(run(ask(app, json={"input": "a"})).headers["x-request-id"]) == 32
+
+
+def test_a_websocket_is_refused_and_not_an_error_of_the_server(served: Callable[..., AbstractContextManager[str]]) -> None:
+    handshake = {
+        "upgrade": "websocket",
+        "connection": "upgrade",
+        "sec-websocket-version": "13",
+        "sec-websocket-key": "MDEyMzQ1Njc4OWFiY2RlZg==",
+    }
+    with served(gateway()[0]) as url:
+        assert httpx.get(f"{url}/v1/classify", headers=handshake).status_code == 403
 
 
 def test_text_outside_ascii_is_answered_as_it_came() -> None:

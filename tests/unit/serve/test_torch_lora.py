@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ ADAPTERS: dict[str, dict[str, Any]] = {
         "lora_alpha": 4,
         "target_modules": ["gate_proj", "o_proj"],
         "rank_pattern": {"o_proj": 5},
-        "alpha_pattern": {"o_proj": 3},
+        "alpha_pattern": {"o_proj": 3, r"layers\.1\..*gate_proj": 9},
     },
 }
 
@@ -62,6 +63,19 @@ def test_each_answer_of_a_mixed_batch_is_pefts(folders: dict[str, Path]) -> None
         assert len({tuple(ids) for ids in found[:4]}) == 4, "the adapters do something"
 
     with_engine(engine(folders["base"], max_num_seqs=6, max_num_batched_tokens=20, prefill_chunk_tokens=7), body)
+
+
+def test_more_adapters_than_a_words_bits_keep_apart(folders: dict[str, Path]) -> None:
+    names = [f"a{i}" for i in range(67)]
+    sources = {name: str(folders[list(ADAPTERS)[i // 64]]) for i, name in enumerate(names)}  # the 65th shares the first one's bit
+    prompt = prompts(1, 30, seed=8)[0]
+
+    async def body(made: TorchEngine) -> None:
+        answers = await asyncio.gather(*(ask(made, prompt, GREEDY, adapter=name) for name in (names[0], names[64], names[66])))
+        first, second = expected(folders, "qv", prompt), expected(folders, "all", prompt)
+        assert [ids_of(deltas) for deltas in answers] == [first, second, second]
+
+    with_engine(engine(folders["base"], max_loras=67, adapters=sources), body)
 
 
 def test_adapters_come_and_go_while_others_are_answered(folders: dict[str, Path]) -> None:
@@ -177,12 +191,31 @@ def test_an_adapter_with_values_that_are_no_numbers_is_refused(folders: dict[str
 
 
 def test_an_adapter_that_cannot_be_served_says_why_and_nobody_notices(folders: dict[str, Path], tmp_path: Path) -> None:
-    dora = write_adapter(folders["base"], tmp_path / "dora", 1, r=2, target_modules=["q_proj"], use_dora=True)
+    def changed(name: str, **config: Any) -> Path:
+        return write_adapter(folders["base"], tmp_path / name, 1, r=2, target_modules=["q_proj"], **config)
+
     other = write_family(tmp_path / "other", "llama")
     foreign = write_adapter(other, tmp_path / "foreign", 1, r=2, target_modules=["o_proj", "k_proj"])
     damaged = shutil.copytree(folders["qv"], tmp_path / "damaged")
     (damaged / "adapter_model.safetensors").write_bytes(b"half of a fi")
-    refused = ((dora, "use_dora"), (foreign, "and the model has"), (tmp_path, "holds no adapter"), (damaged, "holds no adapter"))
+    listed = shutil.copytree(folders["qv"], tmp_path / "listed")
+    (listed / "adapter_config.json").write_text("[]")
+    scaled = shutil.copytree(folders["qv"], tmp_path / "scaled")
+    config = json.loads((scaled / "adapter_config.json").read_text())
+    (scaled / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": "much"}))
+    refused = (
+        (changed("dora", use_dora=True), "use_dora"),
+        (changed("late", alora_invocation_tokens=[9]), "alora_invocation_tokens"),
+        (changed("principal", init_lora_weights="pissa"), "a base whose weights that had changed"),
+        (changed("orthonormal", init_lora_weights="olora"), "a base whose weights that had changed"),
+        (foreign, "and the model has"),
+        (tmp_path, "holds no adapter"),
+        (damaged, "holds no adapter"),
+        (listed, "is no object"),
+        (scaled, "could not convert"),
+        ("x" * 5000, "File name too long"),
+        ("~nobody-of-that-name/adapter", "home directory"),
+    )
 
     async def body(made: TorchEngine) -> None:
         for source, told in refused:

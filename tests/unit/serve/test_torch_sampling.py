@@ -304,6 +304,38 @@ def test_a_guide_that_does_not_compile_is_refused(folder: Path) -> None:
     with_engine(engine(folder), body)
 
 
+UNCLEAR = {
+    "look-ahead": (Guide("regex", "(?=a)b"), "look-around, .* is not supported"),
+    "of a schema": (Guide("json_schema", '{"type": "string", "pattern": "("}'), "unclosed group"),
+    "nothing": (Guide("regex", r"[^\s\S]"), "no text that matches"),
+    "oneOf": (Guide("json_schema", '{"oneOf": [{"type": "integer"}, {"type": "number"}]}'), "anyOf allows it"),
+}
+"""Guides of which the library's first line does not say what is wrong."""
+
+
+def test_a_refusal_says_what_is_wrong_with_a_guide(folder: Path) -> None:
+    async def body(made: TorchEngine) -> None:
+        for guide, why in UNCLEAR.values():
+            with pytest.raises(RequestError, match=why):
+                await ask(made, (7, 8), GREEDY, guide=guide)
+
+    with_engine(engine(folder), body)
+
+
+def test_thousands_of_choices_are_no_more_than_a_few(folder: Path) -> None:
+    choices = ["w", "wh", *(f"wh{i}" for i in range(5000))]
+
+    async def body(made: TorchEngine) -> None:
+        guide = Guide("choice", json.dumps(choices))
+        asked = (ask(made, (7, 8), Sampling(max_tokens=24, temperature=2.0, seed=seed), guide=guide) for seed in range(16))
+        answers = {text_of(deltas) for deltas in await asyncio.gather(*asked)}
+        assert answers <= set(choices)
+        assert len(answers) > 2
+        assert answers & {"w", "wh"}, "that others begin with"
+
+    with_engine(engine(folder), body)
+
+
 TOO_MUCH = {
     "regex": Guide("regex", "(a?){500}a{500}", "guided_regex"),
     "json_schema": Guide("json_schema", json.dumps({"type": "object", "properties": {f"k{i}": {"type": "integer"} for i in range(2000)}})),

@@ -35,7 +35,7 @@ class Guides:
             raise _refusal(guide, str(error)) from error
         matcher = llguidance.LLMatcher(self.tokenizer, grammar, log_level=0)
         if matcher.is_error():
-            raise _refusal(guide, matcher.get_error().splitlines()[0])
+            raise _refusal(guide, _told(matcher.get_error()))
         return Matcher(matcher, self.tokenizer.vocab_size, guide)
 
     def lark(self, guide: Guide) -> str:
@@ -57,7 +57,7 @@ class Guides:
     def _problem(self, schema: Mapping[str, Any]) -> str:
         """Why no grammar can be made of a schema; empty if one can."""
         grammar = llguidance.LLMatcher.grammar_from_json_schema(schema, JSON)
-        return "".join(llguidance.LLMatcher.validate_grammar(grammar, self.tokenizer).splitlines()[:1])
+        return _told(llguidance.LLMatcher.validate_grammar(grammar, self.tokenizer))
 
     @cached_property
     def markers(self) -> Markers:
@@ -94,7 +94,7 @@ class Matcher:
         """A token that was chosen. RequestError if the guide goes no further: some compile, and are then too much for the parser."""
         if not self.matcher.consume_token(token_id):
             told = self.matcher.get_error() or f"it refuses token {token_id}, which its mask had allowed"
-            raise _refusal(self.guide, told.splitlines()[0])
+            raise _refusal(self.guide, _told(told))
 
     @property
     def is_complete(self) -> bool:
@@ -115,8 +115,22 @@ def _grammar(guide: Guide) -> str:
             if not isinstance(choices, list) or not choices or not all(isinstance(one, str) and one for one in choices):
                 raise ValueError("a JSON list of texts is needed, none of them empty")
             quoted = " | ".join(json.dumps(one, ensure_ascii=False) for one in choices)
-            return str(llguidance.LLMatcher.grammar_from_lark(f"start: {quoted}"))
+            return str(llguidance.LLMatcher.grammar_from_lark(f"start: CHOICE\nCHOICE: {quoted}"))  # a rule has 2,000 alternatives at most
     raise AssertionError(f"{guide.kind} needs the vocabulary")
+
+
+PLAINLY = {
+    "NoExtensionBias": "there is no text that matches",
+    "coerce_one_of": "more than one alternative of a oneOf may hold, which cannot be kept out; anyOf allows it",
+}
+"""What llguidance says to those who build with it -> to those who ask."""
+
+
+def _told(error: str) -> str:
+    """Its first line, and the one of a regular expression's that says why; empty if there is no error."""
+    first = "".join(error.splitlines()[:1])
+    plain = next((plain for word, plain in PLAINLY.items() if word in first), first)
+    return " ".join([plain, *(line.removeprefix("error: ") for line in error.splitlines()[1:] if line.startswith("error: "))])
 
 
 def _refusal(guide: Guide, why: str) -> RequestError:

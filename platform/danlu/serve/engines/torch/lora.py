@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import functools
 import itertools
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
@@ -174,7 +176,11 @@ def read_adapter(
         if not key.endswith((".lora_A.weight", ".lora_B.weight")):
             raise ModelError(f"{source} has {key}, which is no part of a plain LoRA", where=name, fix="merge it into the model")
         if key.endswith(".lora_A.weight"):
-            up = tensors[key.replace(".lora_A.", ".lora_B.")].float() * _scaling(config, layer, down.shape[0])
+            try:
+                scaling = _scaling(config, layer, down.shape[0])
+            except (AttributeError, TypeError, ValueError, re.error) as error:
+                raise no_adapter(source, name, error) from error
+            up = tensors[key.replace(".lora_A.", ".lora_B.")].float() * scaling
             weights[layer] = (down.to(device, dtype), up.to(device, dtype))
     if sick := next((layer for layer, both in weights.items() if not all(bool(torch.isfinite(one).all()) for one in both)), None):
         raise ModelError(f"{source} holds values of {sick} that are no numbers in {dtype}", where=name, fix="copy or train it again")
@@ -184,8 +190,7 @@ def read_adapter(
 
 
 def _scaling(config: Mapping[str, Any], layer: str, r: int) -> float:
-    """PEFT's: lora_alpha / r, or / sqrt(r) with rsLoRA; a pattern's key is the end of a layer's name."""
+    """PEFT's: lora_alpha / r, or / sqrt(r) with rsLoRA; a pattern's key is a regular expression of the end of a layer's name."""
     patterns: Mapping[str, float] = config.get("alpha_pattern") or {}
-    own = [value for key, value in patterns.items() if layer == key or layer.endswith(f".{key}")]
-    alpha = float(own[0] if own else config["lora_alpha"])
+    alpha = float(patterns.get(get_pattern_key(list(patterns), layer), config.get("lora_alpha", 8)))  # PEFT's when it is not said
     return alpha / (r**0.5 if config.get("use_rslora") else r)
