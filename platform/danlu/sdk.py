@@ -248,10 +248,12 @@ def serving(service: Service) -> Iterator[Endpoint]:
     """An endpoint on this machine, up while the block runs."""
     from danlu.serve.adapters import check_adapters
     from danlu.serve.keys import read_keys
+    from danlu.serve.models import check_models
 
     service = service.model_copy(update={"storage": absolute(service.storage)})
     if service.auth is not None:  # before Ray starts, as what follows
         read_keys(Path(service.auth.keys_file))
+    check_models(service)
     check_adapters(service)
     from danlu.serve import app
 
