@@ -56,25 +56,25 @@ class Refused(ClusterError):
 def create(kube: Kube, one: Object, *, dry_run: bool = False) -> Object:
     """Make an object; Refused with status 409 if there is one of its name."""
     query = {"fieldManager": FIELD_MANAGER, "fieldValidation": "Strict", **({"dryRun": "All"} if dry_run else {})}
-    return _json(kube, _call(kube, "POST", _path(kube, one["kind"], _namespace(kube, one)), query, one))
+    return _ask(kube, "POST", _path(kube, one["kind"], _namespace(kube, one)), query, one)
 
 
 def apply(kube: Kube, one: Object, *, dry_run: bool = False) -> Object:
     """Make an object, or change the fields of it that are ours (server-side apply)."""
     query = {"fieldManager": FIELD_MANAGER, "force": "true", "fieldValidation": "Strict", **({"dryRun": "All"} if dry_run else {})}
     path = _path(kube, one["kind"], _namespace(kube, one), one["metadata"]["name"])
-    return _json(kube, _call(kube, "PATCH", path, query, one, APPLY))
+    return _ask(kube, "PATCH", path, query, one, APPLY)
 
 
 def patch(kube: Kube, kind: str, name: str, changes: Object) -> Object:
     """Merge changes into an object. With `metadata.resourceVersion` among them, Refused with status 409 if it has changed meanwhile."""
-    return _json(kube, _call(kube, "PATCH", _path(kube, kind, kube.namespace, name), {"fieldManager": FIELD_MANAGER}, changes, MERGE))
+    return _ask(kube, "PATCH", _path(kube, kind, kube.namespace, name), {"fieldManager": FIELD_MANAGER}, changes, MERGE)
 
 
 def set_values(kube: Kube, kind: str, name: str, values: Mapping[str, Any]) -> Object:
     """Change single values of an object, each by its path: /spec/workerGroupSpecs/0/maxReplicas."""
     changes = [{"op": "add", "path": path, "value": value} for path, value in values.items()]
-    return _json(kube, _call(kube, "PATCH", _path(kube, kind, kube.namespace, name), {"fieldManager": FIELD_MANAGER}, changes, JSON_PATCH))
+    return _ask(kube, "PATCH", _path(kube, kind, kube.namespace, name), {"fieldManager": FIELD_MANAGER}, changes, JSON_PATCH)
 
 
 def get(kube: Kube, kind: str, name: str) -> Object | None:
@@ -82,7 +82,7 @@ def get(kube: Kube, kind: str, name: str) -> Object | None:
     if not NAME.fullmatch(name):  # in a path it would be another question
         return None
     try:
-        return _json(kube, _call(kube, "GET", _path(kube, kind, kube.namespace, name)))
+        return _ask(kube, "GET", _path(kube, kind, kube.namespace, name))
     except Refused as refused:
         if refused.reason == "NotFound":
             return None
@@ -94,7 +94,7 @@ def find(kube: Kube, kind: str, labels: Mapping[str, str] | None = None, fields:
     selectors = {"labelSelector": _selector(labels), "fieldSelector": _selector(fields)}
     query = {name: text for name, text in selectors.items() if text}
     try:
-        answer = _json(kube, _call(kube, "GET", _path(kube, kind, kube.namespace), query))
+        answer = _ask(kube, "GET", _path(kube, kind, kube.namespace), query)
     except Refused as refused:
         if refused.status == 404 and kind == "Workload":
             return []
@@ -189,7 +189,7 @@ def may(kube: Kube, verb: str, group: str, resource: str) -> bool:
     """True if this user may do that in the namespace (SelfSubjectAccessReview)."""
     attributes = {"namespace": kube.namespace, "verb": verb, "group": group, "resource": resource}
     review = {"apiVersion": "authorization.k8s.io/v1", "kind": "SelfSubjectAccessReview", "spec": {"resourceAttributes": attributes}}
-    return bool(_json(kube, _call(kube, "POST", "/apis/authorization.k8s.io/v1/selfsubjectaccessreviews", {}, review))["status"]["allowed"])
+    return bool(_ask(kube, "POST", "/apis/authorization.k8s.io/v1/selfsubjectaccessreviews", {}, review)["status"]["allowed"])
 
 
 def serves(kube: Kube, group: str) -> bool:
@@ -206,7 +206,7 @@ def serves(kube: Kube, group: str) -> bool:
 def crd(kube: Kube, name: str) -> Object | None:
     """A CustomResourceDefinition, or None."""
     try:
-        return _json(kube, _call(kube, "GET", f"/apis/apiextensions.k8s.io/v1/customresourcedefinitions/{name}"))
+        return _ask(kube, "GET", f"/apis/apiextensions.k8s.io/v1/customresourcedefinitions/{name}")
     except Refused as refused:
         if refused.status == 404:
             return None
@@ -309,8 +309,16 @@ def _selector(pairs: Mapping[str, str] | None) -> str:
     return ",".join(f"{name}={value}" for name, value in (pairs or {}).items())
 
 
-def _json(kube: Kube, response: Any) -> Object:
+def _ask(
+    kube: Kube,
+    method: str,
+    path: str,
+    query: Mapping[str, str] | None = None,
+    body: Object | list[Object] | None = None,
+    content_type: str = "application/json",
+) -> Object:
     """What an API server answers: always an object. Else something else answers there, a proxy's login page for instance."""
+    response = _call(kube, method, path, query, body, content_type)
     try:
         found = json.loads(response.data)
     except ValueError:
