@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -167,8 +167,14 @@ def _train(
         if trainee.allocator is not None and trainee.allocator.moved:
             run.report(EventRecord(progress.step, "ranks", _ranks_text(trainee.allocator.ranks())))
         if progress.step % eval_steps == 0 or progress.step == steps:
+            started = time.perf_counter()
             with nullcontext() if ema is None else ema.applied():
-                progress = _evaluate(job, model, data, progress, models, state, trainee, tokenizer, best_weights, dtype, steps)
+                outputs = score_rows(
+                    task, model, data.dev, models, batch_tokens=job.evaluation.batch_tokens, autocast=_autocast(job, dtype)
+                )
+                if progress.step == steps:
+                    _check_last_step(outputs, steps, checkpoints)
+                progress = _evaluate(job, outputs, data, progress, models, state, trainee, tokenizer, best_weights, started)
             stopped_early = _out_of_patience(job, progress)
             if stopped_early:
                 run.report(EventRecord(progress.step, "stopped early", f"no new best in {progress.evals_without_best} evaluations"))
@@ -213,7 +219,7 @@ def score_rows(task: TaskFile, model: nn.Module, split: Split, run: Run, *, batc
 
 def _evaluate(
     job: TrainJob,
-    model: nn.Module,
+    outputs: np.ndarray,
     data: Splits,
     progress: Progress,
     models: Models,
@@ -221,20 +227,10 @@ def _evaluate(
     trainee: Trainee,
     tokenizer: PreTrainedTokenizerBase,
     best_weights: Checkpoints,
-    dtype: torch.dtype,
-    steps: int,
+    started: float,
 ) -> Progress:
-    """Score the dev split; keep the weights if they are the best so far."""
-    started = time.perf_counter()
+    """Score what the model has answered to the dev split; keep the weights if they are the best so far."""
     task = task_file(job.task)
-    outputs = score_rows(task, model, data.dev, models, batch_tokens=job.evaluation.batch_tokens, autocast=_autocast(job, dtype))
-    # What a step makes of the weights is seen by the loss of the next one, but behind the last there is none.
-    if progress.step == steps and np.isnan(outputs).any():
-        raise DivergedError(
-            f"after step {progress.step} what the model answers to dev rows is no number: training has diverged",
-            where="optim.learning_rate",
-            fix="a lower learning rate, a longer warm-up or a max_grad_norm",
-        )
     metrics = dict(task.scores(outputs, data.dev, data.label_names, job.task).metrics())
     name = job.metric_for_best_model
     is_best = improved(progress, metrics[name], higher_is_better=name not in LOWER_IS_BETTER)
@@ -308,12 +304,23 @@ def _check_finite(loss: float, grad_norm: float, step: int, checkpoints: Checkpo
             )
         # A loss that is no number is that of weights which the step before left so: a checkpoint of theirs is no help.
         kept = [saved for saved in checkpoints.steps() if saved < step or math.isfinite(loss)]
-        raise DivergedError(
-            f"the loss of step {step + 1} is {loss} and its gradient norm {grad_norm}: training has diverged",
-            where="optim.learning_rate",
-            fix="a lower learning rate, a longer warm-up or a max_grad_norm; "
-            + (f"the checkpoint of step {kept[0]} is from before" if kept else "no checkpoint is from before"),
-        )
+        raise _diverged(f"the loss of step {step + 1} is {loss} and its gradient norm {grad_norm}", kept)
+
+
+def _check_last_step(outputs: np.ndarray, steps: int, checkpoints: Checkpoints) -> None:
+    """What another step makes of the weights is seen by the loss of the next one: behind the last there is none."""
+    if np.isnan(outputs).any():
+        raise _diverged(f"after step {steps}, the last, what the model answers to dev rows is no number", checkpoints.steps())
+
+
+def _diverged(told: str, kept: Sequence[int]) -> DivergedError:
+    """`kept`: the steps of checkpoints from before, the newest first."""
+    return DivergedError(
+        f"{told}: training has diverged",
+        where="optim.learning_rate",
+        fix="a lower learning rate, a longer warm-up or a max_grad_norm; "
+        + (f"the checkpoint of step {kept[0]} is from before" if kept else "no checkpoint is from before"),
+    )
 
 
 class _Clock:
