@@ -20,6 +20,7 @@ from danlu.spec.tuning import Qlora, VirtualTokens
 from danlu.tasks.device import has_native_bf16, pick_device
 from danlu.tasks.judge import end_ids
 from danlu.tasks.tokenizer import load_tokenizer
+from danlu.tasks.vocabulary import num_embeddings
 
 DEFAULT_MODEL_LEN = 4096
 """Where max_model_len is not given: a slot is as long as this, and few texts are longer."""
@@ -36,7 +37,7 @@ class Loaded:
 
     @property
     def vocab_size(self) -> int:
-        return int(self.model.config.get_text_config().vocab_size)
+        return num_embeddings(self.model.config)
 
 
 def load(spec: Torch, bundle: Bundle | None) -> Loaded:

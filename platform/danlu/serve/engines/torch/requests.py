@@ -12,6 +12,7 @@ from danlu.serve.engines.torch.sampler import Chooser
 from danlu.serve.engines.torch.sequence import Key, Sequence
 from danlu.serve.engines.torch.text import TextMaker
 from danlu.serve.generation import Chat, Generation, Prompt, Sampling
+from danlu.tasks.vocabulary import FIX
 
 
 class Reader:
@@ -106,7 +107,7 @@ class Reader:
             raise RequestError(
                 f"the prompt has {self._decoded([wrong])!r}, the tokenizer's token {wrong}, and the model has {self.vocab_size}",
                 param=param,
-                fix="leave it out, or serve a model whose embeddings were resized to its tokenizer",
+                fix=f"leave it out, or serve {FIX}",
             )
         raise RequestError(f"there is no token {wrong}", param=param, fix=f"ids from 0 to {self.vocab_size - 1}")
 

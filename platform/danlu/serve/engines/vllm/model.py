@@ -14,8 +14,10 @@ from danlu.spec.model import Model
 from danlu.spec.task import is_decoders
 from danlu.spec.tuning import Adapter, Qlora, VirtualTokens
 from danlu.spec.vllm import Vllm
+from danlu.tasks.config import read_config
 from danlu.tasks.judge import end_ids
 from danlu.tasks.tokenizer import load_tokenizer
+from danlu.tasks.vocabulary import num_embeddings
 
 MERGED = Path(".cache/danlu/merged")
 """Adapters merged into their bases, by the bundle's digest and the dtype."""
@@ -41,10 +43,9 @@ def find(spec: Vllm, bundle: Bundle | None) -> Files:
 
 def make_reader(folder: Path, max_model_len: int) -> Reader:
     """Whoever reads requests: the very one of Danlu's own engine, so that a prompt is the same tokens in both."""
-    from transformers import AutoConfig
 
     tokenizer = load_tokenizer(folder)
-    vocab_size = int(AutoConfig.from_pretrained(folder).get_text_config().vocab_size)
+    vocab_size = num_embeddings(read_config(folder))
     return Reader(tokenizer, vocab_size, max_model_len, sorted(end_ids([folder], tokenizer)))
 
 
