@@ -208,7 +208,7 @@ def quantize(
         kept, verdict = within_budget(job, delta)
         store = Store(absolute(job.storage))
         if not kept:
-            verdict += _served_instead(store, original, budget.quantization)
+            verdict += _give_way(store, original, budget.quantization)
         result = Quantized(delta, kept, verdict, None, None)
         if kept:
             meta = draft.meta.model_copy(
@@ -230,8 +230,8 @@ def quantize(
     return result
 
 
-def _served_instead(store: Store, original: Bundle, quantization: Quantization) -> str:
-    """What `production` means where a version is not kept; the same one, kept before by another budget or measurement, gives way."""
+def _give_way(store: Store, original: Bundle, quantization: Quantization) -> str:
+    """Where a version is not kept: the same one, kept before by another budget or measurement, is `production` no more. Says what is."""
     name, version = original.meta.name, original.meta.version
     served = store.aliases(name).get(PRODUCTION)
     if served is None or version is None or served == version:

@@ -157,7 +157,7 @@ class TorchEngine:
         return self.reader.sequence(generation, key)
 
     def _read_adapter(self, name: str, source: str) -> Adapter:
-        """On any thread but that of the steps, which the others' answers come from."""
+        """Files, which take longer than a step: not between two of them."""
         own = self.runner.adapters
         return read_adapter(source, name, self.storage, self.bundle, dtype=own.dtype, device=own.device)
 

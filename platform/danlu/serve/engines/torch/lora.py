@@ -34,10 +34,10 @@ class Adapter:
 
 
 @dataclass
-class Tokens:
-    """Of the step that runs."""
+class TokenOwners:
+    """Whose the tokens of the step that runs are."""
 
-    owners: torch.Tensor | None = None
+    places: torch.Tensor | None = None
     """int64 [tokens], on the CPU: the place of a token's adapter, -1 of the base's; None where no token has one."""
     masks: dict[tuple[int, ...], torch.Tensor] = field(default_factory=dict)
     """What the sites have made of it: [tokens, ranks], whether a rank is of another than the token's adapter."""
@@ -60,9 +60,9 @@ class Change:
 class LoraSite:
     """What the adapters add to one product. The compiled kernels read its changes; PyTorch multiplies them as one."""
 
-    def __init__(self, changes: Sequence[Change], shape: tuple[int, int], tokens: Tokens) -> None:
+    def __init__(self, changes: Sequence[Change], shape: tuple[int, int], token_owners: TokenOwners) -> None:
         """`shape`: the product's, out and in."""
-        self.changes, self.shape, self.tokens = changes, shape, tokens
+        self.changes, self.shape, self.token_owners = changes, shape, token_owners
 
     def add(self, x: torch.Tensor, y: torch.Tensor) -> None:
         """x: [tokens, in]; added to y [tokens, out] in place."""
@@ -83,9 +83,9 @@ class LoraSite:
 
     def _others(self, device: torch.device) -> torch.Tensor | None:
         owners = self.joined.owners
-        if self.tokens.owners is not None and owners not in self.tokens.masks:
-            self.tokens.masks[owners] = (self.tokens.owners[:, None] != torch.tensor(owners)).to(device)
-        return self.tokens.masks.get(owners)
+        if self.token_owners.places is not None and owners not in self.token_owners.masks:
+            self.token_owners.masks[owners] = (self.token_owners.places[:, None] != torch.tensor(owners)).to(device)
+        return self.token_owners.masks.get(owners)
 
 
 class Adapters:
@@ -96,7 +96,7 @@ class Adapters:
         self.loaded: dict[Key, Adapter] = {}
         self.last_used: dict[Key, int] = {}
         self.step = 0
-        self.tokens = Tokens()
+        self.token_owners = TokenOwners()
 
     def check(self, adapter: Adapter, name: str) -> None:
         """ModelError if it is for another model."""
@@ -129,20 +129,20 @@ class Adapters:
     def begin(self, keys: Sequence[tuple[Key, int]]) -> None:
         """Before a step: whose its tokens are, as (key, number of tokens) in their order."""
         self.step += 1
-        self.tokens.masks.clear()
-        self.tokens.owners = None
+        self.token_owners.masks.clear()
+        self.token_owners.places = None
         used = {key for key, _ in keys if key is not None}
         if not used:
             return
         self.last_used |= dict.fromkeys(used, self.step)
         places: dict[Key, int] = {key: place for place, key in enumerate(self.loaded)} | {None: -1}
         owners, numbers = [places[key] for key, _ in keys], [number for _, number in keys]
-        self.tokens.owners = torch.from_numpy(np.repeat(np.array(owners, dtype=np.int64), numbers))
+        self.token_owners.places = torch.from_numpy(np.repeat(np.array(owners, dtype=np.int64), numbers))
 
     def _build(self) -> None:
         for linear in self.linears:
             changes = [change for part in linear.parts if (change := self._change(part)) is not None]
-            linear.lora = LoraSite(changes, linear.shape, self.tokens) if changes else None
+            linear.lora = LoraSite(changes, linear.shape, self.token_owners) if changes else None
 
     def _change(self, part: Part) -> Change | None:
         """None where no adapter changes it."""

@@ -117,7 +117,7 @@ class NativeStep:
         sites = [linear.lora for linear in self.linears]
         if sites != self.sites:
             self._pack(sites)
-        return self.changing.tokens.owners if self.changing is not None else None
+        return self.changing.token_owners.places if self.changing is not None else None
 
     def _pack(self, sites: list[LoraSite | None]) -> None:
         """Adapters have come or gone."""
