@@ -101,8 +101,13 @@ def read_keys(path: Path) -> KeyFile:
         ) from error
     except ValidationError as error:
         # Pydantic would repeat what stands there.
-        places = ", ".join(".".join(map(str, one["loc"])) or "the document" for one in error.errors(include_input=False)[:3])
-        raise StorageError(f"{path} is no file of keys: {places}", where="keys", fix="danlu keys create NAME --file ANOTHER") from None
+        errors = error.errors(include_input=False)[:3]
+        wrong = (
+            one["ctx"]["error"] if one["type"] == "json_invalid" else ".".join(map(str, one["loc"])) or "the document" for one in errors
+        )
+        raise StorageError(
+            f"{path} is no file of keys: {', '.join(wrong)}", where="keys", fix="danlu keys create NAME --file ANOTHER"
+        ) from None
 
 
 def _alone(change: Callable[Concatenate[Path, P], T]) -> Callable[Concatenate[Path, P], T]:

@@ -30,9 +30,14 @@ DNS_LABEL = r"^[a-z]([-a-z0-9]{0,45}[a-z0-9])?$"
 DNS_LABEL_RULE = "lower-case letters, digits and dashes are needed, a letter first, no dash last, 47 at most"
 MEMORY = r"^[1-9][0-9]*(Mi|Gi|Ti)$"
 MEMORY_RULE = "a whole number of Mi, Gi or Ti is needed"
+MODEL_NAME = r"^[A-Za-z0-9][-A-Za-z0-9_.:/]{0,127}$"
+MODEL_NAME_RULE = "letters, digits and -_.:/ are needed, a letter or a digit first, 128 at most"
 
 DnsLabel = Annotated[str, Field(pattern=DNS_LABEL)]
 """A short DNS label: it also names the RayJob or RayService."""
+
+ModelName = Annotated[str, Field(pattern=MODEL_NAME)]
+"""That an adapter answers to, besides its service's model."""
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 PositiveFloat = Annotated[float, Field(gt=0)]

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from danlu.errors import SpecError
-from danlu.spec.base import DNS_LABEL, DNS_LABEL_RULE, MEMORY, MEMORY_RULE
+from danlu.spec.base import DNS_LABEL, DNS_LABEL_RULE, MEMORY, MEMORY_RULE, MODEL_NAME, MODEL_NAME_RULE
 from danlu.spec.hints import HINTS
 
 Path = tuple[int | str, ...]
@@ -156,7 +156,7 @@ def _origin(written: _Written, path: Path) -> str:
     return f" (line {line})" if line else ""
 
 
-RULES = {DNS_LABEL: DNS_LABEL_RULE, MEMORY: MEMORY_RULE}
+RULES = {DNS_LABEL: DNS_LABEL_RULE, MEMORY: MEMORY_RULE, MODEL_NAME: MODEL_NAME_RULE}
 
 
 def _rule(problem: ErrorDetails) -> str:

@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from danlu.spec.base import DnsLabel, NonNegativeInt, Number, PositiveFloat, PositiveInt, Spec
+from danlu.spec.base import DnsLabel, ModelName, NonNegativeInt, Number, PositiveFloat, PositiveInt, Spec
 from danlu.spec.cluster import Kueue, ServiceCluster
 from danlu.spec.vllm import Vllm
 
@@ -90,13 +90,13 @@ class Torch(Spec):
     """Tokens of prompts that a step reads while other sequences wait for their next token: more is a sooner first token for the new ones
     and a longer wait for the others."""
 
-    kv_cache_memory_gb: PositiveFloat = 4.0
+    kv_cache_memory_gb: Annotated[float, Field(gt=0, le=100_000)] = 4.0
     """Keys and values of all slots, in GiB."""
 
     enable_prefix_caching: bool = True
     """Keep what a finished sequence has left until its slot is needed, so that a prompt that begins alike is not read again."""
 
-    adapters: dict[str, str] = {}
+    adapters: dict[ModelName, str] = {}
     """LoRA adapters that are there from the start: the name they answer to -> a PEFT folder, or a bundle: `name@alias`, a folder, a URI."""
 
     max_loras: PositiveInt = 8
@@ -160,10 +160,16 @@ class EchoText(Spec):
     time_per_output_token_ms: Annotated[float, Field(ge=0)] = 0.0
     max_model_len: PositiveInt = 4096
     """Prompt and answer together, in tokens. A token is a byte of UTF-8."""
-    adapters: dict[str, str] = {}
+    adapters: dict[ModelName, str] = {}
     """LoRA adapters that are there from the start: the name they answer to -> a folder."""
     allow_runtime_lora_updating: bool = False
     """Serve `/v1/load_lora_adapter` and `/v1/unload_lora_adapter`."""
+
+
+def check_names(name: str, engine: object) -> None:
+    """ValueError if an adapter has the name that the service's own model answers to."""
+    if isinstance(engine, Torch | Vllm | EchoText) and name in engine.adapters:
+        raise ValueError(f"engine.adapters has one named {name!r}, as the service's own model is; another name")
 
 
 Engine = Annotated[Encoder | EncoderDecoder | Torch | Vllm | Echo | EchoText, Field(discriminator="kind")]
@@ -298,6 +304,7 @@ class Service(Spec):
                 f"engine.quantization={self.engine.quantization} would serve other weights than the bundle's, which were evaluated; leave "
                 "it out, or name the bundle's model folder in engine.model_name_or_path"
             )
+        check_names(self.name, self.engine)
         if isinstance(self.engine, Echo | EchoText) and self.bundle is not None:
             raise ValueError(f"bundle has no effect with engine.kind={self.engine.kind}; leave it out")
         return self

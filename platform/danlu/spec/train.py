@@ -14,7 +14,7 @@ from danlu.spec.data import Data
 from danlu.spec.model import Model
 from danlu.spec.optim import Adafactor, BnbAdamW, Lion, Optim, Wsd
 from danlu.spec.parallel import Ddp, DeepSpeed, Parallel, Pipeline, Tensor, Workers
-from danlu.spec.serve import Encoder, EncoderDecoder, Engine, ServeAfterTraining, Service, Torch
+from danlu.spec.serve import Encoder, EncoderDecoder, Engine, ServeAfterTraining, Service, Torch, check_names
 from danlu.spec.task import (
     COLUMNS,
     METRICS,
@@ -259,6 +259,7 @@ class TrainJob(Spec):
             )
         if isinstance(engine, Torch | Vllm):
             check_engine(engine, self.tuning, self.compress)
+            check_names(self.name, engine)
         if is_decoders(self.task) and isinstance(self.tuning, VirtualTokens):
             raise ValueError(
                 f"serve: engine.kind={'torch' if engine is None else engine.kind} puts no virtual tokens before a text, which tuning.kind="

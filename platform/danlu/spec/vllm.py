@@ -7,7 +7,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from danlu.spec.base import Number, PositiveFloat, PositiveInt, Spec
+from danlu.spec.base import ModelName, Number, PositiveFloat, PositiveInt, Spec
 
 Rank = Annotated[Literal[1, 8, 16, 32, 64, 128, 256, 320, 512], Number]
 """Those that vLLM takes."""
@@ -94,7 +94,7 @@ class Vllm(Spec):
     enable_prefix_caching: bool = True
     """Keep what a finished sequence has left, so that a prompt that begins alike is not read again."""
 
-    adapters: dict[str, str] = {}
+    adapters: dict[ModelName, str] = {}
     """LoRA adapters that are there from the start: the name they answer to -> a PEFT folder, or a bundle: `name@alias`, a folder, a URI."""
 
     max_loras: PositiveInt = 8

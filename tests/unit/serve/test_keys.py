@@ -164,6 +164,8 @@ def test_a_ring_tells_which_expiry_is_next_and_that_its_file_cannot_be_read(path
     path.write_bytes(whole[:40])
     assert ring.next_expiry() == pytest.approx((now + timedelta(days=9)).timestamp(), abs=1), "those read before go on counting"
     assert not ring.is_readable
+    with pytest.raises(StorageError, match=r"is no file of keys: EOF while parsing .* at line \d"):
+        read_keys(path)
     path.write_bytes(whole)
     assert ring.next_expiry()
     assert ring.is_readable

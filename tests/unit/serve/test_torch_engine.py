@@ -319,8 +319,10 @@ def test_a_slow_reader_gets_larger_pieces_and_nothing_less(qwen3: Path) -> None:
 
 def test_a_cache_that_is_too_small_says_what_fits(qwen3: Path) -> None:
     async def life() -> None:
-        with pytest.raises(ResourceError, match=r"kv_cache_memory_gb: .* or max_model_len: "):
+        with pytest.raises(ResourceError, match=r"kv_cache_memory_gb is 1e-06\n.* kv_cache_memory_gb: .* or max_model_len: "):
             await engine(qwen3, kv_cache_memory_gb=1e-6).start()
+        with pytest.raises(ResourceError, match=r"kv_cache_memory_gb is 1e-09\n.* kv_cache_memory_gb: [^,]*$"):
+            await engine(qwen3, kv_cache_memory_gb=1e-9).start()
         with pytest.raises(ModelError, match="128 positions"):
             await engine(qwen3, max_model_len=129).start()
 

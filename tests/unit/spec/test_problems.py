@@ -173,6 +173,21 @@ SERVICE_PROBLEMS = {
         "2 adapters are more than max_loras=1; max_loras: 2",
         "",
     ),
+    "an adapter of a name that no client can ask for": (
+        "bundle: a@v1\nengine: {kind: torch, adapters: {a b: c}}",
+        "'a b': letters, digits and -_.:/ are needed, a letter or a digit first, 128 at most",
+        "a-b",
+    ),
+    "an adapter named as the service": (
+        "bundle: a@v1\nengine: {kind: torch, adapters: {topics: c}}",
+        "engine.adapters has one named 'topics', as the service's own model is; another name",
+        "",
+    ),
+    "a cache larger than any memory": (
+        "bundle: a@v1\nengine: {kind: torch, kv_cache_memory_gb: 1.0e300}",
+        "engine.kv_cache_memory_gb (line 4): 1.0e300: it should be less than or equal to 100000",
+        "",
+    ),
     "vLLM without a model": ("engine: {kind: vllm}", "engine.kind=vllm needs a model, and one only", ""),
     "vLLM with other weights than were evaluated": (
         "engine: {kind: vllm, quantization: fp8}\nbundle: a@v1",

@@ -11,6 +11,7 @@ from danlu.errors import RequestError
 from danlu.serve.generation import Delta, TokenLogprob, Usage
 from danlu.serve.openai.common import TextEvents, Wire, event, parse, usage_response
 from danlu.serve.openai.sampling import SamplingFields, check_stream_options
+from danlu.spec.base import ModelName
 
 TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
 Prompts = str | TokenIds | Annotated[list[str], Field(min_length=1)] | Annotated[list[TokenIds], Field(min_length=1)]
@@ -131,7 +132,7 @@ class LoadAdapterRequest(Wire):
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"lora_name": "NAME", "lora_path": "/a/folder"}]})
 
-    lora_name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][-A-Za-z0-9_.:/]{0,127}$")]
+    lora_name: ModelName
     lora_path: Annotated[str, Field(min_length=1)]
     load_inplace: bool = False
     """Take the place of a loaded adapter with that name."""

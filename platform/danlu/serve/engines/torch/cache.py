@@ -57,9 +57,9 @@ def num_slots(shapes: Collection[LayerShape], max_model_len: int, budget_bytes: 
     if found < 1:
         fits = int(budget_bytes // per_token)
         raise ResourceError(
-            f"one sequence of {max_model_len} tokens needs {per_token * max_model_len / 2**30:.2f} GiB for its keys and values, "
-            f"and kv_cache_memory_gb is {budget_bytes / 2**30:.2f}",
+            f"one sequence of {max_model_len} tokens needs {per_token * max_model_len / 2**30:.3g} GiB for its keys and values, "
+            f"and kv_cache_memory_gb is {budget_bytes / 2**30:.3g}",
             where="engine.kv_cache_memory_gb",
-            fix=f"kv_cache_memory_gb: {per_token * max_model_len / 2**30 * 1.01:.2f}, or max_model_len: {fits}",
+            fix=f"kv_cache_memory_gb: {per_token * max_model_len / 2**30 * 1.01:.3g}" + (f", or max_model_len: {fits}" if fits else ""),
         )
     return min(found, max_num_seqs)
